@@ -15,7 +15,6 @@ __all__ = ["ACTIVATIONS", "available", "choose", "describe", "sparse_ffn"]
 
 KERNELS = ("native", "torch")
 ACTIVATIONS = tuple(torch_ref.ACTIVATIONS)
-_NATIVE_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def available() -> dict[str, str]:
@@ -38,7 +37,7 @@ def choose(kernel: str = "auto", x: Tensor | None = None) -> str:
         problem = cpu.status()
     elif x is not None and x.device.type != "cpu":
         problem = f"it runs on the CPU and x is on {x.device}"
-    elif x is not None and x.dtype not in _NATIVE_DTYPES:
+    elif x is not None and x.dtype not in cpu.DTYPES:
         problem = f"it knows bfloat16 and float32 and x is {x.dtype}"
     if problem is None:
         return "native"

@@ -1,16 +1,129 @@
-"""Binding of the native CPU kernel (under construction: not built yet)."""
+"""Binding of the native CPU kernel: a plain C library called through ctypes, which releases the GIL.
 
+The library is built by CMakeLists.txt from csrc/ and lies next to this file. It is loaded on first use; where it is
+missing, `usable` is False and `status` says so, and importing this module never fails.
+"""
+
+import ctypes
+import functools
+import os
+import sys
+from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
 from torch import Tensor
+
+ISA_VARIABLE = "FASTFILL_ISA"  # environment variable: name of the instruction set to run, for tests
+
+_ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/fastfill.h
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = tuple(_DTYPE_CODES)
+
+
+class _Call(ctypes.Structure):
+    """`fastfill_call` of csrc/fastfill.h, field by field."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "gate", "up", "down_t", "init", "out", "ids")),
+        ("rows", POINTER(c_int64)),
+        ("id_offsets", POINTER(c_int64)),
+        *((f"{name}_stride", c_int64) for name in ("x", "gate", "up", "down", "init", "out")),
+        *((name, c_int64) for name in ("hidden", "neurons", "n_blocks")),
+        *((name, c_int32) for name in ("dtype", "activation", "ids_are_64bit", "threads")),
+        ("isa", c_char_p),
+        ("bad_block", c_int64),
+    )
+
+
+def _library_file() -> Path | None:
+    """The library in any of the package's folders (an editable install has two: sources and built files)."""
+    package = sys.modules[__package__ or "fastfill.kernels"]
+    for folder in [*getattr(package, "__path__", []), str(Path(__file__).parent)]:
+        for name in ("_native.so", "_native.dylib", "_native.dll"):
+            if (Path(folder) / name).is_file():
+                return Path(folder) / name
+    # scikit-build-core's editable mode leaves it in site-packages, from where its import hook maps modules.
+    for entry in sys.path:
+        candidate = Path(entry) / "fastfill" / "kernels" / "_native.so"
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _gomp_parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP library torch has loaded (several may be loaded: torch's own first)."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    files = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
+    files = {f for f in files if Path(f).name.startswith(("libgomp", "libiomp5", "libomp"))}
+    torch_home = str(Path(torch.__file__).parent)
+    for file in sorted(files, key=lambda f: (not f.startswith(torch_home), f)):
+        try:
+            return ctypes.cast(ctypes.CDLL(file).GOMP_parallel, c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """The library ready to be called, or one line that says why there is none."""
+    file = _library_file()
+    if file is None:
+        return "the native library was not built (no C++ compiler at install time): the slower torch path runs"
+    try:
+        lib = ctypes.CDLL(str(file))
+        lib.fastfill_sparse_ffn.argtypes = [POINTER(_Call)]
+        lib.fastfill_isa_name.restype = c_char_p
+        lib.fastfill_use_gomp.argtypes = [c_void_p]
+        lib.fastfill_use_gomp.restype = None
+        lib.fastfill_use_gomp(_gomp_parallel())
+    except (OSError, AttributeError) as error:
+        return f"the native library does not load: {error}"
+    return lib
+
+
+def isas() -> dict[str, bool]:
+    """Instruction sets in the library, best first -> whether this processor has them. Empty without the library."""
+    lib = _load()
+    if isinstance(lib, str):
+        return {}
+    return {
+        lib.fastfill_isa_name(i).decode(): bool(lib.fastfill_isa_supported(i)) for i in range(lib.fastfill_isa_count())
+    }
+
+
+def isa() -> str:
+    """The instruction set that runs: what FASTFILL_ISA names, or the best this processor has.
+
+    Raises ValueError where FASTFILL_ISA names one that does not exist or that this processor lacks.
+    """
+    known = isas()
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    if not wanted:
+        return next((name for name, supported in known.items() if supported), "none")
+    if not known.get(wanted):
+        can = ", ".join(name for name, supported in known.items() if supported)
+        raise ValueError(f"{ISA_VARIABLE}={wanted} cannot run here: there are {can or 'none'}")
+    return wanted
 
 
 def usable() -> bool:
     """Whether the native kernel can run here."""
-    return False
+    return not isinstance(_load(), str)
 
 
 def status() -> str:
-    """One line: usable or not, and why."""
-    return "not built: the torch path is used"
+    """One line: which instruction set runs and why, or why the kernel cannot run."""
+    lib = _load()
+    if isinstance(lib, str):
+        return lib
+    why = f"{ISA_VARIABLE} says so" if os.environ.get(ISA_VARIABLE) else "the best of this processor"
+    missing = [name for name, supported in isas().items() if not supported]
+    return f"{isa()}, {why}" + (f" (it lacks {', '.join(missing)})" if missing else "")
 
 
 def sparse_ffn(
@@ -25,5 +138,53 @@ def sparse_ffn(
     init: Tensor | None,
     out: Tensor,
 ) -> None:
-    """As `torch_ref.sparse_ffn`."""
-    raise NotImplementedError
+    """As `torch_ref.sparse_ffn`. Shapes and dtypes are checked by the caller, the ids here (in C++)."""
+    lib = _load()
+    if isinstance(lib, str):
+        raise RuntimeError(lib)
+    ids = ids.contiguous()
+    x = _unit_rows(x)
+    init = None if init is None else _unit_rows(init)
+    target = out if out.stride(1) == 1 or out.shape[1] == 1 else torch.empty(out.shape, dtype=out.dtype)
+    n = len(rows)
+    call = _Call(
+        x=x.data_ptr(),
+        gate=gate.data_ptr(),
+        up=up.data_ptr(),
+        down_t=down_t.data_ptr(),
+        init=None if init is None else init.data_ptr(),
+        out=target.data_ptr(),
+        ids=ids.data_ptr(),
+        rows=(c_int64 * n)(*rows),
+        id_offsets=(c_int64 * n)(*id_offsets),
+        x_stride=x.stride(0),
+        gate_stride=gate.stride(0),
+        up_stride=up.stride(0),
+        down_stride=down_t.stride(0),
+        init_stride=0 if init is None else init.stride(0),
+        out_stride=target.stride(0),
+        hidden=x.shape[1],
+        neurons=gate.shape[0],
+        n_blocks=n - 1,
+        dtype=_DTYPE_CODES[x.dtype],
+        activation=_ACTIVATION_CODES[activation],
+        ids_are_64bit=ids.dtype == torch.int64,
+        threads=torch.get_num_threads(),
+        isa=isa().encode(),
+    )
+    code = lib.fastfill_sparse_ffn(byref(call))
+    if code == 1:
+        raise ValueError(f"ids must lie in [0, {gate.shape[0]}): those of block {call.bad_block} do not")
+    if code == 2:
+        raise ValueError(f"ids must be sorted and unique within each block: those of block {call.bad_block} are not")
+    if code == 3:
+        raise MemoryError("no memory for the native kernel's scratch")
+    if code:
+        raise RuntimeError(f"the native kernel failed with code {code}")
+    if target is not out:
+        out.copy_(target)
+
+
+def _unit_rows(t: Tensor) -> Tensor:
+    """``t`` itself if its rows are contiguous, else a copy."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()

@@ -1,0 +1,34 @@
+// C ABI of the native kernel: plain pointers, strides and sizes, so that one library serves every torch.
+// kernels/cpu.py mirrors `fastfill_call` field by field.
+#pragma once
+#include <cstdint>
+
+#if defined(_WIN32)
+#define FASTFILL_API extern "C" __declspec(dllexport)
+#else
+#define FASTFILL_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum : int32_t { FASTFILL_F32 = 0, FASTFILL_BF16 = 1 };
+enum : int32_t { FASTFILL_SILU = 0, FASTFILL_GELU = 1, FASTFILL_GELU_TANH = 2, FASTFILL_RELU = 3 };
+enum : int32_t { FASTFILL_OK = 0, FASTFILL_BAD_RANGE = 1, FASTFILL_BAD_ORDER = 2, FASTFILL_NO_MEMORY = 3, FASTFILL_BAD_ISA = 4 };
+
+// y = init + (act(x @ gate[ids].T) * (x @ up[ids].T)) @ down_t[ids] per block. All row strides count elements; the
+// stride along H is 1 everywhere. Block n has tokens rows[n]..rows[n+1] and ids[id_offsets[n]..id_offsets[n+1]].
+struct fastfill_call {
+  const void *x, *gate, *up, *down_t, *init;  // init may be null
+  void *out;
+  const void *ids;
+  const int64_t *rows, *id_offsets;  // n_blocks + 1 each
+  int64_t x_stride, gate_stride, up_stride, down_stride, init_stride, out_stride;
+  int64_t hidden, neurons, n_blocks;
+  int32_t dtype, activation, ids_are_64bit, threads;
+  const char *isa;    // null or "": the best one this processor has
+  int64_t bad_block;  // out: the block whose ids were refused
+};
+
+FASTFILL_API int32_t fastfill_sparse_ffn(fastfill_call *call);
+FASTFILL_API int32_t fastfill_isa_count();
+FASTFILL_API const char *fastfill_isa_name(int32_t index);       // best first
+FASTFILL_API int32_t fastfill_isa_supported(int32_t index);      // by this processor and operating system
+FASTFILL_API void fastfill_use_gomp(void *gomp_parallel);        // address of GOMP_parallel of torch's own pool

@@ -1,0 +1,279 @@
+// The loops, written once over a scheme S (vector type, element types); each isa_*.cpp includes this with its own S.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "fastfill.h"
+#include "job.h"
+
+namespace fastfill {
+namespace {
+
+inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+inline int smaller(int a, int b) { return a < b ? a : b; }
+
+// First position in ids[0..k) whose neuron is >= f.
+inline int lower_bound(const int32_t *ids, int k, int32_t f) {
+  int lo = 0;
+  while (k > 0) {
+    int half = k / 2;
+    if (ids[lo + half] < f) {
+      lo += half + 1;
+      k -= half + 1;
+    } else {
+      k = half;
+    }
+  }
+  return lo;
+}
+
+template <class S>
+struct Ffn {
+  using Vec = typename S::Vec;
+  static constexpr int L = S::L, V = S::V, NN = S::NN, P = S::P, R = S::R, C = S::C;
+  static constexpr int kTile = C * L;  // columns of a tile of the second half
+  static_assert(NN % P == 0, "a tile of neurons holds whole units");
+
+  // ---- first half: h = act(x @ gate.T) * (x @ up.T) -------------------------------------------------------------
+
+  static size_t units(const Job &j) { return (j.hidden + P - 1) / P; }
+  // One packed neuron: its gate row, then its up row; 64 bytes more so that rows do not share cache sets.
+  static size_t neuron_bytes(const Job &j) { return round_up(units(j) * 8, 64) + 64; }
+  static size_t gate_up_bytes(const Job &j) { return (j.chunk + NN) * neuron_bytes(j) + round_up(j.chunk, 64); }
+
+  // Units of H times vectors of L tokens: [strip][unit][v][lane], absent tokens zero.
+  static void pack_x(const Job &j, int n) {
+    const Block &b = j.blocks[n];
+    const size_t nu = units(j);
+    uint32_t *to = j.xp + b.x_at;
+    for (int t0 = 0; t0 < b.padded; t0 += V * L) {
+      const int width = smaller(V * L, b.padded - t0);
+      for (int t = 0; t < width; t++) {
+        if (t0 + t >= b.tokens) {
+          for (size_t i = 0; i < nu; i++) to[i * width + t] = 0;
+          continue;
+        }
+        S::pack_token(j.x + (b.row0 + t0 + t) * j.x_stride, j.hidden, to + t, width);
+      }
+      to += nu * width;
+    }
+  }
+
+  template <int NV>
+  static void gate_up_tile(const char *const *rows, size_t nu, const uint32_t *xp, int valid, int act, uint32_t *h,
+                           size_t h_stride) {
+    Vec g[NN][NV], u[NN][NV];
+    for (int r = 0; r < NN; r++)
+      for (int v = 0; v < NV; v++) g[r][v] = u[r][v] = S::zero();
+    const char *p[NN];
+    for (int r = 0; r < NN; r++) p[r] = rows[r];
+    const size_t up = nu * 4;
+    for (size_t i = 0; i < up; i += 4) {
+      typename S::Unit x[NV];
+      for (int v = 0; v < NV; v++) x[v] = S::load_unit(xp + v * L);
+      xp += NV * L;
+#pragma GCC unroll 16
+      for (int r = 0; r < NN; r++) {
+        const auto wg = S::broadcast(p[r] + i);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) g[r][v] = S::dot(g[r][v], x[v], wg);
+        const auto wu = S::broadcast(p[r] + i + up);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) u[r][v] = S::dot(u[r][v], x[v], wu);
+      }
+    }
+    for (int r = 0; r < NN; r++)
+      for (int v = 0; v < NV; v++) g[r][v] = S::mul(S::act(g[r][v], act), u[r][v]);
+    for (int r = 0; r < valid; r += P)
+      for (int v = 0; v < NV; v++)
+        S::store_h(h + (r / P) * h_stride + v * L, g[r][v], P == 2 && r + 1 < valid ? g[r + P - 1][v] : S::zero());
+  }
+
+  static void pack_neuron(const Job &j, int32_t f, char *to) {
+    S::pack_row(j.gate + f * j.gate_stride, j.hidden, to);
+    S::pack_row(j.up + f * j.up_stride, j.hidden, to + units(j) * 4);
+  }
+
+  static void gate_up(const Job &j, int task, char *scratch) {
+    const int chunk = task / j.n_groups, group = task % j.n_groups;
+    const int32_t f0 = chunk * j.chunk, f1 = smaller(f0 + j.chunk, j.neurons);
+    const int n0 = (int64_t)j.n_blocks * group / j.n_groups, n1 = (int64_t)j.n_blocks * (group + 1) / j.n_groups;
+    const size_t nu = units(j), stride = neuron_bytes(j);
+    char *side = scratch + j.chunk * stride;   // neurons of the block that lie before this chunk
+    char *packed = side + NN * stride;         // which neurons of the chunk are packed already
+    memset(packed, 0, j.chunk);
+    for (int n = n0; n < n1; n++) {
+      const Block &b = j.blocks[n];
+      // Whole tiles of NN neurons only (but at the end): what is left over is done with the next chunk.
+      const int from = lower_bound(b.ids, b.k, f0) / NN * NN;
+      int to = lower_bound(b.ids, b.k, f1);
+      if (to < b.k) to = to / NN * NN;
+      const uint32_t *xp = j.xp + b.x_at;
+      for (int i = from; i < to; i++) {
+        const int32_t f = b.ids[i];
+        if (f < f0) {
+          pack_neuron(j, f, side + (i - from) * stride);
+        } else if (!packed[f - f0]) {
+          packed[f - f0] = 1;
+          pack_neuron(j, f, scratch + (f - f0) * stride);
+        }
+      }
+      for (int t0 = 0; t0 < b.padded; t0 += V * L) {
+        const int width = smaller(V * L, b.padded - t0);
+        for (int i = from; i < to; i += NN) {
+          const char *rows[NN];
+          const int valid = smaller(NN, to - i);
+          for (int r = 0; r < NN; r++) {
+            const int at = i + smaller(r, valid - 1);
+            const int32_t f = b.ids[at];
+            rows[r] = f < f0 ? side + (at - from) * stride : scratch + (f - f0) * stride;
+          }
+          uint32_t *h = j.h + b.h_at + (size_t)(i / P) * b.padded + t0;
+          if (width == V * L)
+            gate_up_tile<V>(rows, nu, xp, valid, j.activation, h, b.padded);
+          else
+            gate_up_narrow<V - 1>(width / L, rows, nu, xp, valid, j.activation, h, b.padded);
+        }
+        xp += nu * width;
+      }
+    }
+  }
+
+  template <int NV>
+  static void gate_up_narrow(int nv, const char *const *rows, size_t nu, const uint32_t *xp, int valid, int act,
+                             uint32_t *h, size_t h_stride) {
+    if constexpr (NV > 0) {
+      if (nv == NV)
+        gate_up_tile<NV>(rows, nu, xp, valid, act, h, h_stride);
+      else
+        gate_up_narrow<NV - 1>(nv, rows, nu, xp, valid, act, h, h_stride);
+    }
+  }
+
+  // ---- second half: y = init + h @ down_t -----------------------------------------------------------------------
+
+  static constexpr size_t kLine = kTile * S::kDownBytes;  // one neuron's part of a column tile
+  static size_t panel_bytes(const Job &j) { return round_up((j.f_chunk + 2) * kLine * j.c_tiles, 64); }
+  static size_t down_bytes(const Job &j) {
+    const size_t y = (size_t)j.group_tokens * j.c_tiles * kTile * 4;
+    return panel_bytes(j) + round_up(y, 64) + round_up((j.f_chunk + 4) * sizeof(uint32_t), 64) + round_up(j.f_chunk, 64);
+  }
+
+  // y[r][0..kTile) += sum over units of h[unit][r] * panel rows at[unit]; the sums stay in registers.
+  template <int NR>
+  static void down_tile(const uint32_t *at, int n_units, const char *panel, const uint32_t *h, size_t h_stride, float *y) {
+    Vec acc[NR][C];
+    for (int r = 0; r < NR; r++)
+      for (int c = 0; c < C; c++) acc[r][c] = S::load(y + r * kTile + c * L);
+    for (int i = 0; i < n_units; i++) {
+      typename S::Unit d[C];
+      S::load_down(panel + at[i * P], panel + at[i * P + P - 1], d);
+#pragma GCC unroll 16
+      for (int r = 0; r < NR; r++) {
+        const auto hb = S::broadcast(h + r);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) acc[r][c] = S::dot(acc[r][c], d[c], hb);
+      }
+      h += h_stride;
+    }
+    for (int r = 0; r < NR; r++)
+      for (int c = 0; c < C; c++) S::store(y + r * kTile + c * L, acc[r][c]);
+  }
+
+  template <int NR>
+  static void down_tiles(int nr, const uint32_t *at, int n_units, const char *panel, const uint32_t *h, size_t h_stride,
+                         float *y) {
+    if constexpr (NR > 0) {
+      if (nr == NR)
+        down_tile<NR>(at, n_units, panel, h, h_stride, y);
+      else
+        down_tiles<NR - 1>(nr, at, n_units, panel, h, h_stride, y);
+    }
+  }
+
+  // Columns [c0, c0 + columns) of one neuron into its line of every tile of the panel.
+  static void pack_down(const Job &j, int32_t f, int c0, int columns, char *panel, size_t slot) {
+    const char *from = j.down_t + f * j.down_stride + (size_t)c0 * S::kInBytes;
+    const size_t tile_bytes = (j.f_chunk + 2) * kLine;
+    for (int c = 0; c < columns; c += kTile) {
+      S::pack_down(from + (size_t)c * S::kInBytes, smaller(kTile, columns - c), panel + slot * kLine);
+      panel += tile_bytes;
+    }
+  }
+
+  static void down(const Job &j, int task, char *scratch) {
+    const int cc = task / j.n_groups, group = task % j.n_groups;
+    const int n0 = (int64_t)j.n_blocks * group / j.n_groups, n1 = (int64_t)j.n_blocks * (group + 1) / j.n_groups;
+    if (n0 == n1) return;
+    const int c0 = cc * j.c_tiles * kTile, columns = smaller(j.c_tiles * kTile, j.hidden - c0);
+    const int tiles = (columns + kTile - 1) / kTile;
+    const size_t tile_bytes = (j.f_chunk + 2) * kLine;
+    const int32_t zero_slot = j.f_chunk, side_slot = j.f_chunk + 1;
+    char *panel = scratch;
+    float *y = (float *)(scratch + panel_bytes(j));
+    uint32_t *at = (uint32_t *)((char *)y + round_up((size_t)j.group_tokens * j.c_tiles * kTile * 4, 64));
+    char *packed = (char *)at + round_up((j.f_chunk + 4) * sizeof(uint32_t), 64);
+    const int64_t first = j.blocks[n0].row0;
+    const int group_tokens = (int)(j.blocks[n1 - 1].row0 + j.blocks[n1 - 1].tokens - first);
+
+    for (int c = 0; c < tiles; c++) memset(panel + c * tile_bytes + zero_slot * kLine, 0, kLine);
+    for (int c = 0; c < tiles; c++)  // y: [tile][token][column]
+      for (int t = 0; t < group_tokens; t++) {
+        float *row = y + ((size_t)c * group_tokens + t) * kTile;
+        const int n = smaller(kTile, columns - c * kTile);
+        if (j.init)
+          S::unpack(j.init + (first + t) * j.init_stride + (size_t)(c0 + c * kTile) * S::kInBytes, n, row);
+        else
+          memset(row, 0, n * 4);
+        if (n < kTile) memset(row + n, 0, (kTile - n) * 4);
+      }
+
+    for (int fc = 0; fc < j.n_f_chunks; fc++) {
+      const int32_t f0 = fc * j.f_chunk, f1 = smaller(f0 + j.f_chunk, j.neurons);
+      memset(packed, 0, j.f_chunk);
+      for (int n = n0; n < n1; n++) {
+        const Block &b = j.blocks[n];
+        const int from = lower_bound(b.ids, b.k, f0) / P * P;
+        int to = lower_bound(b.ids, b.k, f1);
+        if (to < b.k) to = to / P * P;
+        if (from == to) continue;
+        int m = 0;
+        for (int i = from; i < to; i++) {
+          const int32_t f = b.ids[i];
+          if (f < f0) {
+            pack_down(j, f, c0, columns, panel, side_slot);
+            at[m++] = side_slot * kLine;
+            continue;
+          }
+          if (!packed[f - f0]) {
+            packed[f - f0] = 1;
+            pack_down(j, f, c0, columns, panel, f - f0);
+          }
+          at[m++] = (f - f0) * kLine;
+        }
+        if (m % P) at[m++] = zero_slot * kLine;  // the partner of an odd last neuron
+        const uint32_t *h = j.h + b.h_at + (size_t)(from / P) * b.padded;
+        const int parts = (b.tokens + R - 1) / R;
+        for (int c = 0; c < tiles; c++) {
+          float *yc = y + ((size_t)c * group_tokens + (b.row0 - first)) * kTile;
+          for (int s = 0; s < parts; s++) {  // equal parts of at most R tokens
+            const int t0 = b.tokens * s / parts, t1 = b.tokens * (s + 1) / parts;
+            down_tiles<R>(t1 - t0, at, m / P, panel + c * tile_bytes, h + t0, b.padded, yc + (size_t)t0 * kTile);
+          }
+        }
+      }
+    }
+
+    for (int t = 0; t < group_tokens; t++)
+      for (int c = 0; c < tiles; c++)
+        S::pack_out(y + ((size_t)c * group_tokens + t) * kTile, smaller(kTile, columns - c * kTile),
+                    j.out + (first + t) * j.out_stride + (size_t)(c0 + c * kTile) * S::kInBytes);
+  }
+
+  static constexpr Loops loops() {
+    return Loops{{L, P, kTile, S::kDownBytes}, gate_up_bytes, down_bytes, pack_x, gate_up, down};
+  }
+};
+
+}  // namespace
+}  // namespace fastfill
