@@ -9,6 +9,10 @@
 #include <thread>
 #include <vector>
 
+#if !defined(_WIN32)
+#include <sys/mman.h>
+#endif
+
 #include "job.h"
 
 namespace fastfill {
@@ -86,31 +90,55 @@ void parallel(int threads, int tasks, char *scratch, size_t scratch_bytes, void 
 class Scratch {
  public:
   explicit Scratch(size_t bytes) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (size_t i = 0; i < free_.size(); i++)
-      if (!best_.data || free_[i].bytes > best_.bytes) best_ = free_[i], at_ = i;
-    if (best_.data) free_.erase(free_.begin() + at_);
-    if (best_.bytes < bytes) {
-      std::free(best_.data);
-      bytes += bytes / 8;
-      best_ = {std::malloc(bytes + 64), bytes};
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (size_t i = 0; i < free_.size(); i++)
+        if (!mine_.data || free_[i].bytes > free_[at_].bytes) mine_ = free_[i], at_ = i;
+      if (mine_.data) free_.erase(free_.begin() + at_);
     }
+    if (mine_.bytes >= bytes) return;
+    release(mine_.data);
+    const size_t rounded = (bytes + bytes / 8 + kHuge - 1) / kHuge * kHuge;
+    mine_ = {allocate(rounded), rounded};
   }
   ~Scratch() {
-    if (!best_.data) return;
+    if (!mine_.data) return;
     std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(best_);
+    free_.push_back(mine_);
   }
   Scratch(const Scratch &) = delete;
-  char *data() const { return reinterpret_cast<char *>((reinterpret_cast<uintptr_t>(best_.data) + 63) / 64 * 64); }
-  bool ok() const { return best_.data != nullptr; }
+  char *data() const { return static_cast<char *>(mine_.data); }
+  bool ok() const { return mine_.data != nullptr; }
 
  private:
+  static constexpr size_t kHuge = 2 << 20;
   struct Buffer {
     void *data = nullptr;
     size_t bytes = 0;
   };
-  Buffer best_;
+
+  // Huge pages where the system grants them on request.
+  static void *allocate(size_t bytes) {
+#if defined(_WIN32)
+    return _aligned_malloc(bytes, 64);
+#else
+    void *p = nullptr;
+    if (posix_memalign(&p, kHuge, bytes)) return nullptr;
+#if defined(MADV_HUGEPAGE)
+    madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return p;
+#endif
+  }
+  static void release(void *p) {
+#if defined(_WIN32)
+    _aligned_free(p);
+#else
+    std::free(p);
+#endif
+  }
+
+  Buffer mine_;
   size_t at_ = 0;
   static std::mutex mutex_;
   static std::vector<Buffer> free_;  // as many as calls have run at once
@@ -151,7 +179,7 @@ void plan(Job &j, const Sizes &s, int threads) {
   j.chunk = ceil_div(j.neurons, j.n_chunks);
   // Second half: a panel of f_chunk neurons by c_tiles column tiles. Half of one tile's lines should fit L1.
   const int line = s.tile_columns * s.element;
-  j.n_f_chunks = ceil_div((int64_t)j.neurons * line, 64 * 1024);
+  j.n_f_chunks = ceil_div((int64_t)j.neurons * line, 32 * 1024);
   j.f_chunk = ceil_div(j.neurons, j.n_f_chunks);
   const int tiles = ceil_div(j.hidden, s.tile_columns);
   int c_tiles = kL2Bytes / (j.f_chunk * line);
