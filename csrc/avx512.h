@@ -14,6 +14,7 @@ struct Avx512 {
   static Vec load(const float *p) { return _mm512_loadu_ps(p); }
   static void store(float *p, Vec v) { _mm512_storeu_ps(p, v); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 
   // exp with relative error below 2^-22; the clamps keep NaN (second operand) and still reach 0 and inf.
   static Vec exp(Vec z) {

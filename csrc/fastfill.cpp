@@ -255,6 +255,7 @@ int32_t run(fastfill_call *call) {
   j.init = static_cast<const char *>(call->init), j.init_stride = call->init_stride * element;
   j.out = static_cast<char *>(call->out), j.out_stride = call->out_stride * element;
   j.hidden = (int32_t)call->hidden, j.neurons = (int32_t)call->neurons, j.activation = call->activation;
+  j.threads = threads;
   plan(j, s, threads);
 
   for (size_t begin = 0; begin < blocks.size();) {

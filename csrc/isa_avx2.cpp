@@ -17,6 +17,7 @@ struct Avx2 : Store {
   static Vec load(const float *p) { return _mm256_loadu_ps(p); }
   static void store(float *p, Vec v) { _mm256_storeu_ps(p, v); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Unit load_unit(const uint32_t *p) { return _mm256_loadu_ps((const float *)p); }
   static Vec broadcast(const void *p) {
     float f;

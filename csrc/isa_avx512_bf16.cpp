@@ -10,6 +10,7 @@ struct Avx512Bf16 : Avx512 {
   using Unit = __m512bh;
   static constexpr int V = 2, NN = 6, P = 2, R = 12, C = 2;
   static constexpr int kInBytes = 2, kDownBytes = 2;
+  static constexpr bool kInPlace = true;
 
   static Unit load_unit(const uint32_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
   static Unit broadcast(const void *p) {

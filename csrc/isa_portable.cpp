@@ -35,6 +35,10 @@ struct Portable : Store {
     for (int i = 0; i < 4; i++) a.f[i] *= b.f[i];
     return a;
   }
+  static Vec add(Vec a, Vec b) {
+    for (int i = 0; i < 4; i++) a.f[i] += b.f[i];
+    return a;
+  }
   static Vec dot(Vec acc, Unit a, Vec b) {
     for (int i = 0; i < 4; i++) acc.f[i] += a.f[i] * b.f[i];
     return acc;

@@ -18,7 +18,7 @@ struct Job {
   const char *x, *gate, *up, *down_t, *init;
   char *out;
   int64_t x_stride, gate_stride, up_stride, down_stride, init_stride, out_stride;  // bytes
-  int32_t hidden, neurons, activation;
+  int32_t hidden, neurons, activation, threads;
   int32_t n_blocks;
   const Block *blocks;
   uint32_t *xp;  // packed x of all blocks

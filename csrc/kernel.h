@@ -1,6 +1,5 @@
 // The loops, written once over a scheme S (vector type, element types); each isa_*.cpp includes this with its own S.
 #pragma once
-#include <cmath>
 #include <cstring>
 
 #include "fastfill.h"
@@ -27,11 +26,37 @@ inline int lower_bound(const int32_t *ids, int k, int32_t f) {
   return lo;
 }
 
+inline void prefetch(const char *p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
+
+// Asks for rows that come next, a few cache lines at a time, while others are worked on.
+struct Ahead {
+  const char *row;
+  int64_t stride;
+  int rows;
+  int64_t bytes;  // of each row
+  int64_t at = 0;
+
+  void advance(int lines) {
+    for (; lines > 0 && rows > 0; lines--) {
+      prefetch(row + at);
+      at += 64;
+      if (at >= bytes) at = 0, row += stride, rows--;
+    }
+  }
+};
+
 template <class S>
 struct Ffn {
   using Vec = typename S::Vec;
   static constexpr int L = S::L, V = S::V, NN = S::NN, P = S::P, R = S::R, C = S::C;
   static constexpr int kTile = C * L;  // columns of a tile of the second half
+  static constexpr int kAheadBlocks = 4;  // with fewer blocks most rows of the next chunk may not be wanted
   static_assert(NN % P == 0, "a tile of neurons holds whole units");
 
   // ---- first half: h = act(x @ gate.T) * (x @ up.T) -------------------------------------------------------------
@@ -39,7 +64,12 @@ struct Ffn {
   static size_t units(const Job &j) { return (j.hidden + P - 1) / P; }
   // One packed neuron: its gate row, then its up row; 64 bytes more so that rows do not share cache sets.
   static size_t neuron_bytes(const Job &j) { return round_up(units(j) * 8, 64) + 64; }
-  static size_t gate_up_bytes(const Job &j) { return (j.chunk + NN) * neuron_bytes(j) + round_up(j.chunk, 64); }
+  // Rows are read where they lie if they are in the form that is multiplied: no widening, no half unit at the end.
+  // And if they do not all start in the same few cache sets, as rows of 4 KB do.
+  static bool in_place(const Job &j) {
+    return S::kInPlace && j.hidden % P == 0 && j.gate_stride == j.up_stride && j.gate_stride % 1024 != 0;
+  }
+  static size_t gate_up_bytes(const Job &j) { return in_place(j) ? 0 : (j.chunk + NN) * neuron_bytes(j) + round_up(j.chunk, 64); }
 
   // Units of H times vectors of L tokens: [strip][unit][v][lane], absent tokens zero.
   static void pack_x(const Job &j, int n) {
@@ -60,24 +90,23 @@ struct Ffn {
   }
 
   template <int NV>
-  static void gate_up_tile(const char *const *rows, size_t nu, const uint32_t *xp, int valid, int act, uint32_t *h,
-                           size_t h_stride) {
+  static void gate_up_tile(const char *const *rows, uintptr_t up, size_t nu, const uint32_t *xp, int valid, int act,
+                           uint32_t *h, size_t h_stride) {
     Vec g[NN][NV], u[NN][NV];
     for (int r = 0; r < NN; r++)
       for (int v = 0; v < NV; v++) g[r][v] = u[r][v] = S::zero();
-    const char *p[NN];
-    for (int r = 0; r < NN; r++) p[r] = rows[r];
-    const size_t up = nu * 4;
-    for (size_t i = 0; i < up; i += 4) {
+    uintptr_t p[NN];
+    for (int r = 0; r < NN; r++) p[r] = (uintptr_t)rows[r];
+    for (uintptr_t i = 0; i < nu * 4; i += 4) {
       typename S::Unit x[NV];
       for (int v = 0; v < NV; v++) x[v] = S::load_unit(xp + v * L);
       xp += NV * L;
 #pragma GCC unroll 16
       for (int r = 0; r < NN; r++) {
-        const auto wg = S::broadcast(p[r] + i);
+        const auto wg = S::broadcast((const char *)(p[r] + i));
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) g[r][v] = S::dot(g[r][v], x[v], wg);
-        const auto wu = S::broadcast(p[r] + i + up);
+        const auto wu = S::broadcast((const char *)(p[r] + i + up));
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) u[r][v] = S::dot(u[r][v], x[v], wu);
       }
@@ -99,9 +128,25 @@ struct Ffn {
     const int32_t f0 = chunk * j.chunk, f1 = smaller(f0 + j.chunk, j.neurons);
     const int n0 = (int64_t)j.n_blocks * group / j.n_groups, n1 = (int64_t)j.n_blocks * (group + 1) / j.n_groups;
     const size_t nu = units(j), stride = neuron_bytes(j);
-    char *side = scratch + j.chunk * stride;   // neurons of the block that lie before this chunk
-    char *packed = side + NN * stride;         // which neurons of the chunk are packed already
-    memset(packed, 0, j.chunk);
+    const bool direct = in_place(j);
+    const uintptr_t up = direct ? (uintptr_t)j.up - (uintptr_t)j.gate : nu * 4;  // from a gate row to its up row
+    char *side = scratch + j.chunk * stride;  // neurons of the block that lie before this chunk
+    char *packed = side + NN * stride;        // which neurons of the chunk are packed already
+    if (!direct) memset(packed, 0, j.chunk);
+
+    // The next chunk of this thread, most likely, comes from memory while this one is multiplied.
+    const int32_t next0 = smaller((task + j.threads) / j.n_groups * j.chunk, j.neurons);
+    const int next_rows = n1 - n0 >= kAheadBlocks ? smaller(j.chunk, j.neurons - next0) : 0;
+    const int64_t row_bytes = (int64_t)j.hidden * S::kInBytes;
+    Ahead next_gate{j.gate + next0 * j.gate_stride, j.gate_stride, next_rows, row_bytes};
+    Ahead next_up{j.up + next0 * j.up_stride, j.up_stride, next_rows, row_bytes};
+    double tiles = 1;
+    for (int n = n0; n < n1; n++) {
+      const Block &b = j.blocks[n];
+      tiles += (double)b.k * (f1 - f0) / j.neurons / NN * ((b.padded + V * L - 1) / (V * L));
+    }
+    const int lines = (int)(next_rows * (row_bytes + 63) / 64 / tiles) + 1;
+
     for (int n = n0; n < n1; n++) {
       const Block &b = j.blocks[n];
       // Whole tiles of NN neurons only (but at the end): what is left over is done with the next chunk.
@@ -109,7 +154,7 @@ struct Ffn {
       int to = lower_bound(b.ids, b.k, f1);
       if (to < b.k) to = to / NN * NN;
       const uint32_t *xp = j.xp + b.x_at;
-      for (int i = from; i < to; i++) {
+      for (int i = from; i < to && !direct; i++) {
         const int32_t f = b.ids[i];
         if (f < f0) {
           pack_neuron(j, f, side + (i - from) * stride);
@@ -126,13 +171,16 @@ struct Ffn {
           for (int r = 0; r < NN; r++) {
             const int at = i + smaller(r, valid - 1);
             const int32_t f = b.ids[at];
-            rows[r] = f < f0 ? side + (at - from) * stride : scratch + (f - f0) * stride;
+            rows[r] = direct ? j.gate + f * j.gate_stride
+                             : f < f0 ? side + (at - from) * stride : scratch + (f - f0) * stride;
           }
+          next_gate.advance(lines);
+          next_up.advance(lines);
           uint32_t *h = j.h + b.h_at + (size_t)(i / P) * b.padded + t0;
           if (width == V * L)
-            gate_up_tile<V>(rows, nu, xp, valid, j.activation, h, b.padded);
+            gate_up_tile<V>(rows, up, nu, xp, valid, j.activation, h, b.padded);
           else
-            gate_up_narrow<V - 1>(width / L, rows, nu, xp, valid, j.activation, h, b.padded);
+            gate_up_narrow<V - 1>(width / L, rows, up, nu, xp, valid, j.activation, h, b.padded);
         }
         xp += nu * width;
       }
@@ -140,13 +188,13 @@ struct Ffn {
   }
 
   template <int NV>
-  static void gate_up_narrow(int nv, const char *const *rows, size_t nu, const uint32_t *xp, int valid, int act,
-                             uint32_t *h, size_t h_stride) {
+  static void gate_up_narrow(int nv, const char *const *rows, uintptr_t up, size_t nu, const uint32_t *xp, int valid,
+                             int act, uint32_t *h, size_t h_stride) {
     if constexpr (NV > 0) {
       if (nv == NV)
-        gate_up_tile<NV>(rows, nu, xp, valid, act, h, h_stride);
+        gate_up_tile<NV>(rows, up, nu, xp, valid, act, h, h_stride);
       else
-        gate_up_narrow<NV - 1>(nv, rows, nu, xp, valid, act, h, h_stride);
+        gate_up_narrow<NV - 1>(nv, rows, up, nu, xp, valid, act, h, h_stride);
     }
   }
 
@@ -159,12 +207,16 @@ struct Ffn {
     return panel_bytes(j) + round_up(y, 64) + round_up((j.f_chunk + 4) * sizeof(uint32_t), 64) + round_up(j.f_chunk, 64);
   }
 
-  // y[r][0..kTile) += sum over units of h[unit][r] * panel rows at[unit]; the sums stay in registers.
+  // y[r][0..kTile) += sum over units of h[unit][r] * panel rows at[unit]. The sums start from zero in registers and meet
+  // y at the end, so that y has the time of the whole tile to arrive from L3.
   template <int NR>
   static void down_tile(const uint32_t *at, int n_units, const char *panel, const uint32_t *h, size_t h_stride, float *y) {
     Vec acc[NR][C];
+#pragma GCC unroll 16
     for (int r = 0; r < NR; r++)
-      for (int c = 0; c < C; c++) acc[r][c] = S::load(y + r * kTile + c * L);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) acc[r][c] = S::zero();
+    for (int r = 0; r < NR * C; r++) prefetch((const char *)(y + r * L));
     for (int i = 0; i < n_units; i++) {
       typename S::Unit d[C];
       S::load_down(panel + at[i * P], panel + at[i * P + P - 1], d);
@@ -176,8 +228,13 @@ struct Ffn {
       }
       h += h_stride;
     }
+#pragma GCC unroll 16
     for (int r = 0; r < NR; r++)
-      for (int c = 0; c < C; c++) S::store(y + r * kTile + c * L, acc[r][c]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) {
+        float *to = y + r * kTile + c * L;
+        S::store(to, S::add(S::load(to), acc[r][c]));
+      }
   }
 
   template <int NR>
@@ -230,27 +287,36 @@ struct Ffn {
 
     for (int fc = 0; fc < j.n_f_chunks; fc++) {
       const int32_t f0 = fc * j.f_chunk, f1 = smaller(f0 + j.f_chunk, j.neurons);
+      int missing = f1 - f0;  // neurons of the chunk that are not in the panel yet
       memset(packed, 0, j.f_chunk);
+
+      const bool last = fc + 1 == j.n_f_chunks;  // then the next task begins, with the first chunk of other columns
+      const int32_t next0 = last ? 0 : f1;
+      const int next_c0 = last ? (task + j.threads) / j.n_groups * j.c_tiles * kTile : c0;
+      const int next_rows = n1 - n0 >= kAheadBlocks && next_c0 < j.hidden ? smaller(j.f_chunk, j.neurons - next0) : 0;
+      const int64_t row_bytes = (int64_t)smaller(j.c_tiles * kTile, j.hidden - next_c0) * S::kInBytes;
+      Ahead next{j.down_t + next0 * j.down_stride + (int64_t)next_c0 * S::kInBytes, j.down_stride, next_rows, row_bytes};
+      const int lines = (int)(next_rows * (row_bytes + 63) / 64 / (tiles * (group_tokens / R + n1 - n0))) + 1;
+
       for (int n = n0; n < n1; n++) {
         const Block &b = j.blocks[n];
         const int from = lower_bound(b.ids, b.k, f0) / P * P;
         int to = lower_bound(b.ids, b.k, f1);
         if (to < b.k) to = to / P * P;
         if (from == to) continue;
-        int m = 0;
-        for (int i = from; i < to; i++) {
-          const int32_t f = b.ids[i];
-          if (f < f0) {
-            pack_down(j, f, c0, columns, panel, side_slot);
-            at[m++] = side_slot * kLine;
-            continue;
-          }
-          if (!packed[f - f0]) {
-            packed[f - f0] = 1;
-            pack_down(j, f, c0, columns, panel, f - f0);
-          }
-          at[m++] = (f - f0) * kLine;
+        int m = 0, i = from;
+        for (; i < to && b.ids[i] < f0; i++) {  // at most P - 1
+          pack_down(j, b.ids[i], c0, columns, panel, side_slot);
+          at[m++] = side_slot * kLine;
         }
+        for (int k = i; k < to && missing; k++) {
+          const int32_t slot = b.ids[k] - f0;
+          if (packed[slot]) continue;
+          packed[slot] = 1;
+          missing--;
+          pack_down(j, b.ids[k], c0, columns, panel, slot);
+        }
+        for (; i < to; i++) at[m++] = (b.ids[i] - f0) * kLine;
         if (m % P) at[m++] = zero_slot * kLine;  // the partner of an odd last neuron
         const uint32_t *h = j.h + b.h_at + (size_t)(from / P) * b.padded;
         const int parts = (b.tokens + R - 1) / R;
@@ -258,6 +324,7 @@ struct Ffn {
           float *yc = y + ((size_t)c * group_tokens + (b.row0 - first)) * kTile;
           for (int s = 0; s < parts; s++) {  // equal parts of at most R tokens
             const int t0 = b.tokens * s / parts, t1 = b.tokens * (s + 1) / parts;
+            next.advance(lines);
             down_tiles<R>(t1 - t0, at, m / P, panel + c * tile_bytes, h + t0, b.padded, yc + (size_t)t0 * kTile);
           }
         }

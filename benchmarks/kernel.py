@@ -1,0 +1,160 @@
+"""Speed of the sparse FFN kernel against the dense FFN: the machine's GEMM ceiling first, then a table.
+
+    python benchmarks/kernel.py [--quick] [--out FILE]
+
+Dense is what torch runs (three F.linear, the activation, the product); "packed" the same with weights packed ahead by
+oneDNN. Every call takes the next layer of a rotation larger than the caches, so weights come from memory; all variants
+of a shape are timed in alternation, and each number is a median. "of GEMM" is the rate on the FLOPs that remain
+against the ceiling. One JSON line per row goes to --out.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastfill import kernels
+from fastfill.kernels import cpu
+
+SHAPES = ((576, 1536), (896, 4864), (2048, 8192), (4096, 14336))
+ROTATION_BYTES = 400e6  # of weights, well above any L3 here
+
+
+@dataclass
+class Layer:
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    down_t: Tensor
+    packed: list[Tensor]
+
+
+def make_layers(hidden: int, neurons: int, dtype: torch.dtype, tokens: int, packed: bool) -> list[Layer]:
+    size = 3 * hidden * neurons * dtype.itemsize
+    layers = []
+    for _ in range(max(2, min(64, round(ROTATION_BYTES / size)))):
+        gate, up = (torch.randn(neurons, hidden).mul_(hidden**-0.5).to(dtype) for _ in range(2))
+        down = torch.randn(hidden, neurons).mul_(neurons**-0.5).to(dtype)
+        weights = [
+            torch.ops.mkldnn._reorder_linear_weight(w, tokens) for w in (gate, up, down) if packed
+        ]
+        layers.append(Layer(gate, up, down, down.t().contiguous(), weights))
+    return layers
+
+
+def dense(x: Tensor, w: Layer) -> Tensor:
+    return F.linear(F.silu(F.linear(x, w.gate)) * F.linear(x, w.up), w.down)
+
+
+def dense_packed(x: Tensor, w: Layer) -> Tensor:
+    linear = torch.ops.mkldnn._linear_pointwise
+    gate, up, down = w.packed
+    return linear(F.silu(linear(x, gate, None, "none", [], "")) * linear(x, up, None, "none", [], ""), down, None, "none", [], "")
+
+
+def random_ids(n: int, neurons: int, sparsity: float) -> Tensor:
+    kept = round((1 - sparsity) * neurons)
+    return torch.stack([torch.randperm(neurons)[:kept].sort().values for _ in range(n)])
+
+
+def alternate(calls: list[Callable[[Layer], Tensor]], layers: list[Layer], rounds: int) -> list[float]:
+    """Median seconds of each call; every call of the whole run takes the next layer."""
+    times: list[list[float]] = [[] for _ in calls]
+    at = 0
+    for r in range(rounds + 1):
+        for call, seen in zip(calls, times, strict=True):
+            layer = layers[at % len(layers)]
+            at += 1
+            start = time.perf_counter()
+            call(layer)
+            if r:  # the first round warms up
+                seen.append(time.perf_counter() - start)
+    return [statistics.median(t) for t in times]
+
+
+def gemm_rate(dtype: torch.dtype, quick: bool) -> float:
+    """FLOP/s of a large torch GEMM, weights packed ahead: the ceiling."""
+    m, n = 1024, 4096
+    x, w = torch.randn(m, n).to(dtype), torch.randn(n, n).to(dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(w, m)
+    times = []
+    for _ in range(8 if quick else 25):
+        for call in (
+            lambda: F.linear(x, w),
+            lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+        ):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return 2 * m * n * n / statistics.median(sorted(times)[: len(times) // 2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two shapes, fewer rounds: about half a minute")
+    parser.add_argument("--out", type=Path, help="append one JSON line per row to this file")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument("--shape", nargs="*", help="such as 576x1536")
+    parser.add_argument("--block", type=int, nargs="*", default=[16, 32, 128])
+    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.0, 0.5, 0.7])
+    parser.add_argument("--rounds", type=int, help="timed rounds per shape")
+    parser.add_argument("--kernel", choices=kernels.KERNELS, default=kernels.choose())
+    args = parser.parse_args()
+    shapes = [tuple(map(int, s.split("x"))) for s in args.shape or ()] or (SHAPES[:2] if args.quick else SHAPES)
+    tokens = args.tokens
+    torch.manual_seed(0)
+
+    print(kernels.describe())
+    ceiling = {}
+    for name in args.dtype:
+        ceiling[name] = gemm_rate(getattr(torch, name), args.quick)
+        print(f"GEMM ceiling, {name}, {torch.get_num_threads()} threads: {ceiling[name] / 1e9:.0f} GFLOP/s")
+    print(f"T = {tokens}; times in ms; speed-up against dense as torch runs it, and against packed weights\n")
+    print(f"{'dtype':8} {'H x F':>10} {'B':>4} {'skip':>5} {'dense':>7} {'packed':>7} {'sparse':>7} "
+          f"{'speedup':>7} {'vs pack':>7} {'of GEMM':>7}")  # fmt: skip
+    for name in args.dtype:
+        dtype = getattr(torch, name)
+        for hidden, neurons in shapes:
+            layers = make_layers(hidden, neurons, dtype, tokens, True)
+            x = torch.randn(tokens, hidden).to(dtype)
+            cases = [(b, s) for b in args.block for s in args.sparsity if s > 0 or b == max(args.block)]
+            calls: list[Callable[[Layer], Tensor]] = [lambda w, x=x: dense(x, w), lambda w, x=x: dense_packed(x, w)]
+            for block, sparsity in cases:
+                ids = random_ids(tokens // block, neurons, sparsity)
+                calls.append(
+                    lambda w, x=x, ids=ids: kernels.sparse_ffn(x, w.gate, w.up, w.down_t, ids, kernel=args.kernel)
+                )
+            flops = 6 * tokens * hidden * neurons
+            estimate = flops / ceiling[name] * len(calls)
+            rounds = args.rounds or max(5, min(60, int((4 if args.quick else 14) / estimate)))
+            dense_s, packed_s, *sparse = alternate(calls, layers, rounds)
+            for (block, sparsity), sparse_s in zip(cases, sparse, strict=True):
+                kept = round((1 - sparsity) * neurons) / neurons
+                rate = flops * kept / sparse_s
+                print(f"{name:8} {f'{hidden}x{neurons}':>10} {block:4} {sparsity:5.0%} {dense_s * 1e3:7.2f} "
+                      f"{packed_s * 1e3:7.2f} {sparse_s * 1e3:7.2f} {dense_s / sparse_s:6.2f}x "
+                      f"{packed_s / sparse_s:6.2f}x {rate / ceiling[name]:7.0%}", flush=True)  # fmt: skip
+                row = {
+                    "H": hidden, "F": neurons, "B": block, "T": tokens, "sparsity": sparsity, "dtype": name,
+                    "kernel": args.kernel, "isa": cpu.isa() if args.kernel == "native" else None,
+                    "threads": torch.get_num_threads(), "dense_s": dense_s, "packed_s": packed_s,
+                    "sparse_s": sparse_s, "speedup": dense_s / sparse_s, "speedup_packed": packed_s / sparse_s,
+                    "gflops": rate / 1e9, "gemm_gflops": ceiling[name] / 1e9, "rounds": rounds,
+                    "torch": torch.__version__,
+                }  # fmt: skip
+                if args.out:
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+            del layers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""The artifact: a folder with everything learned for one base model. Data, never code: config.json and weights.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fastfill import config as cfg
+from fastfill import families, schedule
+from fastfill.compensator import Compensator
+from fastfill.config import PrefillConfig
+from fastfill.errors import UserError
+from fastfill.predictor import LearnedPredictor
+
+KEYS = {"schema_version", "base_model", "prefill", "ranks", "layer_importance", "calibration", "quality"}
+BASE_KEYS = {"name", "model_type", "hidden_size", "intermediate_size", "layers", "fingerprint"}
+RANK_KEYS = {"predictor", "linear", "silu"}
+
+
+@dataclass
+class Artifact:
+    """What calibration learned.
+
+    base_model: name, model_type, sizes and fingerprint. ranks: inner widths of predictor and compensator.
+    layer_importance: L weights for `schedule.allocate`. tensors: see `shapes`. calibration: the record of how it was
+    made. quality: what was measured (may be empty).
+    """
+
+    base_model: dict[str, Any]
+    prefill: PrefillConfig
+    ranks: dict[str, int]
+    layer_importance: list[float]
+    tensors: dict[str, torch.Tensor]
+    calibration: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return self.base_model["layers"]
+
+    def kept(self, sparsity: float | None = None) -> list[int]:
+        """Neurons kept per layer at a sparsity (default: the artifact's own)."""
+        target = self.prefill.sparsity if sparsity is None else sparsity
+        return schedule.allocate(self.layer_importance, target, self.base_model["intermediate_size"])
+
+    def predictor(self, layer: int, like: torch.Tensor) -> LearnedPredictor:
+        return LearnedPredictor(*(self._weight(layer, f"predictor.{name}", like) for name in ("w_in", "w_out", "bias")))
+
+    def compensator(self, layer: int, like: torch.Tensor) -> Compensator | None:
+        if not self.ranks["linear"] + self.ranks["silu"]:
+            return None
+        w_in, w_out, bias = (self._weight(layer, f"compensator.{name}", like) for name in ("w_in", "w_out", "bias"))
+        return Compensator(w_in, w_out, bias, self.ranks["linear"])
+
+    def statistics(self, layer: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What baselines need of the calibration text: mean importance (F,) and input RMS (H,)."""
+        return {name: self._weight(layer, f"stats.{name}", like) for name in ("importance", "input_rms")}
+
+    def _weight(self, layer: int, name: str, like: torch.Tensor) -> torch.Tensor:
+        return self.tensors[f"layers.{layer}.{name}"].to(device=like.device, dtype=like.dtype)
+
+    def flops(self, sparsity: float | None = None) -> dict[str, float]:
+        """Multiply-adds per sparse token as shares of the dense FFN's: kept neurons, predictor, compensator, total."""
+        hidden, intermediate = self.base_model["hidden_size"], self.base_model["intermediate_size"]
+        dense = 3 * hidden * intermediate
+        shares = {
+            "ffn": sum(self.kept(sparsity)) / (self.layers * intermediate),
+            "predictor": self.ranks["predictor"] * (hidden + intermediate) / dense,
+            "compensator": 2 * hidden * (self.ranks["linear"] + self.ranks["silu"]) / dense,
+        }
+        return {**shares, "total": sum(shares.values())}
+
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def check_partner(self, anatomy: families.Anatomy) -> None:
+        """Raise UserError unless the model is the one this artifact was learned for."""
+        base = self.base_model
+        mine = (base["hidden_size"], base["intermediate_size"], base["layers"])
+        theirs = (anatomy.hidden, anatomy.intermediate, len(anatomy.ffns))
+        if mine != theirs or base["fingerprint"] != families.fingerprint(anatomy):
+            why = f"shapes {mine} against {theirs}" if mine != theirs else "same shapes, other weights"
+            raise UserError(
+                f"This artifact belongs to another model ({base['name']}; {why}); "
+                "load that model, or make an artifact for this one with `fastfill calibrate`."
+            )
+
+
+def shapes(base_model: dict[str, Any], ranks: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Every tensor's name and shape."""
+    hidden, intermediate = base_model["hidden_size"], base_model["intermediate_size"]
+    inner = ranks["linear"] + ranks["silu"]
+    one = {
+        "predictor.w_in": (ranks["predictor"], hidden),
+        "predictor.w_out": (intermediate, ranks["predictor"]),
+        "predictor.bias": (intermediate,),
+        "compensator.w_in": (inner, hidden),
+        "compensator.w_out": (hidden, inner),
+        "compensator.bias": (hidden,),
+        "stats.importance": (intermediate,),
+        "stats.input_rms": (hidden,),
+    }
+    return {f"layers.{i}.{name}": shape for i in range(base_model["layers"]) for name, shape in one.items()}
+
+
+def describe_model(anatomy: families.Anatomy, name: str) -> dict[str, Any]:
+    """The `base_model` part of config.json."""
+    return {
+        "name": name,
+        "model_type": anatomy.model_type,
+        "hidden_size": anatomy.hidden,
+        "intermediate_size": anatomy.intermediate,
+        "layers": len(anatomy.ffns),
+        "fingerprint": families.fingerprint(anatomy),
+    }
+
+
+def replace_folder(target: Path, files: dict[str, str | dict[str, torch.Tensor]]) -> None:
+    """Write a folder beside `target` and swap it in, so that a failure (a full disk) leaves the old one whole.
+
+    files: name -> text, or tensors for a safetensors file. Other files already in `target` are kept.
+    """
+    target = Path(os.path.abspath(target))
+    beside = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        beside.chmod(0o755)
+        if target.is_dir():
+            for old in target.iterdir():
+                if old.name not in files:
+                    (shutil.copytree if old.is_dir() else shutil.copy2)(old, beside / old.name)
+        for name, content in files.items():
+            if isinstance(content, str):
+                (beside / name).write_text(content)
+            else:
+                save_file({k: v.contiguous() for k, v in content.items()}, beside / name)
+        aside = None
+        if target.exists():
+            aside = beside.with_name(beside.name + "-old")
+            target.rename(aside)
+        try:
+            beside.rename(target)
+        except OSError:
+            if aside:
+                aside.rename(target)
+            raise
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{target} could not be written: {reason}. What was there before is untouched.") from error
+    finally:
+        if beside:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def save(artifact: Artifact, folder: str | Path, readme: str | None = None) -> None:
+    """Write the artifact folder. Raises UserError (and leaves what was there) if it cannot be written."""
+    document = {
+        "schema_version": cfg.SCHEMA_VERSION,
+        "base_model": artifact.base_model,
+        "prefill": cfg.to_dict(artifact.prefill),
+        "ranks": artifact.ranks,
+        "layer_importance": artifact.layer_importance,
+        "calibration": artifact.calibration,
+        "quality": artifact.quality,
+    }
+    files: dict[str, Any] = {
+        "config.json": json.dumps(document, indent=2) + "\n",
+        "weights.safetensors": artifact.tensors,
+    }
+    if readme is not None:
+        files["README.md"] = readme
+    replace_folder(Path(folder), files)
+
+
+def load(folder: str | Path) -> Artifact:
+    """Read and check an artifact folder.
+
+    Raises UserError with one sentence if it is missing, truncated, of a newer schema, or holds unknown keys, wrong shapes,
+    NaN or infinite weights.
+    """
+    folder = Path(folder)
+    config_file, weights_file = folder / "config.json", folder / "weights.safetensors"
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise UserError(f"{folder} is not an artifact: {file.name} is missing; make one with `fastfill calibrate`.")
+    try:
+        document = json.loads(config_file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{config_file} cannot be read as JSON ({error}); calibrate again or restore the file.") from error
+    artifact = _from_document(document, str(config_file))
+    try:
+        artifact.tensors = load_file(weights_file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{weights_file} is truncated or damaged ({error}); calibrate again or restore it.") from error
+    expected = shapes(artifact.base_model, artifact.ranks)
+    found = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
+    if found != expected:
+        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise UserError(f"{weights_file} does not fit its config.json: {odd[0]} ({len(odd)} tensors missing or misshapen).")
+    for name, tensor in artifact.tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{weights_file}: {name} holds NaN, infinite or non-float values; calibrate again.")
+    return artifact
+
+
+def _from_document(document: Any, where: str) -> Artifact:
+    if not isinstance(document, dict):
+        raise UserError(f"{where} must be a JSON object.")
+    version = document.get("schema_version")
+    if not isinstance(version, int):
+        raise UserError(f"{where} has no schema_version; it is not a fastfill artifact.")
+    if version > cfg.SCHEMA_VERSION:
+        raise UserError(
+            f"{where} has schema version {version}, this fastfill reads up to {cfg.SCHEMA_VERSION}; upgrade fastfill."
+        )
+    _same_keys(document, KEYS, where)
+    _same_keys(document["base_model"], BASE_KEYS, f"{where}: base_model")
+    _same_keys(document["ranks"], RANK_KEYS, f"{where}: ranks")
+    base, ranks = document["base_model"], document["ranks"]
+    for name in ("hidden_size", "intermediate_size", "layers"):
+        cfg.check_integer(f"{where}: base_model.{name}", base[name], 1)
+    for name in RANK_KEYS:
+        cfg.check_integer(f"{where}: ranks.{name}", ranks[name], 1 if name == "predictor" else 0)
+    weights = document["layer_importance"]
+    good = isinstance(weights, list) and all(isinstance(w, (int, float)) and 0 < w < float("inf") for w in weights)
+    if not good or len(weights) != base["layers"]:
+        raise UserError(f"{where}: layer_importance must hold {base['layers']} positive numbers.")
+    prefill = cfg.from_dict(PrefillConfig, document["prefill"], f"{where}: prefill")
+    return Artifact(base, prefill, ranks, weights, {}, document["calibration"], document["quality"])
+
+
+def _same_keys(values: Any, keys: set[str], where: str) -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"{where} must be a JSON object.")
+    unknown, missing = sorted(set(values) - keys), sorted(keys - set(values))
+    if unknown:
+        raise UserError(f"{where} has unknown key(s) {', '.join(unknown)}; this version knows {', '.join(sorted(keys))}.")
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}; calibrate again or restore the file.")
+
+
+def readme(artifact: Artifact) -> str:
+    """The artifact's own page: what it is for, how it was made, what it scores."""
+    base, prefill, record, quality = artifact.base_model, artifact.prefill, artifact.calibration, artifact.quality
+    shares = artifact.flops()
+    lines = [
+        f"# fastfill artifact for {base['name']}",
+        "",
+        f"Sparse prefill for this model at {prefill.sparsity:.0%} FFN sparsity in blocks of {prefill.block_size} tokens: "
+        f"{shares['total']:.1%} of the dense FFN's multiply-adds per sparse token "
+        f"(predictor {shares['predictor']:.1%}, compensator {shares['compensator']:.1%}).",
+        "",
+        "```python",
+        "with fastfill.attach(model, ARTIFACT_FOLDER):",
+        "    model.generate(...)",
+        "```",
+        "",
+        "## How it was made",
+        "",
+        f"{record.get('sequences', 0)} sequences of text from {', '.join(record.get('documents', [])) or 'unknown sources'}; "
+        f"{record.get('tokens_distilled', 0)} tokens of end-to-end distillation; {record.get('seconds', 0):.0f} s. "
+        "Settings, documents and machine are in `config.json` under `calibration`.",
+        "",
+        "## What it scores",
+        "",
+    ]
+    if quality:
+        lines += ["| measure | value |", "|---|---|"]
+        lines += [f"| {key} | {value} |" for key, value in quality.items() if not isinstance(value, (dict, list))]
+    else:
+        lines.append("Not measured yet: `fastfill evaluate MODEL --artifact DIR --data HELD_OUT --record`.")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,111 @@
+"""Tokens <-> blocks: which rows of one call are computed sparsely. Pure functions of shapes, lengths and offsets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class Span:
+    """The sparse rows of one sequence in a call, a whole number of blocks.
+
+    start, stop: rows in the flattened (batch * T) call. first: row of the sequence's first token, or None if that token
+    was in an earlier call.
+    """
+
+    start: int
+    stop: int
+    first: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows of a flattened (batch * T, H) call are sparse; all others are dense.
+
+    T tokens, N blocks, B block size, H hidden size. valid: rows that are tokens and not padding.
+    """
+
+    batch: int
+    tokens: int
+    valid: int
+    block_size: int
+    spans: tuple[Span, ...]
+
+    @property
+    def sparse_tokens(self) -> int:
+        return sum(span.stop - span.start for span in self.spans)
+
+    @property
+    def blocks(self) -> int:
+        """N: number of sparse blocks in the call."""
+        return self.sparse_tokens // self.block_size
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch * T, H) -> (N * B, H): the sparse rows, block after block. A view when there is one span."""
+        parts = [x[span.start : span.stop] for span in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def join(self, sparse: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        """Put (N * B, H) sparse rows and the dense rows back in order -> (batch * T, H)."""
+        out = sparse.new_empty(self.batch * self.tokens, sparse.shape[1])
+        taken = 0
+        for span in self.spans:
+            out[span.start : span.stop] = sparse[taken : taken + span.stop - span.start]
+            taken += span.stop - span.start
+        taken = 0
+        for start, stop in self.dense_ranges:
+            out[start:stop] = dense[taken : taken + stop - start]
+            taken += stop - start
+        return out
+
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch * T, H) -> the rows that stay dense (padding included), in order."""
+        return torch.cat([x[start:stop] for start, stop in self.dense_ranges] or [x[:0]])
+
+    @cached_property
+    def dense_ranges(self) -> tuple[tuple[int, int], ...]:
+        edges = [0, *(edge for span in self.spans for edge in (span.start, span.stop)), self.batch * self.tokens]
+        return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b > a)
+
+
+def make_plan(rows: list[tuple[int, int, int]], tokens: int, block_size: int, dense_head: int, min_tokens: int) -> Plan | None:
+    """Plan one call, or None if all of it is dense.
+
+    rows: per sequence (first, last, position): its tokens are rows [first, last) of its T = `tokens` columns and the first
+    of them has this absolute position (tokens already in the cache). Block b covers positions [bB, (b+1)B); it is
+    sparse if it lies whole inside the call and behind the dense head. What is left over at either end is dense.
+    """
+    spans = []
+    for index, (first, last, position) in enumerate(rows):
+        if last - first < min_tokens:
+            continue
+        start = max(position, dense_head)
+        start = -(-start // block_size) * block_size
+        stop = (position + last - first) // block_size * block_size
+        if stop > start:
+            row = index * tokens + first - position  # the row that position 0 has, or would have
+            spans.append(Span(row + start, row + stop, row if position == 0 else None))
+    if not spans:
+        return None
+    return Plan(len(rows), tokens, sum(last - first for first, last, _ in rows), block_size, tuple(spans))
+
+
+def rows_from_mask(mask: torch.Tensor, past: int) -> list[tuple[int, int, int]] | None:
+    """Rows for `make_plan` from a (batch, past + T) attention mask of ones and zeros.
+
+    None if the tokens of some sequence are not contiguous in the mask: such a call stays dense.
+    """
+    host = mask.to(device="cpu", dtype=torch.bool)
+    width = host.shape[1]
+    count = host.sum(1)
+    first = host.int().argmax(1)
+    last = width - host.flip(1).int().argmax(1)
+    if bool(((last - first) != count).any()) or bool((count == 0).any()):
+        return None
+    rows = []
+    for begin, end in zip(first.tolist(), last.tolist(), strict=True):
+        rows.append((max(begin - past, 0), max(end - past, 0), max(past - begin, 0)))
+    return rows

@@ -1,0 +1,5 @@
+"""Learn an artifact from a model and text: `run.calibrate` is the whole recipe on one page."""
+
+from fastfill.calibrate.run import calibrate
+
+__all__ = ["calibrate"]

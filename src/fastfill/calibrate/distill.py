@@ -1,0 +1,116 @@
+"""End to end: train predictors and compensators of all layers together, so that the sparse model's logits match the dense one's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastfill.calibrate.student import StudentFFN, Weights, swapped
+from fastfill.config import CalibrationConfig
+from fastfill.families import Anatomy
+
+TRAINED = tuple(f"{part}.{name}" for part in ("predictor", "compensator") for name in ("w_in", "w_out", "bias"))
+
+
+class Distiller:
+    """Training state: fp32 weights per layer, AdamW moments, the step. One step is one sequence; all of it can be saved
+    as tensors and resumed."""
+
+    def __init__(self, model: Any, anatomy: Anatomy, students: list[StudentFFN], config: CalibrationConfig, dense_head: int):
+        self.model, self.anatomy, self.students, self.config, self.head = model, anatomy, students, config, dense_head
+        self.step_done = 0
+        self.losses: list[float] = []
+        groups: dict[str, list[torch.Tensor]] = {"compensator": [], "predictor": []}
+        self.weights: list[Weights] = []
+        for student in students:
+            student.weights = {name: student.weights[name].detach().clone().requires_grad_() for name in TRAINED}
+            self.weights.append(student.weights)
+            for name, weight in student.weights.items():
+                groups[name.split(".")[0]].append(weight)
+        self.rates = {"compensator": config.compensator_lr, "predictor": config.predictor_lr}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": groups[name], "lr": rate, "name": name} for name, rate in self.rates.items()],
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+        )
+
+    def step(self, ids: torch.Tensor) -> float:
+        """One step on ids (T,). Loss: mean over the tokens behind the dense head of KL(dense || sparse) of the logits, nats."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rates[group["name"]] * self._warm_cosine()
+        ids = ids[None].to(self.anatomy.ffns[0].gate.device)
+        head = self.model.get_output_embeddings()
+        with torch.no_grad():
+            teacher = head(self.anatomy.base(input_ids=ids, use_cache=False)[0][0, self.head :])
+        with torch.enable_grad():
+            with swapped(self.anatomy, self.students):
+                student = head(self.anatomy.base(input_ids=ids, use_cache=False)[0][0, self.head :])
+            loss = kl_divergence(teacher, student).mean()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        self.step_done += 1
+        self.losses.append(float(loss.detach()))
+        return self.losses[-1]
+
+    def _warm_cosine(self) -> float:
+        warm = max(1, min(20, self.config.steps // 10))
+        if self.step_done < warm:
+            return (self.step_done + 1) / warm
+        done = (self.step_done - warm) / max(1, self.config.steps - warm)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Weights and moments as plain tensors."""
+        tensors = {"losses": torch.tensor(self.losses)}
+        for index, layer in enumerate(self.weights):
+            for name in TRAINED:
+                tensors[f"{index}.{name}"] = layer[name].detach()
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if layer[name] in self.optimizer.state:
+                        tensors[f"{index}.{name}.{moment}"] = self.optimizer.state[layer[name]][moment]
+        return tensors
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.losses = tensors["losses"].tolist()
+        self.step_done = len(self.losses)
+        with torch.no_grad():
+            for index, layer in enumerate(self.weights):
+                for name in TRAINED:
+                    layer[name].copy_(tensors[f"{index}.{name}"])
+                    if f"{index}.{name}.exp_avg" in tensors:
+                        self.optimizer.state[layer[name]] = {
+                            "step": torch.tensor(float(self.step_done)),
+                            "exp_avg": tensors[f"{index}.{name}.exp_avg"].to(layer[name].device),
+                            "exp_avg_sq": tensors[f"{index}.{name}.exp_avg_sq"].to(layer[name].device),
+                        }
+
+
+class _KL(torch.autograd.Function):
+    """KL(softmax(t) || softmax(s)) per row with its own gradient, softmax(s) - softmax(t): half the memory of autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        out, grads = [], []
+        for t, s in zip(teacher.split(128), student.split(128), strict=True):
+            log_t, log_s = F.log_softmax(t.float(), -1), F.log_softmax(s.float(), -1)
+            p = log_t.exp()
+            out.append((p * (log_t - log_s)).sum(-1))
+            grads.append((log_s.exp_().sub_(p)).to(student.dtype))
+        ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        (saved,) = ctx.saved_tensors
+        return None, saved * grad[0][:, None].to(saved.dtype)
+
+
+def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """(T, V), (T, V) logits -> (T,) KL(teacher || student) in nats, differentiable in the student."""
+    return _KL.apply(teacher, student)

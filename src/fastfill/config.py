@@ -1,0 +1,115 @@
+"""Every knob once, with its unit and its default. Configurations are frozen, round-trip through JSON, and refuse unknown keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastfill.errors import UserError
+
+SCHEMA_VERSION = 1
+MAX_SPARSITY = 0.95
+
+Config = TypeVar("Config", bound="PrefillConfig | CalibrationConfig")
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """What happens at run time.
+
+    sparsity: share of FFN neurons skipped, mean over layers; 0.0 is exactly dense.
+    block_size: consecutive tokens of one sequence that share one selection. Blocks start at multiples of it,
+        counted from the sequence's first token, so a prompt gives the same blocks however it is chunked.
+    dense_head: first tokens of every sequence that stay dense; they hold the attention sink. A block is
+        sparse only if all of it lies behind the head.
+    min_tokens: calls with fewer tokens per sequence (decode, speculative checks, short prompts and short
+        multi-turn extensions) stay dense.
+    """
+
+    sparsity: float = 0.5
+    block_size: int = 64
+    dense_head: int = 64
+    min_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        for name, least in (("block_size", 1), ("dense_head", 0), ("min_tokens", 1)):
+            check_integer(name, getattr(self, name), least)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What `calibrate` learns, and for how long.
+
+    predictor_rank, linear_rank, silu_rank: inner widths; None takes the default for the model's size
+        (`default_ranks`: at most 8 % of the dense FFN's FLOPs at H = 576, 4 % at H >= 2048).
+    fit_tokens: tokens on which predictors and the closed-form compensators are fitted, layer by layer.
+    fit_epochs, fit_batch (tokens), fit_lr: Adam on the predictors' cross-entropy.
+    schedule: "sensitivity" (measured loss per layer), "token-mixing" (attention) or "uniform".
+    schedule_tokens: tokens on which the schedule is measured.
+    steps: end-to-end distillation steps, each of `sequence_length` tokens; 0 skips the stage.
+    compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth.
+    gate_temperature: width of the soft gate through which the predictor gets its gradient (in nats of score).
+    """
+
+    predictor_rank: int | None = None
+    linear_rank: int | None = None
+    silu_rank: int | None = None
+    fit_tokens: int = 131072
+    fit_epochs: int = 1
+    fit_batch: int = 1024
+    fit_lr: float = 5e-3
+    schedule: str = "sensitivity"
+    schedule_tokens: int = 4096
+    steps: int = 600
+    sequence_length: int = 1024
+    compensator_lr: float = 1e-3
+    predictor_lr: float = 3e-4
+    gate_temperature: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("sensitivity", "token-mixing", "uniform"):
+            raise UserError(f"schedule must be sensitivity, token-mixing or uniform, not {self.schedule!r}.")
+        for name, least in (("fit_tokens", 1), ("fit_epochs", 1), ("fit_batch", 1), ("schedule_tokens", 1)):
+            check_integer(name, getattr(self, name), least)
+        check_integer("steps", self.steps, 0)
+        check_integer("sequence_length", self.sequence_length, 2)
+        for name in ("predictor_rank", "linear_rank", "silu_rank"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1 if name == "predictor_rank" else 0)
+
+
+def default_ranks(hidden_size: int) -> tuple[int, int, int]:
+    """(predictor, linear, SiLU) ranks for a hidden size: 64/32/32 at H <= 1024, growing with H. Ours.
+
+    Costs r_p (H + F) + 2 H (r_l + r_s) multiply-adds a token beside 3 H F of the dense FFN.
+    """
+    base = max(64, hidden_size // 16)
+    return base, base // 2, base // 2
+
+
+def check_sparsity(value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= MAX_SPARSITY:
+        raise UserError(f"sparsity must lie in [0, {MAX_SPARSITY}] (the share of FFN neurons skipped), not {value!r}.")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+
+
+def to_dict(config: PrefillConfig | CalibrationConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[Config], values: Any, where: str) -> Config:
+    """Build a configuration from JSON. Raises UserError on an unknown key; `where` names the file."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where} must be a JSON object.")
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"{where} has unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+    return kind(**values)

@@ -1,0 +1,94 @@
+"""The main job on one page: a long document and a question, dense and sparse, speed and quality side by side."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import torch
+
+from fastfill import kernels, machine, show
+from fastfill.attach import Attachment
+from fastfill.engines import transformers as engine
+from fastfill.errors import UserError
+from fastfill.evaluate import perplexity, speed
+from fastfill.models import LoadedModel
+from fastfill.progress import stage
+
+QUESTION = "According to the report, what is the name of the ship and who was her captain?"
+
+
+def run(
+    attachment: Attachment,
+    loaded: LoadedModel,
+    document: str | None = None,
+    question: str | None = None,
+    *,
+    repeats: int,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Print the comparison and return its numbers. Raises UserError if the prompt is so short that it would stay dense."""
+    own = document is None
+    if document is None:
+        document = (resources.files("fastfill") / "demo_document.txt").read_text(encoding="utf-8")
+    question = question or (QUESTION if own else "What is this document about?")
+    ids = engine.encode(loaded.tokenizer, f"{document.strip()}\n\nQuestion: {question}", chat=True)
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    if limit and ids.shape[1] + max_new_tokens > limit:
+        raise UserError(f"The document has {ids.shape[1]} tokens, more than the {limit} that the model reads; shorten it.")
+    out = show.console()
+    config = attachment.config
+    out.print(f"{loaded.name}, {ids.shape[1]} prompt tokens, {config.sparsity:.0%} FFN sparsity, blocks of {config.block_size}")
+    out.print(f"kernel: {kernels.describe()}")
+
+    with stage("time to first token", 2 * (repeats + 1)) as bar:
+        row = speed.measure(attachment, ids, repeats, bar.step)
+    if not row["sparse_tokens"]:
+        raise UserError(f"The prompt has {ids.shape[1]} tokens; all of it stays dense (--min-tokens {config.min_tokens}).")
+    text = torch.tensor(engine.encode(loaded.tokenizer, document.strip(), chat=False)[0])
+    scores = perplexity.evaluate(attachment, [("the document", text)])
+    with stage("answers", 2) as bar:
+        with attachment.dense():
+            dense_ids = engine.generate(loaded.model, ids, max_new_tokens)
+        bar.step()
+        sparse_ids = engine.generate(loaded.model, ids, max_new_tokens)
+        bar.step()
+    answers = [loaded.tokenizer.decode(new, skip_special_tokens=True).strip() for new in (dense_ids, sparse_ids)]
+
+    show.table(
+        f"median of {repeats}, in alternation",
+        ["", "dense", "sparse", ""],
+        [
+            ["time to first token", f"{row['ttft_dense_s']:.3f} s", f"{row['ttft_sparse_s']:.3f} s", f"{row['speedup']:.2f}x"],
+            ["of which FFN", f"{row['ffn_dense_s']:.3f} s", f"{row['ffn_sparse_s']:.3f} s", f"{row['ffn_ratio']:.2f} of dense"],
+            ["ppl, read sparsely", f"{scores['ppl_dense']:.2f}", f"{scores['ppl_sparse']:.2f}", f"{scores['ppl_ratio']:.2f}x"],
+            [
+                "ppl of what follows",
+                f"{scores['cont_ppl_dense']:.2f}",
+                f"{scores['cont_ppl_sparse']:.2f}",
+                f"{scores['cont_ppl_ratio']:.2f}x",
+            ],
+        ],
+    )
+    out.print(f"ceiling {row['ceiling']:.2f}x: the FFN is {row['ffn_share']:.0%} of the dense time")
+    out.print(f"prompt: {row['sparse_tokens']} tokens read sparsely, {row['dense_tokens']} densely")
+    out.print(f"\n[bold]Question[/bold] {question}", markup=True)
+    out.print("[bold]Dense  [/bold]", end=" ")
+    out.print(answers[0], markup=False)
+    out.print("[bold]Sparse [/bold]", end=" ")
+    out.print(answers[1], markup=False)
+    return {
+        "model": loaded.name,
+        "prompt_tokens": row["prompt_tokens"],
+        "sparsity": config.sparsity,
+        "block_size": config.block_size,
+        "kernel": kernels.choose(attachment.ffns[0].kernel),
+        **{key: row[key] for key in ("ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_share", "ceiling")},
+        **{key: row[key] for key in ("ffn_dense_s", "ffn_sparse_s", "sparse_tokens", "dense_tokens")},
+        **{key: scores[key] for key in ("ppl_dense", "ppl_sparse", "ppl_ratio", "kl")},
+        **{key: scores[key] for key in ("cont_ppl_dense", "cont_ppl_sparse", "cont_ppl_ratio", "context_kept")},
+        "question": question,
+        "answer_dense": answers[0],
+        "answer_sparse": answers[1],
+        "machine": machine.describe(),
+    }

@@ -1,0 +1,1 @@
+"""What runs the model: `transformers` (here). One module per engine."""

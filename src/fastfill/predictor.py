@@ -1,0 +1,131 @@
+"""FFN inputs of a block -> one score per neuron. Every predictor, learned or baseline, is one method: `scores`.
+
+A new predictor subclasses `Predictor`, and gets a name in `BASELINES` if it is to be chosen by word.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from fastfill.blocks import Plan
+from fastfill.families import FFN
+
+
+class Predictor(ABC):
+    """Shapes: T tokens, N blocks, B block size, H hidden size, F intermediate size."""
+
+    @abstractmethod
+    def scores(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """x: (batch * T, H), the FFN's input in this call. Returns (N, F); larger means kept first."""
+
+    def macs_per_token(self) -> int:
+        """Multiply-adds that scoring adds to each sparse token (0 for baselines: they are quality references)."""
+        return 0
+
+
+class LearnedPredictor(Predictor):
+    """p_t = softmax(W_out W_in x_t + b) estimates which share of token t's FFN output each neuron makes; a block's score is
+    the sum of p over its tokens. Ours; trained by `calibrate.fit_predictor`.
+
+    w_in: (r, H), w_out: (F, r), bias: (F,). One set of weights serves every block size and grouping.
+    """
+
+    def __init__(self, w_in: torch.Tensor, w_out: torch.Tensor, bias: torch.Tensor):
+        self.w_in, self.w_out, self.bias = w_in, w_out, bias
+
+    def scores(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        logits = F.linear(F.linear(plan.split(x), self.w_in), self.w_out, self.bias)
+        return logits.softmax(-1).view(plan.blocks, plan.block_size, -1).sum(1, dtype=torch.float32)
+
+    def macs_per_token(self) -> int:
+        return self.w_in.numel() + self.w_out.numel()
+
+
+def importance(x: torch.Tensor, ffn: FFN) -> torch.Tensor:
+    """(T, H) -> (T, F): (h_tj ||w_down_j||)^2, the energy neuron j adds to token t's FFN output. fp32."""
+    h = F.silu(F.linear(x, ffn.gate)) * F.linear(x, ffn.up)
+    return (h.float() * ffn.down.float().norm(dim=0)).square()
+
+
+class Oracle(Predictor):
+    """The true importance summed over the block: what the best predictor of this statistic could choose."""
+
+    def __init__(self, ffn: FFN):
+        self.ffn = ffn
+
+    def scores(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        return importance(plan.split(x), self.ffn).view(plan.blocks, plan.block_size, -1).sum(1)
+
+
+class Static(Predictor):
+    """The same neurons for every block: the mean importance over the calibration text, (F,)."""
+
+    def __init__(self, mean: torch.Tensor):
+        self.mean = mean
+
+    def scores(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        return self.mean.expand(plan.blocks, -1)
+
+
+class FirstBlock(Predictor):
+    """The neurons that the sequence's first block used, for all its blocks (GRIFFIN-like; the published statistic is token-
+    normalised, L2 over tokens, and so is this one)."""
+
+    def __init__(self, ffn: FFN):
+        self.ffn = ffn
+
+    def scores(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        rows = []
+        for span in plan.spans:
+            if span.first is None:
+                raise ValueError("the first-block baseline needs the whole prompt in one call, not in chunks")
+            head = x[span.first : span.first + plan.block_size]
+            h = F.silu(F.linear(head, self.ffn.gate)) * F.linear(head, self.ffn.up)
+            score = F.normalize(h.float(), dim=-1).square().sum(0)
+            rows.append(score.expand((span.stop - span.start) // plan.block_size, -1))
+        return torch.cat(rows)
+
+
+class LowRank(Predictor):
+    """Training-free: gate and up by truncated SVD after scaling inputs to unit mean square, then the oracle's statistic."""
+
+    def __init__(self, ffn: FFN, input_rms: torch.Tensor, rank: int):
+        self.factors = [self._factor(weight, input_rms, rank) for weight in (ffn.gate, ffn.up)]
+        self.down_norm = ffn.down.float().norm(dim=0)
+
+    @staticmethod
+    def _factor(weight: torch.Tensor, input_rms: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = input_rms.float().clamp_min(1e-6)
+        u, s, v = torch.svd_lowrank(weight.float() * scale, q=min(rank, *weight.shape), niter=4)
+        return (u * s).to(weight.dtype), (v.T / scale).to(weight.dtype)
+
+    def scores(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        rows = plan.split(x)
+        gate, up = (F.linear(F.linear(rows, inner), outer) for outer, inner in self.factors)
+        energy = ((F.silu(gate) * up).float() * self.down_norm).square()
+        return energy.view(plan.blocks, plan.block_size, -1).sum(1)
+
+
+class Random(Predictor):
+    """Uniform scores; the same for the same seed and layer, whatever ran before."""
+
+    def __init__(self, intermediate: int, seed: int):
+        self.intermediate, self.seed = intermediate, seed
+
+    def scores(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(plan.blocks, self.intermediate, generator=generator).to(x.device)
+
+
+# name -> maker(ffn, layer, statistics of the calibration text for this layer, rank)
+BASELINES: dict[str, Callable[[FFN, int, dict[str, torch.Tensor], int], Predictor]] = {
+    "oracle": lambda ffn, layer, stats, rank: Oracle(ffn),
+    "static": lambda ffn, layer, stats, rank: Static(stats["importance"]),
+    "first-block": lambda ffn, layer, stats, rank: FirstBlock(ffn),
+    "low-rank": lambda ffn, layer, stats, rank: LowRank(ffn, stats["input_rms"], rank),
+    "random": lambda ffn, layer, stats, rank: Random(ffn.gate.shape[0], seed=layer),
+}

@@ -1,0 +1,121 @@
+"""Results as tables and bars for people, 80 columns wide; colours only on a terminal (rich honours NO_COLOR)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastfill.artifact import Artifact
+
+
+def console() -> Console:
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=80)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    out = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
+    for index, column in enumerate(columns):
+        out.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        out.add_row(*row)
+    console().print(out)
+
+
+def summary(artifact: Artifact) -> dict[str, Any]:
+    """What `inspect --json` prints."""
+    base = artifact.base_model
+    transposed = base["layers"] * base["hidden_size"] * base["intermediate_size"]
+    return {
+        "base_model": base,
+        "sparsity": artifact.prefill.sparsity,
+        "block_size": artifact.prefill.block_size,
+        "dense_head": artifact.prefill.dense_head,
+        "min_tokens": artifact.prefill.min_tokens,
+        "kept": artifact.kept(),
+        "layer_sparsity": [round(1 - k / base["intermediate_size"], 4) for k in artifact.kept()],
+        "ranks": artifact.ranks,
+        "flops": {key: round(value, 4) for key, value in artifact.flops().items()},
+        "overhead": round(artifact.flops()["predictor"] + artifact.flops()["compensator"], 4),
+        "artifact_bytes": artifact.bytes(),
+        "transposed_down_values": transposed,
+        "calibration": artifact.calibration,
+        "quality": artifact.quality,
+    }
+
+
+def artifact(artifact: Artifact, folder: Path) -> None:
+    out, base, prefill = console(), artifact.base_model, artifact.prefill
+    info = summary(artifact)
+    flops, record = info["flops"], artifact.calibration
+    out.print(f"[bold]{folder}[/bold]: artifact for {base['name']} ({base['model_type']})")
+    out.print(f"layers {base['layers']}, hidden size {base['hidden_size']}, intermediate size {base['intermediate_size']}")
+    out.print(
+        f"sparsity {prefill.sparsity:.0%}, blocks of {prefill.block_size}, first {prefill.dense_head} tokens dense, "
+        f"prompts under {prefill.min_tokens} tokens dense"
+    )
+    out.print(
+        f"FFN multiply-adds per sparse token: {flops['total']:.1%} of dense = neurons {flops['ffn']:.1%} "
+        f"+ predictor {flops['predictor']:.1%} + compensator {flops['compensator']:.1%}"
+    )
+    out.print(
+        f"memory: artifact {artifact.bytes() / 1e6:.1f} MB; attaching adds it and the transposed down weights, "
+        f"{info['transposed_down_values'] * 2 / 1e6:.1f} MB in bf16"
+    )
+    out.print("\nsparsity by layer")
+    for layer, sparsity in enumerate(info["layer_sparsity"]):
+        out.print(f"{layer:3d} {'█' * round(sparsity * 50):50s} {sparsity:6.1%}")
+    if record:
+        out.print(
+            f"\ncalibrated on {record.get('sequences')} sequences from {', '.join(record.get('documents', []))}; "
+            f"{record.get('tokens_distilled')} tokens distilled, KL {record.get('loss_first')} -> {record.get('loss_last')} nats; "
+            f"{record.get('seconds')} s"
+        )
+    if artifact.quality:
+        evaluation(artifact.quality)
+    else:
+        out.print("quality not measured yet: fastfill evaluate MODEL --artifact DIR --data HELD_OUT --record")
+
+
+def evaluation(result: dict[str, Any]) -> None:
+    """Strict and continuation readings of `evaluate`."""
+    rows = []
+    for name, prefix in (("strict", ""), ("continuation", "cont_")):
+        values = [result[f"{prefix}{key}"] for key in ("ppl_dense", "ppl_sparse", "ppl_ratio", "kl", "top1_agreement")]
+        rows.append([name, *(f"{value:.3f}" for value in values)])
+    title = f"{result['documents']} documents, {result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, "
+    table(title + f"predictor {result['predictor']}", ["reading", "dense ppl", "sparse ppl", "ratio", "KL nats", "top-1"], rows)
+    if result.get("context_kept") is not None:
+        console().print(
+            f"without context the continuation has ppl {result['no_context_ppl']:.2f}: "
+            f"{result['context_kept']:.1%} of the context's worth is kept"
+        )
+    console().print(f"{result['sparse_tokens']} tokens read sparsely, {result['dense_tokens']} densely")
+
+
+def bench(result: dict[str, Any]) -> None:
+    machine = result["machine"]
+    table(
+        f"TTFT, {result['model']}, {result['dtype']}, {result['sparsity']:.0%} sparsity, kernel {result['kernel']}",
+        ["prompt", "dense s", "sparse s", "speed-up", "ceiling", "FFN share", "FFN dense s", "FFN sparse s"],
+        [
+            [
+                str(row["prompt_tokens"]),
+                f"{row['ttft_dense_s']:.3f}",
+                f"{row['ttft_sparse_s']:.3f}",
+                f"{row['speedup']:.2f}x",
+                f"{row['ceiling']:.2f}x",
+                f"{row['ffn_share']:.0%}",
+                f"{row['ffn_dense_s']:.3f}",
+                f"{row['ffn_sparse_s']:.3f}",
+            ]
+            for row in result["rows"]
+        ],
+    )
+    console().print(
+        f"medians of {result['repeats']}; {machine['cpu']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}"
+    )
