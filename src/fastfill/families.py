@@ -90,7 +90,7 @@ def dissect(model: Any) -> Anatomy:
 
 
 def _ffn(module: nn.Module, family: Family, index: int) -> FFN:
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for role in ("gate", "up", "down"):
         name = getattr(family, role)
         linear = getattr(module, name, None)

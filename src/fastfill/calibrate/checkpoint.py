@@ -1,5 +1,5 @@
-"""A calibration's unfinished work, beside the artifact it will become. Tensors and JSON only; every file is written whole or not
-at all, so that killing the process at any moment loses at most the step it was in."""
+"""A calibration's unfinished work, beside the artifact it will become. Tensors and JSON only; every file is written whole
+or not at all, so that killing the process at any moment loses at most the step it was in."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Checkpoint:
             if found is not None and found != settings:
                 other = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
                 raise UserError(
-                    f"The checkpoint {self.folder} was made with other settings ({', '.join(other)}); repeat them, or delete it."
+                    f"The checkpoint {self.folder} has other settings ({', '.join(other)}); repeat them, or delete it."
                 )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

