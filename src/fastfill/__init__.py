@@ -6,12 +6,14 @@ An independent implementation of the system of "Fast Forward: Accelerating LLM P
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastfill.artifact import Artifact
-    from fastfill.attach import Attachment, attach
-    from fastfill.calibrate import calibrate
+    from fastfill.attachment import Attachment, attach
+    from fastfill.calibration import calibrate
     from fastfill.config import CalibrationConfig, PrefillConfig
     from fastfill.errors import UserError
 
@@ -20,9 +22,9 @@ __all__ = ["Artifact", "Attachment", "CalibrationConfig", "PrefillConfig", "User
 
 _HOME = {
     "Artifact": "fastfill.artifact",
-    "Attachment": "fastfill.attach",
-    "attach": "fastfill.attach",
-    "calibrate": "fastfill.calibrate",
+    "Attachment": "fastfill.attachment",
+    "attach": "fastfill.attachment",
+    "calibrate": "fastfill.calibration",
     "CalibrationConfig": "fastfill.config",
     "PrefillConfig": "fastfill.config",
     "UserError": "fastfill.errors",
@@ -35,5 +37,16 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value  # the name of a submodule must not win over the function of the same name
+    globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Importing a submodule sets it on its package; the public functions `attach` and `calibrate` must stay in front of theirs."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

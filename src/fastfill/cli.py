@@ -197,7 +197,7 @@ def _load(arguments: argparse.Namespace) -> Any:
 
 
 def _attach(arguments: argparse.Namespace, model: Any, artifact: Any, **extra: Any) -> Any:
-    from fastfill.attach import attach
+    from fastfill.attachment import attach
 
     return attach(
         model,
@@ -226,7 +226,7 @@ def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import data, show
-    from fastfill.calibrate import calibrate
+    from fastfill.calibration import calibrate
 
     prefill, config = _configs(arguments)
     documents = data.load_documents(arguments.data)

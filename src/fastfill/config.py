@@ -76,6 +76,10 @@ class CalibrationConfig:
             check_integer(name, getattr(self, name), least)
         check_integer("steps", self.steps, 0)
         check_integer("sequence_length", self.sequence_length, 2)
+        for name in ("fit_lr", "compensator_lr", "predictor_lr", "gate_temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise UserError(f"{name} must be a positive number, not {value!r}.")
         for name in ("predictor_rank", "linear_rank", "silu_rank"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1 if name == "predictor_rank" else 0)
@@ -86,7 +90,7 @@ def default_ranks(hidden_size: int) -> tuple[int, int, int]:
 
     Costs r_p (H + F) + 2 H (r_l + r_s) multiply-adds a token beside 3 H F of the dense FFN.
     """
-    base = max(64, hidden_size // 16)
+    base = max(64, hidden_size // 18 // 16 * 16)  # H / 18: 3.9 % where F = 2.7 H (Llama 2), less where F is larger
     return base, base // 2, base // 2
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastfill import kernels, machine, show
-from fastfill.attach import Attachment
+from fastfill.attachment import Attachment
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 from fastfill.evaluate import perplexity, speed

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastfill.attach import Attachment
+from fastfill.attachment import Attachment
 from fastfill.errors import UserError
 from fastfill.progress import stage
 

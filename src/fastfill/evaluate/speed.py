@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastfill.attach import Attachment
+from fastfill.attachment import Attachment
 from fastfill.engines import transformers as engine
 from fastfill.progress import stage
 

@@ -86,6 +86,7 @@ def _load() -> ctypes.CDLL | str:
     return lib
 
 
+@functools.cache
 def isas() -> dict[str, bool]:
     """Instruction sets in the library, best first -> whether this processor has them. Empty without the library."""
     lib = _load()
@@ -101,8 +102,12 @@ def isa() -> str:
 
     Raises ValueError where FASTFILL_ISA names one that does not exist or that this processor lacks.
     """
+    return _pick_isa(os.environ.get(ISA_VARIABLE, ""))
+
+
+@functools.cache
+def _pick_isa(wanted: str) -> str:
     known = isas()
-    wanted = os.environ.get(ISA_VARIABLE, "")
     if not wanted:
         return next((name for name, supported in known.items() if supported), "none")
     if not known.get(wanted):

@@ -1,5 +1,5 @@
 """Learn an artifact from a model and text: `run.calibrate` is the whole recipe on one page."""
 
-from fastfill.calibrate.run import calibrate
+from fastfill.calibration.run import calibrate
 
 __all__ = ["calibrate"]

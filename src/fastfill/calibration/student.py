@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastfill import select
-from fastfill.calibrate.fit import block_scores
+from fastfill.calibration.fit import block_scores
 from fastfill.families import FFN, Anatomy
 
 Weights = dict[str, torch.Tensor]

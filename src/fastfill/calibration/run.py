@@ -13,11 +13,11 @@ from fastfill import artifact as artifacts
 from fastfill import config as cfg
 from fastfill import data, families, machine
 from fastfill.artifact import Artifact
-from fastfill.calibrate import capture, fit
-from fastfill.calibrate.checkpoint import Checkpoint
-from fastfill.calibrate.distill import TRAINED, Distiller
-from fastfill.calibrate.importance import sensitivity, token_mixing
-from fastfill.calibrate.student import StudentFFN, Weights
+from fastfill.calibration import capture, fit
+from fastfill.calibration.checkpoint import Checkpoint
+from fastfill.calibration.distill import TRAINED, Distiller
+from fastfill.calibration.importance import sensitivity, token_mixing
+from fastfill.calibration.student import StudentFFN, Weights
 from fastfill.config import CalibrationConfig, PrefillConfig
 from fastfill.progress import stage
 from fastfill.schedule import allocate

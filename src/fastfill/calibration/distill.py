@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastfill.calibrate.student import StudentFFN, Weights, swapped
+from fastfill.calibration.student import StudentFFN, Weights, swapped
 from fastfill.config import CalibrationConfig
 from fastfill.families import Anatomy
 

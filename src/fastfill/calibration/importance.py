@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fastfill.calibrate.distill import kl_divergence
-from fastfill.calibrate.student import StudentFFN, swapped
+from fastfill.calibration.distill import kl_divergence
+from fastfill.calibration.student import StudentFFN, swapped
 from fastfill.families import Anatomy
 from fastfill.progress import stage
 
