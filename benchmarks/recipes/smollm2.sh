@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes and measures artifacts/smollm2-135m-instruct, the artifact of the embedded default model.
+# DATA is a folder with: longbench_multi_news_part.jsonl (100 rows of LongBench's multi_news), us_presidential_speeches.jsonl
+# (NLTK's inaugural and state_union, one {"text"} a line), wikitext2_valid.txt (WikiText-2 validation split).
+# Calibration text and evaluation text are disjoint documents: the first 20 news rows, the last 21 speeches and the end of
+# WikiText are never calibrated on. About 70 minutes on two cores. A killed run goes on when the script is run again.
+set -euo pipefail
+: "${DATA:?set DATA to the folder with the text files}"
+OUT=${OUT:-artifacts/smollm2-135m-instruct}
+HELD_OUT="$DATA/longbench_multi_news_part.jsonl[:20]"
+
+fastfill calibrate default --resume --out "$OUT" --sparsity 0.5 --steps "${STEPS:-500}" --data \
+  "$DATA/longbench_multi_news_part.jsonl[20:]" "$DATA/us_presidential_speeches.jsonl[:100]" "$DATA/wikitext2_valid.txt[:60]"
+fastfill evaluate default --artifact "$OUT" --data "$HELD_OUT" --limit 8 --record
+
+mkdir -p benchmarks/results
+for predictor in learned oracle static first-block low-rank random; do
+  fastfill evaluate default --artifact "$OUT" --data "$HELD_OUT" --limit 8 --predictor $predictor --json | tail -n 1
+done >benchmarks/results/quality.jsonl
+for kernel in native torch; do
+  fastfill bench default --artifact "$OUT" --kernel $kernel --prompt-lengths 128,256,512,1024,2048,4096 --repeats 7 --json |
+    tail -n 1 >benchmarks/results/bench-$kernel.json
+done
+fastfill demo --json | tail -n 1 >benchmarks/results/demo.json

@@ -1,0 +1,199 @@
+"""Write the README's numbers from benchmarks/results, between the markers <!-- results:NAME --> and <!-- /results -->.
+
+    python benchmarks/report_tables.py [--check]
+
+NAME is claim, bench or quality. Read are results/bench-*.json (each the JSON document of `fastfill bench --json`) and
+results/quality.jsonl (one line per `fastfill evaluate --json`). Where a result is missing a {{placeholder}} stays.
+--check changes nothing and exits 1 if the README is not what the results say.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+CLAIM_TOKENS = 2048  # the prompt length of the first screen, if it was measured
+PREDICTORS = ("learned", "oracle", "low-rank", "static", "first-block", "random")
+KERNELS = ("native", "torch")
+
+Row = dict[str, Any]
+
+
+def load_bench(folder: Path) -> list[Row]:
+    """The bench results, the native kernel's first."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("bench-*.json"))]
+    return sorted(found, key=lambda result: KERNELS.index(result["kernel"]) if result["kernel"] in KERNELS else len(KERNELS))
+
+
+def load_quality(folder: Path) -> list[Row]:
+    """The quality rows; of two with the same settings the later one counts."""
+    file = folder / "quality.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    latest: dict[tuple[Any, ...], Row] = {}
+    for row in (json.loads(line) for line in lines if line.strip()):
+        latest[(*_setting(row), row["predictor"], row["compensator"])] = row
+    return list(latest.values())
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    """What rows of one quality table have in common."""
+    return tuple(row[key] for key in ("model", "dtype", "sparsity", "block_size", "documents", "tokens"))
+
+
+def claim(bench: list[Row], quality: list[Row]) -> str:
+    """The first screen: one speed, one quality, and their conditions."""
+    learned = next((row for row in quality if row["predictor"] == "learned" and row["compensator"]), None)
+    speed = next((b for b in bench if learned is None or b["model"] == learned["model"]), None)
+    parts = []
+    if speed is None:
+        parts.append("{{claim: speed, from benchmarks/results/bench-*.json}}")
+    else:
+        row = min(speed["rows"], key=lambda r: abs(r["prompt_tokens"] - CLAIM_TOKENS))
+        machine = speed["machine"]
+        parts.append(
+            f"{_short(speed['model'])}, a prompt of {row['prompt_tokens']:,} tokens, {speed['sparsity']:.0%} of the FFN neurons "
+            f"skipped: time to first token {row['ttft_dense_s']:.2f} s → {row['ttft_sparse_s']:.2f} s, "
+            f"**{row['speedup']:.2f}x**, where the FFN's share of the dense time ({row['ffn_share']:.0%}) allows at most "
+            f"{row['ceiling']:.2f}x ({_where(machine)}, {speed['dtype']}, transformers {machine['transformers']}, "
+            f"{speed['kernel']} kernel)."
+        )
+    if learned is None:
+        parts.append("{{claim: quality, from benchmarks/results/quality.jsonl}}")
+    else:
+        kept = learned.get("context_kept")
+        parts.append(
+            f"Price, on {learned['documents']} held-out documents: text that follows a sparsely read prompt has perplexity "
+            f"{learned['cont_ppl_sparse']:.2f} instead of {learned['cont_ppl_dense']:.2f} (**{learned['cont_ppl_ratio']:.2f}x**"
+            + (f"; {kept:.0%} of what the prompt was worth is kept" if kept is not None else "")
+            + f"), and the sparsely read tokens themselves {learned['ppl_sparse']:.2f} instead of {learned['ppl_dense']:.2f} "
+            f"(**{learned['ppl_ratio']:.2f}x**)."
+        )
+    return "\n".join(parts)
+
+
+def bench_tables(bench: list[Row]) -> str:
+    """One table per bench result; prompts on which we lose or do nothing are marked."""
+    if not bench:
+        return "{{bench: from benchmarks/results/bench-*.json}}"
+    tables = []
+    for result in bench:
+        machine = result["machine"]
+        lines = [
+            f"{_short(result['model'])}, {result['dtype']}, {result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, "
+            f"{result['kernel']} kernel; {_where(machine)}, torch {machine['torch']}, transformers {machine['transformers']}; "
+            f"medians of {result['repeats']}.",
+            "",
+            "| prompt tokens | dense TTFT | sparse TTFT | speed-up | ceiling | FFN share of dense | FFN time, sparse / dense |",
+            "|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for row in result["rows"]:
+            gain = f"{row['speedup']:.2f}x"
+            if not row["sparse_tokens"]:
+                gain += " (too short: all dense)"
+            elif row["speedup"] < 1:
+                gain += " (slower)"
+            cells = (
+                f"{row['prompt_tokens']:,}",
+                f"{row['ttft_dense_s']:.3f} s",
+                f"{row['ttft_sparse_s']:.3f} s",
+                gain,
+                f"{row['ceiling']:.2f}x",
+                f"{row['ffn_share']:.0%}",
+                f"{row['ffn_ratio']:.2f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def quality_tables(quality: list[Row]) -> str:
+    """One table per setting: dense, then the learned selection beside the baselines."""
+    if not quality:
+        return "{{quality: from benchmarks/results/quality.jsonl}}"
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in quality:
+        groups.setdefault(_setting(row), []).append(row)
+    tables = []
+    for rows in groups.values():
+        rows.sort(key=lambda row: (_rank(row["predictor"]), not row["compensator"]))
+        first = rows[0]
+        lines = [
+            f"{_short(first['model'])}, {first['dtype']}, {first['sparsity']:.0%} sparsity, blocks of {first['block_size']}; "
+            f"{first['documents']} held-out documents, {first['tokens']:,} tokens scored strictly, "
+            f"{first['cont_tokens']:,} as continuation. Without any context the continuation has perplexity "
+            f"{first['no_context_ppl']:.2f}.",
+            "",
+            "| selection | compensator | strict ppl | ratio | KL | top-1 | continuation ppl | ratio | KL | context kept |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+            f"| dense | | {first['ppl_dense']:.2f} | | | | {first['cont_ppl_dense']:.2f} | | | 100% |",
+        ]
+        for row in rows:
+            kept = row.get("context_kept")
+            cells = (
+                f"**{row['predictor']}**" if row["predictor"] == "learned" else row["predictor"],
+                "yes" if row["compensator"] else "no",
+                _ppl(row["ppl_sparse"]),
+                f"{row['ppl_ratio']:.2f}x",
+                f"{row['kl']:.3f}",
+                f"{row['top1_agreement']:.0%}",
+                _ppl(row["cont_ppl_sparse"]),
+                f"{row['cont_ppl_ratio']:.2f}x",
+                f"{row['cont_kl']:.3f}",
+                "" if kept is None else f"{kept:.0%}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _rank(predictor: str) -> int:
+    return PREDICTORS.index(predictor) if predictor in PREDICTORS else len(PREDICTORS)
+
+
+def _short(model: str) -> str:
+    return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _ppl(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def _where(machine: Row) -> str:
+    return f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads"
+
+
+def render(readme: str, folder: Path = RESULTS) -> str:
+    """The README's text with every marked part written anew. Raises ValueError for a marker of unknown name."""
+    bench, quality = load_bench(folder), load_quality(folder)
+    parts = {"claim": claim(bench, quality), "bench": bench_tables(bench), "quality": quality_tables(quality)}
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in parts:
+            raise ValueError(f"README: results:{match[1]} is not known; there are {', '.join(parts)}")
+        return f"<!-- results:{match[1]} -->\n{parts[match[1]]}\n<!-- /results -->"
+
+    return re.sub(r"<!-- results:(\S+) -->\n.*?<!-- /results -->", replace, readme, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the README's tables from benchmarks/results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README differs")
+    arguments = parser.parse_args()
+    before = README.read_text(encoding="utf-8")
+    after = render(before)
+    if arguments.check:
+        if before != after:
+            print("README.md is not what benchmarks/results say; run: python benchmarks/report_tables.py", file=sys.stderr)
+        return int(before != after)
+    README.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
