@@ -6,8 +6,6 @@ An independent implementation of the system of "Fast Forward: Accelerating LLM P
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,14 +37,3 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
-
-
-class _Package(ModuleType):
-    """Importing a submodule sets it on its package; the public functions `attach` and `calibrate` must stay in front of theirs."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
