@@ -12,7 +12,7 @@ template <class Store>
 struct Avx2 : Store {
   using Vec = __m256;
   using Unit = __m256;
-  static constexpr int L = 8, V = 2, NN = 3, P = 1, R = 6, C = 2;
+  static constexpr int L = 8, V = 2, NN = 3, N1 = 4, P = 1, R = 6, C = 2;
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec load(const float *p) { return _mm256_loadu_ps(p); }
   static void store(float *p, Vec v) { _mm256_storeu_ps(p, v); }

@@ -8,7 +8,7 @@ namespace {
 
 struct Avx512Bf16 : Avx512 {
   using Unit = __m512bh;
-  static constexpr int V = 2, NN = 6, P = 2, R = 12, C = 2;
+  static constexpr int V = 2, NN = 6, N1 = 8, P = 2, R = 12, C = 2;
   static constexpr int kInBytes = 2, kDownBytes = 2;
   static constexpr bool kInPlace = true;
 

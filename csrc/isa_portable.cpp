@@ -13,7 +13,7 @@ template <class Store>
 struct Portable : Store {
   using Vec = Four;
   using Unit = Four;
-  static constexpr int L = 4, V = 2, NN = 2, P = 1, R = 4, C = 2;
+  static constexpr int L = 4, V = 2, NN = 2, N1 = 2, P = 1, R = 4, C = 2;
   static Vec zero() { return Vec{{0, 0, 0, 0}}; }
   static Vec load(const float *p) {
     Vec v;

@@ -54,10 +54,11 @@ struct Ahead {
 template <class S>
 struct Ffn {
   using Vec = typename S::Vec;
-  static constexpr int L = S::L, V = S::V, NN = S::NN, P = S::P, R = S::R, C = S::C;
+  static constexpr int L = S::L, V = S::V, NN = S::NN, N1 = S::N1, P = S::P, R = S::R, C = S::C;
   static constexpr int kTile = C * L;  // columns of a tile of the second half
   static constexpr int kAheadBlocks = 4;  // with fewer blocks most rows of the next chunk may not be wanted
-  static_assert(NN % P == 0, "a tile of neurons holds whole units");
+  static constexpr int kMost = NN > N1 ? NN : N1;
+  static_assert(NN % P == 0 && N1 % P == 0, "a tile of neurons holds whole units");
 
   // ---- first half: h = act(x @ gate.T) * (x @ up.T) -------------------------------------------------------------
 
@@ -69,7 +70,7 @@ struct Ffn {
   static bool in_place(const Job &j) {
     return S::kInPlace && j.hidden % P == 0 && j.gate_stride == j.up_stride && j.gate_stride % 1024 != 0;
   }
-  static size_t gate_up_bytes(const Job &j) { return in_place(j) ? 0 : (j.chunk + NN) * neuron_bytes(j) + round_up(j.chunk, 64); }
+  static size_t gate_up_bytes(const Job &j) { return in_place(j) ? 0 : (j.chunk + kMost) * neuron_bytes(j) + round_up(j.chunk, 64); }
 
   // Units of H times vectors of L tokens: [strip][unit][v][lane], absent tokens zero.
   static void pack_x(const Job &j, int n) {
@@ -89,20 +90,21 @@ struct Ffn {
     }
   }
 
-  template <int NV>
+  // NT neurons by NV vectors of tokens; `up` is the way from a neuron's gate row to its up row.
+  template <int NT, int NV>
   static void gate_up_tile(const char *const *rows, uintptr_t up, size_t nu, const uint32_t *xp, int valid, int act,
                            uint32_t *h, size_t h_stride) {
-    Vec g[NN][NV], u[NN][NV];
-    for (int r = 0; r < NN; r++)
+    Vec g[NT][NV], u[NT][NV];
+    for (int r = 0; r < NT; r++)
       for (int v = 0; v < NV; v++) g[r][v] = u[r][v] = S::zero();
-    uintptr_t p[NN];
-    for (int r = 0; r < NN; r++) p[r] = (uintptr_t)rows[r];
+    uintptr_t p[NT];
+    for (int r = 0; r < NT; r++) p[r] = (uintptr_t)rows[r];
     for (uintptr_t i = 0; i < nu * 4; i += 4) {
       typename S::Unit x[NV];
       for (int v = 0; v < NV; v++) x[v] = S::load_unit(xp + v * L);
       xp += NV * L;
 #pragma GCC unroll 16
-      for (int r = 0; r < NN; r++) {
+      for (int r = 0; r < NT; r++) {
         const auto wg = S::broadcast((const char *)(p[r] + i));
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) g[r][v] = S::dot(g[r][v], x[v], wg);
@@ -111,7 +113,7 @@ struct Ffn {
         for (int v = 0; v < NV; v++) u[r][v] = S::dot(u[r][v], x[v], wu);
       }
     }
-    for (int r = 0; r < NN; r++)
+    for (int r = 0; r < NT; r++)
       for (int v = 0; v < NV; v++) g[r][v] = S::mul(S::act(g[r][v], act), u[r][v]);
     for (int r = 0; r < valid; r += P)
       for (int v = 0; v < NV; v++)
@@ -131,7 +133,7 @@ struct Ffn {
     const bool direct = in_place(j);
     const uintptr_t up = direct ? (uintptr_t)j.up - (uintptr_t)j.gate : nu * 4;  // from a gate row to its up row
     char *side = scratch + j.chunk * stride;  // neurons of the block that lie before this chunk
-    char *packed = side + NN * stride;        // which neurons of the chunk are packed already
+    char *packed = side + kMost * stride;        // which neurons of the chunk are packed already
     if (!direct) memset(packed, 0, j.chunk);
 
     // The next chunk of this thread, most likely, comes from memory while this one is multiplied.
@@ -149,10 +151,11 @@ struct Ffn {
 
     for (int n = n0; n < n1; n++) {
       const Block &b = j.blocks[n];
-      // Whole tiles of NN neurons only (but at the end): what is left over is done with the next chunk.
-      const int from = lower_bound(b.ids, b.k, f0) / NN * NN;
+      // Whole tiles of neurons only (but at the end): what is left over is done with the next chunk.
+      const int nt = b.padded == L ? N1 : NN;
+      const int from = lower_bound(b.ids, b.k, f0) / nt * nt;
       int to = lower_bound(b.ids, b.k, f1);
-      if (to < b.k) to = to / NN * NN;
+      if (to < b.k) to = to / nt * nt;
       const uint32_t *xp = j.xp + b.x_at;
       for (int i = from; i < to && !direct; i++) {
         const int32_t f = b.ids[i];
@@ -165,10 +168,10 @@ struct Ffn {
       }
       for (int t0 = 0; t0 < b.padded; t0 += V * L) {
         const int width = smaller(V * L, b.padded - t0);
-        for (int i = from; i < to; i += NN) {
-          const char *rows[NN];
-          const int valid = smaller(NN, to - i);
-          for (int r = 0; r < NN; r++) {
+        for (int i = from; i < to; i += nt) {
+          const char *rows[kMost];
+          const int valid = smaller(nt, to - i);
+          for (int r = 0; r < nt; r++) {
             const int at = i + smaller(r, valid - 1);
             const int32_t f = b.ids[at];
             rows[r] = direct ? j.gate + f * j.gate_stride
@@ -177,8 +180,10 @@ struct Ffn {
           next_gate.advance(lines);
           next_up.advance(lines);
           uint32_t *h = j.h + b.h_at + (size_t)(i / P) * b.padded + t0;
-          if (width == V * L)
-            gate_up_tile<V>(rows, up, nu, xp, valid, j.activation, h, b.padded);
+          if (b.padded == L)
+            gate_up_tile<N1, 1>(rows, up, nu, xp, valid, j.activation, h, b.padded);
+          else if (width == V * L)
+            gate_up_tile<NN, V>(rows, up, nu, xp, valid, j.activation, h, b.padded);
           else
             gate_up_narrow<V - 1>(width / L, rows, up, nu, xp, valid, j.activation, h, b.padded);
         }
@@ -192,7 +197,7 @@ struct Ffn {
                              int act, uint32_t *h, size_t h_stride) {
     if constexpr (NV > 0) {
       if (nv == NV)
-        gate_up_tile<NV>(rows, up, nu, xp, valid, act, h, h_stride);
+        gate_up_tile<NN, NV>(rows, up, nu, xp, valid, act, h, h_stride);
       else
         gate_up_narrow<NV - 1>(nv, rows, up, nu, xp, valid, act, h, h_stride);
     }
