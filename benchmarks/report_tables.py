@@ -57,8 +57,8 @@ def claim(bench: list[Row], quality: list[Row]) -> str:
         row = min(speed["rows"], key=lambda r: abs(r["prompt_tokens"] - CLAIM_TOKENS))
         machine = speed["machine"]
         parts.append(
-            f"{_short(speed['model'])}, a prompt of {row['prompt_tokens']:,} tokens, {speed['sparsity']:.0%} of the FFN neurons "
-            f"skipped: time to first token {row['ttft_dense_s']:.2f} s → {row['ttft_sparse_s']:.2f} s, "
+            f"{_short(speed['model'])}, a prompt of {row['prompt_tokens']:,} tokens, {speed['sparsity']:.0%} of the FFN "
+            f"neurons skipped: time to first token {row['ttft_dense_s']:.2f} s → {row['ttft_sparse_s']:.2f} s, "
             f"**{row['speedup']:.2f}x**, where the FFN's share of the dense time ({row['ffn_share']:.0%}) allows at most "
             f"{row['ceiling']:.2f}x ({_where(machine)}, {speed['dtype']}, transformers {machine['transformers']}, "
             f"{speed['kernel']} kernel)."
@@ -85,9 +85,9 @@ def bench_tables(bench: list[Row]) -> str:
     for result in bench:
         machine = result["machine"]
         lines = [
-            f"{_short(result['model'])}, {result['dtype']}, {result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, "
-            f"{result['kernel']} kernel; {_where(machine)}, torch {machine['torch']}, transformers {machine['transformers']}; "
-            f"medians of {result['repeats']}.",
+            f"{_short(result['model'])}, {result['dtype']}, {result['sparsity']:.0%} sparsity, "
+            f"blocks of {result['block_size']}, {result['kernel']} kernel; {_where(machine)}, torch {machine['torch']}, "
+            f"transformers {machine['transformers']}; medians of {result['repeats']}.",
             "",
             "| prompt tokens | dense TTFT | sparse TTFT | speed-up | ceiling | FFN share of dense | FFN time, sparse / dense |",
             "|--:|--:|--:|--:|--:|--:|--:|",

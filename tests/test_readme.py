@@ -1,0 +1,206 @@
+"""The README and the docs: their commands run, their links lead somewhere, their numbers come from benchmarks/results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fastfill import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_RUN = ("make", "git", "pip", ".", "cd")  # by other tests, or without a result to check
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(block: str) -> list[list[str]]:
+    """The `fastfill ...` lines of a shell block as argument lists. A line that is neither run nor knowingly left out fails."""
+    found = []
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and words[0] not in NOT_RUN:
+            assert words[0] == "fastfill", f"nobody checks the command {line!r}"
+            found.append(words[1:])
+    return found
+
+
+def load_report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("report_tables", ROOT / "benchmarks" / "report_tables.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the README's paths exist and into which its commands may write."""
+    for name in ("src", "artifacts"):
+        (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+README_BLOCKS = [block for block in code_blocks(README, "sh") if commands(block)]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("block", README_BLOCKS, ids=[" ".join(commands(block)[0][:1]) for block in README_BLOCKS])
+def test_readme_commands_run(block: str, clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in commands(block):
+        assert cli.main([*words, "--json"]) == 0
+        out = capsys.readouterr().out
+        assert isinstance(json.loads(out.splitlines()[-1]), dict), f"{words[0]} ends without a JSON document"
+
+
+@pytest.mark.real
+def test_readme_python_runs(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = code_blocks(README, "python")
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["attached"].stats.sparse_tokens > 1000
+    assert all("forward" not in vars(module) for module in names["attached"].modules)  # detached at the end
+    assert "sparse_tokens=" in capsys.readouterr().out
+
+
+def test_readme_shows_every_command_and_no_other() -> None:
+    known = {action.dest: action for action in cli.build_parser()._actions if action.choices}
+    (subcommands,) = known.values()
+    assert set(re.findall(r"^\| `fastfill (\w+)`", README, re.MULTILINE)) == set(subcommands.choices or ())
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_shell_commands_in_documents_are_understood(path: Path) -> None:
+    parser = cli.build_parser()
+    for block in code_blocks(path.read_text(encoding="utf-8"), "sh"):
+        for words in commands(block):
+            assert callable(parser.parse_args(words).run)  # argparse leaves with SystemExit on an unknown flag
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_python_in_documents_compiles_and_imports_what_exists(path: Path) -> None:
+    for block in code_blocks(path.read_text(encoding="utf-8"), "python"):
+        compile(block, path.name, "exec")
+        for line in re.findall(r"^(?:import|from) fastfill.*$", block, re.MULTILINE):
+            exec(line, {})
+
+
+def anchors(text: str) -> set[str]:
+    """The ids that a forge gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name) if name else path
+        assert file.exists(), f"{path.name} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{path.name}: no heading for #{anchor}"
+
+
+def test_readme_numbers_are_the_results() -> None:
+    report = load_report()
+    assert report.render(README) == README, "run: python benchmarks/report_tables.py"
+    if list(report.RESULTS.glob("bench-*.json")) and (report.RESULTS / "quality.jsonl").exists():
+        assert "{{" not in README
+
+
+def test_readme_has_no_numbers_in_tables_of_its_own() -> None:
+    outside = re.sub(r"<!-- results:\S+ -->.*?<!-- /results -->", "", README, flags=re.DOTALL)
+    assert outside.count("results:") == 0
+    for line in outside.splitlines():
+        assert not (line.startswith("|") and re.search(r"\d", line)), f"a number that no result backs: {line}"
+
+
+def test_readme_states_the_cost_that_the_defaults_have() -> None:
+    from fastfill.config import default_ranks
+
+    hidden, intermediate = 576, 1536  # SmolLM2-135M
+    predictor, linear, silu = default_ranks(hidden)
+    cost = (predictor * (hidden + intermediate) + 2 * hidden * (linear + silu)) / (3 * hidden * intermediate)
+    assert f"cost {cost * 100:.1f} %" in README
+    assert f"{(0.5 + cost) * 100:.1f} % of the arithmetic" in README
+
+
+MACHINE = {"cpu": "Some CPU", "gpu": None, "threads": 2, "torch": "2.13.0", "transformers": "5.20.0"}
+BENCH = {
+    "model": "maker/tiny",
+    "dtype": "bfloat16",
+    "sparsity": 0.5,
+    "block_size": 64,
+    "kernel": "native",
+    "repeats": 3,
+    "machine": MACHINE,
+    "rows": [
+        {
+            "prompt_tokens": tokens,
+            "ttft_dense_s": 2.0,
+            "ttft_sparse_s": 2.0 / speedup,
+            "speedup": speedup,
+            "ffn_dense_s": 1.0,
+            "ffn_sparse_s": 0.5,
+            "ffn_ratio": 0.5,
+            "ffn_share": 0.5,
+            "ceiling": 1.3333,
+            "sparse_tokens": sparse,
+            "dense_tokens": tokens - sparse,
+        }
+        for tokens, speedup, sparse in ((128, 1.0, 0), (512, 0.97, 448), (2048, 1.19, 1984))
+    ],
+}
+QUALITY = {
+    "model": "maker/tiny",
+    "dtype": "bfloat16",
+    "predictor": "learned",
+    "compensator": True,
+    "sparsity": 0.5,
+    "block_size": 64,
+    "documents": 9,
+    "tokens": 17_847,
+    "cont_tokens": 2295,
+    "no_context_ppl": 25.0,
+    "context_kept": 0.87,
+    **{"ppl_dense": 13.0, "ppl_sparse": 19.5, "ppl_ratio": 1.5, "kl": 0.4, "top1_agreement": 0.71},
+    **{"cont_ppl_dense": 13.3, "cont_ppl_sparse": 14.2, "cont_ppl_ratio": 1.0677, "cont_kl": 0.07, "cont_top1_agreement": 0.85},
+}
+
+
+def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
+    report = load_report()
+    (tmp_path / "bench-tiny.json").write_text(json.dumps(BENCH))
+    rows = [
+        {**QUALITY, "predictor": "random", "compensator": False, "ppl_sparse": 25_819.0, "ppl_ratio": 1986.0},
+        {**QUALITY, "ppl_ratio": 9.9},  # measured again below: the later row counts
+        QUALITY,
+    ]
+    (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report.render(README, tmp_path)
+    assert "{{" not in page
+    assert "2.00 s → 1.68 s, **1.19x**" in page and "at most 1.33x" in page and "**1.07x**" in page and "**1.50x**" in page
+    assert "| 128 | 2.000 s | 2.000 s | 1.00x (too short: all dense) |" in page
+    assert "0.97x (slower)" in page
+    assert "9.90x" not in page and "| random | no | 25,819 | 1986.00x |" in page
+    assert page.index("**learned**") < page.index("| random |")
+    assert report.render(page, tmp_path) == page  # writing twice changes nothing
+    assert report.render(page.replace("1.19x", "1.91x"), tmp_path) == page  # an edited number is put right
+
+
+def test_report_refuses_an_unknown_marker(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="results:speed is not known"):
+        load_report().render("<!-- results:speed -->\n<!-- /results -->", tmp_path)
