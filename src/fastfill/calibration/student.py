@@ -57,6 +57,8 @@ class StudentFFN:
 
     def compensate(self, rows: torch.Tensor) -> torch.Tensor:
         w_in, w_out, bias = (self.weights[f"compensator.{n}"].to(rows.dtype) for n in ("w_in", "w_out", "bias"))
+        if not len(w_in):  # as in `Artifact.compensator`: without any rank there is none, bias included
+            return torch.zeros_like(rows)
         inner = F.linear(rows, w_in)
         mixed = torch.cat([inner[:, : self.linear_rank], F.silu(inner[:, self.linear_rank :])], 1)
         return F.linear(mixed, w_out, bias)
