@@ -1,0 +1,164 @@
+"""Tiny random models built from configs, one per family, a tokenizer built in code, and a random artifact for each.
+
+Everything is offline. Shape letters as in the package: H = 32, F = 96; blocks of 8, a dense head of 8, 16 tokens at least.
+"""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+try:
+    import fastfill  # noqa: F401
+except ImportError:  # a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
+
+import transformers
+from hypothesis import settings
+
+from fastfill import artifact as artifacts
+from fastfill import families, kernels
+from fastfill.config import PrefillConfig
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+KERNELS = ("torch", pytest.param("native", marks=pytest.mark.skipif(not kernels.cpu.usable(), reason=kernels.cpu.status())))
+VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, BLOCK = 128, 32, 96, 3, 8
+PREFILL = PrefillConfig(sparsity=0.5, block_size=BLOCK, dense_head=BLOCK, min_tokens=2 * BLOCK)
+
+settings.register_profile("fastfill", deadline=None, derandomize=True)  # no timing assertions, the same cases every time
+settings.load_profile("fastfill")
+torch.set_num_threads(1)
+
+
+def tiny_config(family="llama", **changes):
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": HIDDEN**-0.5,  # every linear layer keeps the scale, so that no part is negligible
+        **changes,
+    }
+    kinds = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }
+    return kinds[family](**values)
+
+
+def tiny_model(family="llama", seed=0, dtype=torch.float32, **changes):
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # generate as many tokens as asked, whatever they are
+    model.config.eos_token_id = None
+    return model.to(dtype).eval()
+
+
+def tiny_artifact(model, seed=0, prefill=PREFILL, ranks=(8, 4, 4), name="tiny"):
+    """Random weights of order one, fp32, and layers of unequal importance, so that every layer keeps another count."""
+    base = artifacts.describe_model(families.dissect(model), name)
+    ranks = dict(zip(("predictor", "linear", "silu"), ranks, strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for key, shape in artifacts.shapes(base, ranks).items():
+        values = torch.randn(shape, generator=generator)
+        if len(shape) == 2:
+            values /= max(shape[1], 1) ** 0.5
+        if "w_out" in key and "predictor" in key:
+            values *= 4  # scores well apart
+        if "stats" in key:
+            values = values.abs() + 0.1
+        tensors[key] = values
+    importance = [1.0 + 0.25 * layer for layer in range(base["layers"])]
+    return artifacts.Artifact(base, prefill, ranks, importance, tensors)
+
+
+def token_ids(*shape, seed=0):
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(input_ids=ids, **kwargs).logits
+
+
+def tiny_text(words, seed=0):
+    """A walk over the vocabulary with few successors per word: text in which there is something to learn."""
+    rng, word, out = random.Random(seed), 3, []
+    for _ in range(words):
+        word = 3 + (word * 7 + rng.choice((1, 2, 5))) % (VOCABULARY - 3)
+        out.append(f"w{word}")
+    return " ".join(out)
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
+    )
+    tokenizer.chat_template = "{% for m in messages %}w5 {{ m['content'] }} w6 {% endfor %}w7"
+    return tokenizer
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def exact_model():
+    """fp64: numerically different ways to the same result cannot flip a selection."""
+    return tiny_model(dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """The tiny LLaMA and its tokenizer as a folder that `fastfill ... MODEL` loads."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def artifact_folder(model, tmp_path):
+    folder = tmp_path / "artifact"
+    artifacts.save(tiny_artifact(model), folder, readme="tiny\n")
+    return folder
+
+
+def snapshot(folder):
+    """Every file below a folder with its bytes, hidden ones too."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def one_sentence(error):
+    """The message of a UserError, checked to be one line that ends like a sentence."""
+    text = str(error.value if hasattr(error, "value") else error)
+    assert text.strip() == text and "\n" not in text and "Traceback" not in text
+    assert len(text) > 15
+    return text

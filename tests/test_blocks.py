@@ -1,0 +1,101 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastfill.blocks import make_plan, rows_from_mask
+
+
+def expected_sparse(rows, tokens, block, head, least):
+    """Independent: token by token. A token is sparse if its whole block is in the call and behind the head."""
+    sparse = set()
+    for index, (first, last, position) in enumerate(rows):
+        if last - first < least:
+            continue
+        here = range(position, position + last - first)  # absolute positions in this call
+        for p in here:
+            whole = range(p // block * block, p // block * block + block)
+            if whole[0] in here and whole[-1] in here and whole[0] >= head:
+                sparse.add(index * tokens + first + p - position)
+    return sparse
+
+
+@st.composite
+def calls(draw):
+    tokens = draw(st.integers(1, 60))
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        first = draw(st.integers(0, tokens))
+        last = draw(st.integers(first, tokens))
+        rows.append((first, last, 0 if first else draw(st.integers(0, 40))))
+    return rows, tokens, draw(st.integers(1, 12)), draw(st.integers(0, 30)), draw(st.integers(1, 20))
+
+
+@given(calls())
+def test_the_plan_equals_a_token_by_token_reading_of_the_rule(call):
+    rows, tokens, block, head, least = call
+    plan = make_plan(rows, tokens, block, head, least)
+    expected = expected_sparse(rows, tokens, block, head, least)
+    if plan is None:
+        assert not expected
+        return
+    assert {row for span in plan.spans for row in range(span.start, span.stop)} == expected
+    assert plan.sparse_tokens == len(expected) == plan.blocks * block
+    assert plan.valid == sum(last - first for first, last, _ in rows)
+    for span in plan.spans:
+        assert (span.stop - span.start) % block == 0
+        first, _, position = rows[span.start // tokens]
+        assert span.first == (span.start // tokens * tokens + first if position == 0 else None)
+
+
+@given(calls())
+def test_split_and_join_put_every_row_back(call):
+    rows, tokens, block, head, least = call
+    plan = make_plan(rows, tokens, block, head, least)
+    if plan is None:
+        return
+    x = torch.arange(len(rows) * tokens * 2.0).view(-1, 2)
+    assert len(plan.split(x)) + len(plan.dense(x)) == len(x)
+    torch.testing.assert_close(plan.join(plan.split(x), plan.dense(x)), x, rtol=0, atol=0)
+
+
+def test_join_keeps_the_two_kinds_apart():
+    plan = make_plan([(0, 20, 0)], 20, 4, 4, 1)
+    out = plan.join(torch.ones(16, 1), torch.zeros(4, 1))
+    assert out[:, 0].tolist() == [0.0] * 4 + [1.0] * 16
+
+
+def test_worked_numbers():
+    # 20 tokens, blocks of 8, head 8: block 1 (8..15) is sparse, the tail 16..19 dense.
+    (span,) = make_plan([(0, 20, 0)], 20, 8, 8, 16).spans
+    assert (span.start, span.stop, span.first) == (8, 16, 0)
+    # A head that ends inside a block keeps the whole block dense.
+    (span,) = make_plan([(0, 24, 0)], 24, 8, 9, 16).spans
+    assert (span.start, span.stop) == (16, 24)
+    # 20 cached, 20 more: positions 20..39; blocks 3 and 4 are whole, 20..23 are not.
+    (span,) = make_plan([(0, 20, 20)], 20, 8, 8, 16).spans
+    assert (span.start, span.stop, span.first) == (4, 20, None)
+    assert make_plan([(0, 15, 0)], 15, 8, 0, 16) is None
+    assert make_plan([(0, 16, 0)], 16, 8, 16, 16) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 20), st.integers(0, 12)), min_size=1, max_size=4), st.data())
+def test_rows_from_a_padded_mask(sequences, data):
+    """Each sequence: left padding, tokens, right padding; filled up on the right to one width."""
+    width = max(sum(s) for s in sequences)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    for row, (left, count, _) in zip(mask, sequences, strict=True):
+        row[left : left + count] = 1
+    past = data.draw(st.integers(0, width - 1))
+    rows = rows_from_mask(mask, past)
+    for (first, last, position), (left, count, _) in zip(rows, sequences, strict=True):
+        tokens_here = [t for t in range(left, left + count) if t >= past]
+        assert last - first == len(tokens_here)
+        if tokens_here:
+            assert first == tokens_here[0] - past
+            assert position == tokens_here[0] - left
+
+
+@pytest.mark.parametrize("row", [[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]])
+def test_a_mask_with_holes_or_without_tokens_is_not_understood(row):
+    assert rows_from_mask(torch.tensor([[1, 1, 1, 1], row]), 0) is None

@@ -1,0 +1,106 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import transformers
+from conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS, tiny_artifact, tiny_model
+from fastfill import attach, families
+from fastfill.errors import UserError
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dissect_finds_the_parts(family):
+    model = tiny_model(family)
+    anatomy = families.dissect(model)
+    assert (anatomy.hidden, anatomy.intermediate, len(anatomy.layers)) == (HIDDEN, INTERMEDIATE, LAYERS)
+    assert (anatomy.model_type, anatomy.base) == (family, model.base_model)
+    for layer, ffn, attention in zip(model.model.layers, anatomy.ffns, anatomy.attentions, strict=True):
+        assert ffn.module is layer.mlp and attention is layer.self_attn
+        assert ffn.gate.data_ptr() == layer.mlp.gate_proj.weight.data_ptr()
+        assert ffn.up.data_ptr() == layer.mlp.up_proj.weight.data_ptr()
+        assert ffn.down.data_ptr() == layer.mlp.down_proj.weight.data_ptr()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ffn_is_the_documented_formula(family):
+    ffn = families.dissect(tiny_model(family, dtype=torch.float64)).ffns[1]
+    x = torch.randn(5, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z = x @ ffn.gate.T
+    y = (z / (1 + (-z).exp()) * (x @ ffn.up.T)) @ ffn.down.T
+    # fp64: a few hundred additions of order one; 1e-13 is 450 eps.
+    torch.testing.assert_close(ffn.module(x), y, rtol=0, atol=1e-13 * float(y.abs().max()))
+
+
+def test_unknown_family_is_refused_with_the_list():
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32, n_positions=32)
+    model = transformers.GPT2LMHeadModel(config)
+    with pytest.raises(UserError, match="'gpt2'.*llama, mistral, qwen2, qwen3"):
+        families.dissect(model)
+    with pytest.raises(UserError, match="not supported"):
+        families.dissect(nn.Linear(2, 2))
+
+
+def test_other_activation_is_refused():
+    with pytest.raises(UserError, match="gelu"):
+        families.dissect(tiny_model(hidden_act="gelu"))
+
+
+def test_bias_is_refused():
+    with pytest.raises(UserError, match=r"Layer 0: gate_proj has a bias"):
+        families.dissect(tiny_model(mlp_bias=True))
+
+
+class PackedLinear(nn.Linear):
+    """Stands in for the classes that quantisers and adapters put in place of nn.Linear."""
+
+
+def test_quantised_layers_are_refused(model):
+    artifact = tiny_artifact(model)
+    model.model.layers[1].mlp.up_proj = PackedLinear(HIDDEN, INTERMEDIATE, bias=False)
+    with pytest.raises(UserError, match=r"Layer 1: up_proj is PackedLinear.*unquantised"):
+        attach(model, artifact)
+    assert all("forward" not in layer.mlp.__dict__ for layer in model.model.layers)
+
+
+def test_one_byte_weights_are_refused(model):
+    linear = model.model.layers[2].mlp.down_proj
+    linear.weight = nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UserError, match=r"Layer 2: down_proj"):
+        families.dissect(model)
+
+
+def test_layers_of_unequal_width_are_refused(model):
+    mlp = model.model.layers[2].mlp
+    mlp.gate_proj, mlp.up_proj = nn.Linear(HIDDEN, 64, bias=False), nn.Linear(HIDDEN, 64, bias=False)
+    mlp.down_proj = nn.Linear(64, HIDDEN, bias=False)
+    with pytest.raises(UserError, match="differ in width"):
+        families.dissect(model)
+
+
+def test_offloaded_weights_are_refused(model):
+    with pytest.raises(UserError, match="meta"):
+        families.dissect(model.to("meta"))
+
+
+def fingerprint(model):
+    return families.fingerprint(families.dissect(model))
+
+
+def test_fingerprint_depends_on_weights_and_shapes(model):
+    again = copy.deepcopy(model)
+    assert fingerprint(model) == fingerprint(again)
+    others = [tiny_model(seed=1), tiny_model(num_hidden_layers=2), tiny_model(intermediate_size=64)]
+    assert len({fingerprint(model), *map(fingerprint, others)}) == 4
+    again.model.layers[2].mlp.down_proj.weight.data[0, 0] += 1
+    assert fingerprint(again) != fingerprint(model)
+
+
+def test_fingerprint_is_the_same_in_fp32_and_bf16(model, tmp_path):
+    model.save_pretrained(tmp_path)  # fp32 values that bf16 cannot hold
+    loads = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=t) for t in (torch.float32, torch.bfloat16)]
+    assert fingerprint(loads[0]) == fingerprint(loads[1]) == fingerprint(model)
+    loads[1].save_pretrained(tmp_path / "half")  # and a bf16 checkpoint, read back as fp32
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    assert fingerprint(back) == fingerprint(model)

@@ -1,0 +1,228 @@
+"""The sparse forward against a reference written by hand in fp64 numpy: every predictor with every kernel."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import BLOCK, HIDDEN, INTERMEDIATE, KERNELS, tiny_artifact, tiny_model
+from fastfill import families, kernels
+from fastfill.blocks import make_plan
+from fastfill.calibration.student import StudentFFN
+from fastfill.predictor import BASELINES, LowRank
+from fastfill.sparse_ffn import SparseFFN, current_plan
+
+TOKENS, KEPT, LAYER = 45, 40, 1
+# Sequence 0: head 0..7, sparse 8..39, tail. Sequence 1: 4 rows of padding, head, sparse 12..43, tail.
+PLAN = make_plan([(0, 45, 0), (4, 45, 0)], TOKENS, BLOCK, BLOCK, 16)
+SPARSE = [(0, 8, 40), (1, 12, 44)]  # the same, by hand: sequence, first, last
+EPS = 2.0**-23
+
+
+def silu(z):
+    return z / (1 + np.exp(-z))
+
+
+def softmax(z):
+    p = np.exp(z - z.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+class Reference:
+    """fp64, by hand, token by token where it matters."""
+
+    def __init__(self, model, artifact):
+        mlp = model.model.layers[LAYER].mlp
+        self.gate, self.up, self.down = (np.asarray(p.weight.detach(), np.float64) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        prefix = f"layers.{LAYER}."
+        self.t = {k[len(prefix) :]: np.asarray(v, np.float64) for k, v in artifact.tensors.items() if k.startswith(prefix)}
+        self.linear = artifact.ranks["linear"]
+
+    def energy(self, x):
+        h = silu(x @ self.gate.T) * (x @ self.up.T)
+        return (h * np.sqrt((self.down**2).sum(0))) ** 2
+
+    def scores(self, kind, block, first_block, index):
+        if kind == "learned":
+            return softmax(block @ self.t["predictor.w_in"].T @ self.t["predictor.w_out"].T + self.t["predictor.bias"]).sum(0)
+        if kind in ("oracle", "low-rank"):  # low rank is tested at full rank, where nothing is lost
+            return self.energy(block).sum(0)
+        if kind == "static":
+            return self.t["stats.importance"]
+        if kind == "first-block":
+            h = silu(first_block @ self.gate.T) * (first_block @ self.up.T)
+            return (h**2 / (h**2).sum(1, keepdims=True)).sum(0)
+        return torch.rand(PLAN.blocks, INTERMEDIATE, generator=torch.Generator().manual_seed(LAYER)).numpy()[index]
+
+    def __call__(self, x, kind, compensate=True, spoil=lambda ids: ids):
+        """x: (2, T, H) -> the output and the smallest gap between kept and skipped scores, relative."""
+        x = np.asarray(x, np.float64)
+        y = (silu(x @ self.gate.T) * (x @ self.up.T)) @ self.down.T
+        gap, index = 1.0, 0
+        for sequence, first, last in SPARSE:
+            start = {0: 0, 1: 4}[sequence]
+            for at in range(first, last, BLOCK):
+                block = x[sequence, at : at + BLOCK]
+                scores = self.scores(kind, block, x[sequence, start : start + BLOCK], index)
+                order = np.argsort(-scores)
+                gap = min(gap, (scores[order[KEPT - 1]] - scores[order[KEPT]]) / scores[order[KEPT]])
+                ids = spoil(order[:KEPT].copy())
+                out = (silu(block @ self.gate[ids].T) * (block @ self.up[ids].T)) @ self.down[:, ids].T
+                if compensate:
+                    inner = block @ self.t["compensator.w_in"].T
+                    inner[:, self.linear :] = silu(inner[:, self.linear :])
+                    out = out + inner @ self.t["compensator.w_out"].T + self.t["compensator.bias"]
+                y[sequence, at : at + BLOCK] = out
+                index += 1
+        return y, gap
+
+
+@pytest.fixture(scope="module")
+def parts():
+    model = tiny_model()
+    artifact = tiny_artifact(model)
+    x = torch.randn(2, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(5))
+    return model, artifact, x, Reference(model, artifact)
+
+
+def sparse_ffn(model, artifact, kind, kernel, compensate=True, kept=KEPT, observer=None):
+    part = families.dissect(model).ffns[LAYER]
+    if kind == "learned":
+        predictor = artifact.predictor(LAYER, part.gate)
+    elif kind == "low-rank":
+        predictor = LowRank(part, torch.ones(HIDDEN), HIDDEN)
+    else:
+        predictor = BASELINES[kind](part, LAYER, artifact.statistics(LAYER, part.gate), 8)
+    compensator = artifact.compensator(LAYER, part.gate) if compensate else None
+    down_t = part.down.t().contiguous()
+    return SparseFFN(part.module.forward, part.gate, part.up, down_t, kept, predictor, compensator, kernel, observer)
+
+
+def run(ffn, x, plan=PLAN):
+    token = current_plan.set(plan)
+    try:
+        with torch.no_grad():
+            return ffn(x)
+    finally:
+        current_plan.reset(token)
+
+
+def tolerance(y):
+    # fp32 sums of H terms, then of K and r terms, each rounded at eps of partial sums that grow like the root of their number;
+    # relative to the largest output, with a margin of four.
+    return 4 * EPS * (HIDDEN**0.5 + KEPT**0.5) * np.abs(y).max()
+
+
+@pytest.mark.parametrize("compensate", [True, False], ids=["compensated", "bare"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["learned", *BASELINES])
+def test_equals_the_reference(parts, kind, kernel, compensate):
+    model, artifact, x, reference = parts
+    expected, gap = reference(x, kind, compensate)
+    assert gap > 1e-5, "scores too close for fp32 to rank: choose another seed"
+    ffn = sparse_ffn(model, artifact, kind, kernel, compensate)
+    np.testing.assert_allclose(run(ffn, x).numpy(), expected, rtol=0, atol=tolerance(expected))
+
+
+MUTANTS = {
+    "dropped neuron": lambda ids: ids[:-1],
+    "wrong id": lambda ids: np.append(ids[:-1], next(i for i in range(INTERMEDIATE) if i not in set(ids.tolist()))),
+    "neuron twice": lambda ids: np.append(ids, ids[-1]),
+    "id off by one": lambda ids: np.append(ids[1:], (ids[0] + 1) % INTERMEDIATE),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_check_fails_on_a_mutant(parts, name):
+    """The same tolerance must tell the right neurons from nearly right ones; the last kept is the least important of all."""
+    model, artifact, x, reference = parts
+    mutant, _ = reference(x, "oracle", spoil=MUTANTS[name])
+    got = run(sparse_ffn(model, artifact, "oracle", "torch"), x).numpy()
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(got, mutant, rtol=0, atol=tolerance(mutant))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dense_rows_are_bit_identical(parts, kernel):
+    """Head, tail and padding go through the dense FFN; a wrong compensator or kernel cannot touch them."""
+    model, artifact, x, _ = parts
+    ffn = sparse_ffn(model, artifact, "learned", kernel)
+    got = run(ffn, x).view(-1, HIDDEN)
+    with torch.no_grad():
+        dense_rows = ffn.dense(PLAN.dense(x.view(-1, HIDDEN)))
+    assert torch.equal(PLAN.dense(got), dense_rows)
+
+
+def test_without_a_plan_or_at_full_width_it_is_the_dense_ffn(parts):
+    model, artifact, x, _ = parts
+    dense = model.model.layers[LAYER].mlp
+    with torch.no_grad():
+        expected = dense(x)
+    assert torch.equal(run(sparse_ffn(model, artifact, "learned", "torch"), x, plan=None), expected)
+    assert torch.equal(run(sparse_ffn(model, artifact, "learned", "torch", kept=INTERMEDIATE), x), expected)
+    other = make_plan([(0, 44, 0)], 44, BLOCK, BLOCK, 16)  # a plan of another call
+    assert torch.equal(run(sparse_ffn(model, artifact, "learned", "torch"), x, plan=other), expected)
+
+
+def test_the_observer_sees_the_selection(parts):
+    model, artifact, x, _ = parts
+    seen = []
+    ffn = sparse_ffn(model, artifact, "static", "torch", observer=lambda plan, ids: seen.append((plan, ids)))
+    run(ffn, x)
+    ((plan, ids),) = seen
+    assert plan is PLAN and ids.shape == (8, KEPT)
+    best = np.sort(np.argsort(-artifact.tensors[f"layers.{LAYER}.stats.importance"].numpy())[:KEPT])
+    np.testing.assert_array_equal(ids.numpy(), np.tile(best, (8, 1)))
+
+
+@pytest.mark.parametrize("ranks", [(8, 4, 4), (8, 5, 0), (8, 0, 5), (8, 0, 0)], ids=str)
+@pytest.mark.parametrize("tokens, head", [(45, 8), (40, 0), (45, 11), (16, 8), (7, 8)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_student_of_calibration_is_the_same_function(parts, ranks, tokens, head, kernel):
+    """What is trained must be what runs: masked and gathered forms agree to fp32 rounding."""
+    model = parts[0]
+    artifact = tiny_artifact(model, ranks=ranks)
+    part = families.dissect(model).ffns[LAYER]
+    prefix = f"layers.{LAYER}."
+    weights = {k[len(prefix) :]: v for k, v in artifact.tensors.items() if k.startswith(prefix)}
+    x = parts[2][:1, :tokens]
+    student = StudentFFN(part, weights, KEPT, artifact.ranks["linear"], BLOCK, head, temperature=0.5)
+    expected = student(x)
+    got = run(sparse_ffn(model, artifact, "learned", kernel), x, make_plan([(0, tokens, 0)], tokens, BLOCK, head, 1))
+    # Both are fp32: two rounding errors of the size above; the student's sum runs over F terms.
+    limit = 2 * 4 * EPS * (HIDDEN**0.5 + INTERMEDIATE**0.5) * float(expected.abs().max())
+    torch.testing.assert_close(got, expected, rtol=0, atol=limit)
+    if tokens == 45:  # and the comparison is of sparse outputs, not of dense ones
+        with torch.no_grad():
+            assert float((part.module(x) - expected).abs().max()) > 1000 * limit
+
+
+def test_the_student_with_gradient_has_the_same_value(parts):
+    model, artifact, x, _ = parts
+    part = families.dissect(model).ffns[LAYER]
+    prefix = f"layers.{LAYER}."
+    weights = {k[len(prefix) :]: v.clone() for k, v in artifact.tensors.items() if k.startswith(prefix)}
+    student = StudentFFN(part, weights, KEPT, artifact.ranks["linear"], BLOCK, BLOCK, temperature=0.5)
+    plain = student(x[:1])
+    for name in weights:
+        weights[name].requires_grad_("stats" not in name)
+    value = student(x[:1])
+    # hard + soft - soft is 0 or 1 up to one rounding of each gate: eps per neuron, F of them.
+    torch.testing.assert_close(value.detach(), plain, rtol=0, atol=8 * EPS * INTERMEDIATE**0.5 * float(plain.abs().max()))
+    value.square().sum().backward()
+    for name, weight in weights.items():
+        if "stats" not in name:
+            assert weight.grad is not None and float(weight.grad.abs().max()) > 0, name
+
+
+def test_unknown_kernel_is_an_error_at_the_op(parts):
+    model, artifact, x, _ = parts
+    with pytest.raises(ValueError, match="unknown kernel"):
+        run(sparse_ffn(model, artifact, "learned", "cuda-magic"), x)
+    assert kernels.choose("torch") == "torch"
+
+
+def test_fields_are_the_documented_ones():
+    names = [field.name for field in dataclasses.fields(SparseFFN)]
+    assert names[:7] == ["dense", "gate", "up", "down_t", "kept", "predictor", "compensator"]
