@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from fastfill import artifact as artifacts
 from fastfill import blocks, families, kernels
 from fastfill.artifact import Artifact
+from fastfill.blocks import Plan
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
 from fastfill.predictor import BASELINES, Predictor
@@ -51,6 +53,9 @@ class Attachment:
         self._anatomy = anatomy
         self._lock = threading.Lock()
         self._force_dense = threading.local()
+        self._running = threading.local()
+        self._thins = any(ffn.kept < anatomy.intermediate for ffn in ffns)  # False at sparsity 0: all of it is dense
+        self._parameters = list(inspect.signature(anatomy.base.forward).parameters)
         self._restore: list[tuple[torch.nn.Module, Any]] = []
         self._hooks: list[Any] = []
 
@@ -107,15 +112,21 @@ class Attachment:
             self._force_dense.on = before
 
     def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        embeds = kwargs.get("inputs_embeds")
-        shape = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        rows = None if getattr(self._force_dense, "on", False) else call_rows(tuple(shape), mask, kwargs)
-        config = self.config
-        plan = rows and blocks.make_plan(rows, shape[1], config.block_size, config.dense_head, config.min_tokens)
-        current_plan.set(plan or None)
+        outer = current_plan.get()  # of a model that is running around this one
+        current_plan.set(None)
+        self._outer().append(outer)
+        named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        tokens = named.get("input_ids")
+        tokens = named.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            return  # the model will say what is missing
+        shape = (tokens.shape[0], tokens.shape[1])
+        rows = call_rows(shape, named.get("attention_mask"), named)
         valid = sum(last - first for first, last, _ in rows) if rows else shape[0] * shape[1]
+        plan, config = None, self.config
+        if rows and self._thins and not getattr(self._force_dense, "on", False):
+            plan = blocks.make_plan(rows, shape[1], config.block_size, config.dense_head, config.min_tokens)
+        current_plan.set(plan)
         sparse = plan.sparse_tokens if plan else 0
         with self._lock:
             self.stats.sparse_tokens += sparse
@@ -124,7 +135,14 @@ class Attachment:
             self.stats.dense_calls += sparse == 0
 
     def _after(self, *_: Any) -> None:
-        current_plan.set(None)
+        outer = self._outer()
+        current_plan.set(outer.pop() if outer else None)
+
+    def _outer(self) -> list[Plan | None]:
+        """This thread's plans of the calls around the running one; nearly always empty."""
+        if not hasattr(self._running, "outer"):
+            self._running.outer = []
+        return self._running.outer
 
 
 def call_rows(shape: tuple[int, int], mask: Any, kwargs: dict[str, Any]) -> list[tuple[int, int, int]] | None:
@@ -185,7 +203,7 @@ def attach(
     if predictor != LEARNED and predictor not in BASELINES:
         raise UserError(f"predictor {predictor!r} is not known; use one of {', '.join([LEARNED, *BASELINES])}.")
     try:
-        kernels.choose(kernel)
+        kernels.choose(kernel, anatomy.ffns[0].gate)
     except ValueError as error:
         raise UserError(str(error)) from error
 

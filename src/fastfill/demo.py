@@ -43,7 +43,7 @@ def run(
 
     with stage("time to first token", 2 * (repeats + 1)) as bar:
         row = speed.measure(attachment, ids, repeats, bar.step)
-    if not row["sparse_tokens"]:
+    if config.sparsity and not row["sparse_tokens"]:
         raise UserError(f"The prompt has {ids.shape[1]} tokens; all of it stays dense (--min-tokens {config.min_tokens}).")
     text = torch.tensor(engine.encode(loaded.tokenizer, document.strip(), chat=False)[0])
     scores = perplexity.evaluate(attachment, [("the document", text)])
