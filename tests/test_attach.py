@@ -1,0 +1,548 @@
+"""Attach: what must stay identical, where the sparse part begins and ends, and that nothing is left behind."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import fastfill
+from conftest import BLOCK, FAMILIES, INTERMEDIATE, KERNELS, PREFILL, VOCABULARY, logits, tiny_artifact, tiny_model, token_ids
+from fastfill import attach, schedule
+from fastfill.config import PrefillConfig
+from fastfill.errors import UserError
+from fastfill.predictor import BASELINES
+from fastfill.sparse_ffn import SparseFFN, current_plan
+
+# fp64 logits of order ten through 3 layers: 1e-10 is 5e4 eps of them, and 1e-9 of what a wrong selection would change.
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def far(a, b):
+    return float((a - b).abs().max()) > 1e-2
+
+
+# --- identities ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sparsity_zero_is_dense_bit_for_bit(family, dtype):
+    model = tiny_model(family, dtype=dtype)
+    ids = token_ids(2, 45)
+    dense = logits(model, ids)
+    with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
+        assert torch.equal(logits(model, ids), dense)
+        assert attachment.kept == [INTERMEDIATE] * 3
+        assert attachment.stats.sparse_tokens == 0 and attachment.stats.dense_tokens == 90
+    with attach(model, tiny_artifact(model), sparsity=0.5):
+        assert far(logits(model, ids), dense)  # and at 0.5 it is not
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_detach_gives_the_same_bits_and_leaves_nothing(family, kernel):
+    model = tiny_model(family)
+    ids = token_ids(1, 40)
+    before, state = logits(model, ids), [dict(m.__dict__) for m in model.modules()]
+    with attach(model, tiny_artifact(model), kernel=kernel) as attachment:
+        assert far(logits(model, ids), before)
+        assert all(isinstance(module.__dict__["forward"], SparseFFN) for module in attachment.modules)
+    assert torch.equal(logits(model, ids), before)
+    for module, old in zip(model.modules(), state, strict=True):
+        assert module.__dict__.keys() == old.keys()
+        assert all(not hooks for name, hooks in module.__dict__.items() if "hooks" in name and isinstance(hooks, dict))
+    attachment.detach()  # a second time does nothing
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_detach_after_an_exception_inside_the_with(model):
+    ids = token_ids(1, 40)
+    before = logits(model, ids)
+    with pytest.raises(RuntimeError, match="user's own"), attach(model, tiny_artifact(model)):
+        logits(model, ids)
+        raise RuntimeError("the user's own")
+    assert torch.equal(logits(model, ids), before)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert not model.model._forward_hooks and not model.model._forward_pre_hooks
+
+
+def test_an_exception_in_the_middle_of_a_forward_leaves_no_plan(model):
+    ids = token_ids(1, 40)
+    before = logits(model, ids)
+    with attach(model, tiny_artifact(model)) as attachment:
+        sparse = logits(model, ids)
+
+        def fail(*_):
+            raise RuntimeError("out of memory, say")
+
+        hook = model.model.layers[1].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            logits(model, ids)
+        hook.remove()
+        assert current_plan.get() is None
+        x = torch.randn(1, 40, 32)
+        with torch.no_grad():  # an FFN called by itself, outside the base model, is dense
+            assert torch.equal(model.model.layers[0].mlp(x), attachment.ffns[0].dense(x))
+        assert torch.equal(logits(model, ids), sparse)
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_a_forward_that_was_on_the_instance_is_put_back(model):
+    mlp = model.model.layers[0].mlp
+    original = mlp.forward
+    mine = lambda x: original(x)  # noqa: E731
+    mlp.forward = mine
+    with attach(model, tiny_artifact(model)):
+        assert mlp.forward is not mine
+    assert mlp.__dict__["forward"] is mine
+
+
+def test_state_dict_is_untouched_while_attached(model):
+    keys = list(model.state_dict())
+    with attach(model, tiny_artifact(model)):
+        assert list(model.state_dict()) == keys
+
+
+def test_grad_mode_does_not_matter(model):
+    ids = token_ids(1, 40)
+    with attach(model, tiny_artifact(model), kernel="torch"):
+        without = logits(model, ids)
+        value = model(input_ids=ids).logits
+        assert torch.equal(value, without)
+        value.square().mean().backward()  # plain torch below: also the gradient gets through
+        grad = model.model.embed_tokens.weight.grad
+        assert bool(torch.isfinite(grad).all()) and float(grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("predictor", ["learned", *BASELINES])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_predictor_runs_with_every_kernel(model, predictor, kernel):
+    ids = token_ids(2, 45)
+    dense = logits(model, ids)
+    with attach(model, tiny_artifact(model), predictor=predictor, kernel=kernel) as attachment:
+        out = logits(model, ids)
+    assert bool(torch.isfinite(out).all()) and far(out, dense)
+    assert torch.equal(out[:, :BLOCK], dense[:, :BLOCK])  # the head is dense, and causal attention keeps it so
+    assert attachment.stats.sparse_tokens == 2 * 32
+
+
+def test_the_kernels_agree(model):
+    if not fastfill.kernels.cpu.usable():
+        pytest.skip(fastfill.kernels.cpu.status())
+    ids, out = token_ids(1, 40), {}
+    for kernel in ("torch", "native"):
+        with attach(model, tiny_artifact(model), kernel=kernel):
+            out[kernel] = logits(model, ids)
+    # Three layers, each rounding at eps * sqrt(H + F) of values of order one, amplified by the norms: factor 100.
+    tolerance = 100 * 2**-23 * (32 + 96) ** 0.5
+    torch.testing.assert_close(out["torch"], out["native"], rtol=0, atol=tolerance * float(out["torch"].abs().max()))
+
+
+# --- batches and padding ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_two_equals_two_batches_of_one(family):
+    model = tiny_model(family, dtype=torch.float64)
+    ids = token_ids(2, 45)
+    dense = logits(model, ids)
+    with attach(model, tiny_artifact(model)) as attachment:
+        together = logits(model, ids)
+        assert attachment.stats.sparse_tokens == 64
+        one, two = logits(model, ids[:1]), logits(model, ids[1:])
+        assert attachment.stats.sparse_tokens == 128
+    torch.testing.assert_close(together, torch.cat([one, two]), **EXACT)
+    assert far(together[0], dense[0]) and far(together[1], dense[1])
+
+
+def padded(ids, side, width, filler):
+    """Ids (T,) -> ids, mask (1, width)."""
+    pad = filler[: width - len(ids)]
+    zero, one = torch.zeros(len(pad), dtype=torch.long), torch.ones(len(ids), dtype=torch.long)
+    parts = ([pad, ids], [zero, one]) if side == "left" else ([ids, pad], [one, zero])
+    return torch.cat(parts[0])[None], torch.cat(parts[1])[None]
+
+
+def positions(mask):
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_for_real_tokens(family, side):
+    model = tiny_model(family, dtype=torch.float64)
+    lengths = (45, 38, 12)  # the last is shorter than min_tokens: dense
+    rows = [token_ids(n, seed=n) for n in lengths]
+    ids, mask = (torch.cat(t) for t in zip(*(padded(r, side, 45, torch.zeros(45, dtype=torch.long)) for r in rows), strict=True))
+    with attach(model, tiny_artifact(model)) as attachment:
+        alone = [logits(model, r[None])[0] for r in rows]
+        counted = (attachment.stats.sparse_tokens, attachment.stats.dense_tokens)
+        # Explicit positions, as `generate` passes them: rotary tables are fp32 and would differ at shifted positions.
+        out = logits(model, ids, attention_mask=mask, position_ids=positions(mask))
+        assert counted == (32 + 24, 13 + 14 + 12)
+        assert (attachment.stats.sparse_tokens, attachment.stats.dense_tokens) == (2 * counted[0], 2 * counted[1])
+    for row, m, expected in zip(out, mask, alone, strict=True):
+        torch.testing.assert_close(row[m.bool()], expected, **EXACT)
+
+
+@pytest.mark.parametrize("predictor", ["learned", "oracle", "first-block"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_garbage_in_the_padding_changes_nothing(exact_model, side, predictor):
+    model, ids = exact_model, token_ids(45)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 1e3
+        model.model.embed_tokens.weight[1] = -1e6
+    out = []
+    with attach(model, tiny_artifact(model), predictor=predictor) as attachment:
+        for filler in (torch.zeros(60, dtype=torch.long), torch.ones(60, dtype=torch.long), token_ids(60, seed=9)):
+            padded_ids, mask = padded(ids, side, 60, filler)
+            out.append(logits(model, padded_ids, attention_mask=mask)[mask.bool()])
+        assert attachment.stats.sparse_tokens == 3 * 32
+    assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+
+
+def test_dense_tokens_do_not_count_padding(model):
+    padded_ids, mask = padded(token_ids(12), "left", 20, torch.zeros(8, dtype=torch.long))
+    with attach(model, tiny_artifact(model)) as attachment:
+        logits(model, padded_ids, attention_mask=mask)  # too short
+        assert attachment.stats.dense_tokens == 12
+        with attachment.dense():
+            logits(model, padded_ids, attention_mask=mask)
+        assert (attachment.stats.dense_tokens, attachment.stats.sparse_tokens) == (24, 0)
+
+
+def test_a_mask_with_holes_stays_dense(model):
+    ids, mask = token_ids(1, 40), torch.ones(1, 40, dtype=torch.long)
+    mask[0, 20] = 0
+    dense = logits(model, ids, attention_mask=mask)
+    with attach(model, tiny_artifact(model)) as attachment:
+        assert torch.equal(logits(model, ids, attention_mask=mask), dense)
+        assert attachment.stats.sparse_tokens == 0
+
+
+# --- cache, chunks, decode ----------------------------------------------------------------------------------------------
+
+
+def read_in_chunks(model, ids, edges, mask=None):
+    cache, out = DynamicCache(config=model.config), []
+    for a, b in zip([0, *edges], [*edges, ids.shape[1]], strict=True):
+        extra = {} if mask is None else {"attention_mask": mask[:, :b], "position_ids": positions(mask)[:, a:b]}
+        out.append(logits(model, ids[:, a:b], past_key_values=cache, **extra))
+    return torch.cat(out, 1), cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_of_whole_blocks_equal_one_prefill(family):
+    model = tiny_model(family, dtype=torch.float64)
+    ids = token_ids(2, 75)
+    dense = logits(model, ids)
+    with attach(model, tiny_artifact(model)) as attachment:
+        at_once = logits(model, ids)
+        expected = attachment.stats.sparse_tokens
+        chunked, _ = read_in_chunks(model, ids, [24, 40, 56])
+        assert attachment.stats.sparse_tokens == 2 * expected == 4 * 64
+    torch.testing.assert_close(chunked, at_once, **EXACT)
+    assert far(at_once, dense)
+
+
+def test_chunks_of_whole_blocks_with_left_padding(exact_model):
+    """Blocks are counted from the sequence's first token, so the chunks are cut at 5 + 8 k."""
+    model, ids = exact_model, token_ids(75)
+    padded_ids, mask = padded(ids, "left", 80, torch.zeros(5, dtype=torch.long))
+    with attach(model, tiny_artifact(model)) as attachment:
+        at_once = logits(model, ids[None])
+        chunked, _ = read_in_chunks(model, padded_ids, [5 + 24, 5 + 56], mask)
+        assert attachment.stats.sparse_tokens == 2 * 64
+    torch.testing.assert_close(chunked[:, 5:], at_once, **EXACT)
+
+
+def test_chunks_that_are_not_whole_blocks_leave_their_ends_dense(exact_model):
+    """Documented: a block is sparse if all of it lies in the call. Tokens 0..19, 20..39, 40..44 (under min_tokens)."""
+    model, ids = exact_model, token_ids(1, 45)
+    with attach(model, tiny_artifact(model)) as attachment:
+        stats, counts = attachment.stats, []
+        cache = DynamicCache(config=model.config)
+        for a, b in ((0, 20), (20, 40), (40, 45)):
+            out = logits(model, ids[:, a:b], past_key_values=cache)
+            counts.append((stats.sparse_tokens, stats.dense_tokens))
+            assert bool(torch.isfinite(out).all())
+        assert counts == [(8, 12), (8 + 16, 12 + 4), (24, 16 + 5)]
+        assert (stats.sparse_calls, stats.dense_calls) == (2, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_is_dense_bit_for_bit_given_the_same_cache(family):
+    model = tiny_model(family)
+    ids, next_ids = token_ids(1, 40), token_ids(1, 3, seed=1)
+    with attach(model, tiny_artifact(model)) as attachment:
+        _, cache = read_in_chunks(model, ids, [])
+        twin = copy.deepcopy(cache)
+        attached = [logits(model, next_ids[:, i : i + 1], past_key_values=cache) for i in range(3)]
+        attached.append(logits(model, token_ids(1, 15, seed=2), past_key_values=cache))  # a short extension
+        assert (attachment.stats.sparse_tokens, attachment.stats.dense_tokens) == (32, 8 + 3 + 15)
+    detached = [logits(model, next_ids[:, i : i + 1], past_key_values=twin) for i in range(3)]
+    detached.append(logits(model, token_ids(1, 15, seed=2), past_key_values=twin))
+    assert all(torch.equal(a, d) for a, d in zip(attached, detached, strict=True))
+
+
+def test_static_cache(exact_model):
+    model, ids = exact_model, token_ids(1, 45)
+    with attach(model, tiny_artifact(model)) as attachment:
+        dynamic, _ = read_in_chunks(model, ids, [])
+        dynamic_chunks, _ = read_in_chunks(model, ids, [24])
+        for edges, expected in (([], dynamic), ([24], dynamic_chunks)):
+            cache, out = StaticCache(config=model.config, max_cache_len=64), []
+            for a, b in zip([0, *edges], [*edges, 45], strict=True):
+                out.append(logits(model, ids[:, a:b], past_key_values=cache))
+            torch.testing.assert_close(torch.cat(out, 1), expected, **EXACT)
+        assert attachment.stats.sparse_tokens == 4 * 32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_counts_and_repeats(family):
+    model = tiny_model(family)
+    ids = token_ids(1, 45)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    before = model.generate(ids, **arguments)
+    with attach(model, tiny_artifact(model)) as attachment:
+        out = model.generate(ids, **arguments)
+        # 45 prompt tokens: 8 head, 32 sparse, 5 tail. The fifth new token is not read any more.
+        assert (attachment.stats.sparse_tokens, attachment.stats.dense_tokens) == (32, 8 + 5 + 4)
+        assert (attachment.stats.sparse_calls, attachment.stats.dense_calls) == (1, 4)
+        assert attachment.stats.sparse_share == 32 / 49
+        assert torch.equal(model.generate(ids, **arguments), out)
+        assert out.shape == (1, 50) and torch.equal(out[:, :45], ids)
+        # The first new token is the one that a plain sparse forward says.
+        assert int(out[0, 45]) == int(logits(model, ids)[0, -1].argmax())
+    assert torch.equal(model.generate(ids, **arguments), before)
+
+
+def test_generate_with_left_padding_equals_each_alone(exact_model):
+    model = exact_model
+    rows = [token_ids(45, seed=1), token_ids(38, seed=2)]
+    ids, mask = (torch.cat(t) for t in zip(*(padded(r, "left", 45, torch.zeros(45, dtype=torch.long)) for r in rows), strict=True))
+    with attach(model, tiny_artifact(model)) as attachment:
+        together = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        assert attachment.stats.sparse_tokens == 32 + 24
+        for row, out in zip(rows, together, strict=True):
+            one = model.generate(row[None], attention_mask=torch.ones(1, len(row), dtype=torch.long), max_new_tokens=4, do_sample=False)
+            assert torch.equal(one[0, len(row) :], out[45:])
+
+
+def test_generate_with_a_static_cache(model):
+    ids = token_ids(1, 45)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    with attach(model, tiny_artifact(model)) as attachment:
+        out = model.generate(ids, cache_implementation="static", **arguments)
+        stats = attachment.stats
+        assert stats.sparse_tokens + stats.dense_tokens == 45 + 3
+        sparse = stats.sparse_tokens
+        assert sparse in (0, 32)  # some releases hand over a ready 4-D mask, which stays dense
+        if sparse:
+            assert torch.equal(out, model.generate(ids, **arguments))
+    if not sparse:
+        assert torch.equal(out, model.generate(ids, **arguments))
+
+
+# --- calls that are not understood stay dense ---------------------------------------------------------------------------
+
+
+def unusual_calls(ids):
+    restart = torch.cat([torch.arange(20), torch.arange(25)])[None]
+    bounds = torch.tensor([0, 20, 45], dtype=torch.int32)
+    causal = torch.full((45, 45), float("-inf")).triu(1)[None, None]
+    ones = torch.ones_like(ids)
+    return {
+        "positions that restart": ((), {"input_ids": ids, "position_ids": restart}),
+        "positions that restart, by position": ((ids, ones, restart), {}),
+        "positions that restart, with a mask": ((), {"input_ids": ids, "attention_mask": ones, "position_ids": restart}),
+        "cu_seq_lens": ((), {"input_ids": ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}),
+        "4-D mask": ((), {"input_ids": ids, "attention_mask": causal}),
+        "4-D mask, by position": ((ids, causal), {}),
+    }
+
+
+@pytest.mark.parametrize("name", unusual_calls(torch.zeros(1, 45, dtype=torch.long)))
+def test_packed_batches_and_ready_masks_stay_dense(model, name):
+    positional, keywords = unusual_calls(token_ids(1, 45))[name]
+    with torch.no_grad():
+        dense = model.model(*positional, **keywords)[0]
+        with attach(model, tiny_artifact(model)) as attachment:
+            assert torch.equal(model.model(*positional, **keywords)[0], dense)
+            assert (attachment.stats.sparse_tokens, attachment.stats.dense_tokens) == (0, 45)
+
+
+def test_other_ways_to_make_the_same_call(model):
+    """Embeddings for ids, arguments by position, positions that run on, a mask of ones or of booleans."""
+    ids = token_ids(1, 45)
+    ones, positions = torch.ones_like(ids), torch.arange(45)[None]
+    with torch.no_grad(), attach(model, tiny_artifact(model)) as attachment:
+        expected = model.model(input_ids=ids)[0]
+        ways = [
+            model.model(ids),
+            model.model(ids, ones),
+            model.model(ids, ones, positions),
+            model.model(input_ids=ids, attention_mask=ones.bool()),
+            model.model(inputs_embeds=model.model.embed_tokens(ids)),
+        ]
+        assert attachment.stats.sparse_tokens == 6 * 32
+    assert all(torch.equal(way[0], expected) for way in ways)
+
+
+def test_a_cache_handed_over_by_position_is_seen(exact_model):
+    model, ids = exact_model, token_ids(1, 45)
+    with torch.no_grad(), attach(model, tiny_artifact(model)) as attachment:
+        cache = DynamicCache(config=model.config)
+        model.model(ids[:, :20], None, None, cache)
+        model.model(ids[:, 20:40], None, None, cache)
+        assert (attachment.stats.sparse_tokens, attachment.stats.dense_tokens) == (8 + 16, 12 + 4)
+
+
+# --- threads, other models ----------------------------------------------------------------------------------------------
+
+
+def test_two_threads_give_the_same_as_in_sequence(model):
+    prompts = [token_ids(1, n, seed=n) for n in (45, 60, 33, 12, 100, 17)] * 3
+    with attach(model, tiny_artifact(model)) as attachment:
+        expected = [logits(model, ids) for ids in prompts]
+        counted = attachment.stats.sparse_tokens
+        with ThreadPoolExecutor(2) as pool:
+            out = list(pool.map(lambda ids: logits(model, ids), prompts))
+        assert attachment.stats.sparse_tokens == 2 * counted > 0
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+def test_dense_of_one_thread_is_not_dense_of_another(model):
+    ids = token_ids(1, 45)
+    dense = logits(model, ids)
+    with attach(model, tiny_artifact(model)) as attachment, ThreadPoolExecutor(1) as pool:
+        sparse = logits(model, ids)
+        with attachment.dense():
+            assert torch.equal(logits(model, ids), dense)
+            assert torch.equal(pool.submit(logits, model, ids).result(), sparse)
+            with attachment.dense():
+                pass
+            assert torch.equal(logits(model, ids), dense)
+        assert torch.equal(logits(model, ids), sparse)
+
+
+def test_other_models_are_unaffected(model):
+    other = tiny_model(seed=1)
+    ids = token_ids(1, 45)
+    expected_other = logits(other, ids)
+    with attach(model, tiny_artifact(model)) as outer:
+        expected = logits(model, ids)
+        assert torch.equal(logits(other, ids), expected_other)
+        with attach(other, tiny_artifact(other), sparsity=0.25, block_size=4) as inner:
+            assert far(logits(other, ids), expected_other)
+            assert torch.equal(logits(model, ids), expected)
+            assert inner.stats.sparse_calls == 1
+        assert torch.equal(logits(other, ids), expected_other)
+        assert outer.stats.sparse_calls == 2
+
+
+def test_a_model_that_runs_inside_another_leaves_its_plan_alone(model):
+    """For instance a forward hook that asks a second attached model."""
+    other = tiny_model(seed=1)
+    ids = token_ids(1, 45)
+    with attach(model, tiny_artifact(model)), attach(other, tiny_artifact(other), block_size=4):
+        expected, expected_other, seen = logits(model, ids), logits(other, ids), []
+        hook = model.model.layers[0].register_forward_hook(lambda *_: seen.append(logits(other, ids)))
+        assert torch.equal(logits(model, ids), expected)
+        hook.remove()
+        assert torch.equal(seen[0], expected_other)
+        assert current_plan.get() is None
+
+
+# --- settings and refusals ----------------------------------------------------------------------------------------------
+
+
+def test_settings_override_the_artifacts(model):
+    artifact = tiny_artifact(model)
+    with attach(model, artifact) as attachment:
+        assert attachment.config == PREFILL and attachment.kept == artifact.kept()
+    with attach(model, artifact, sparsity=0.25, block_size=4, min_tokens=30) as attachment:
+        assert attachment.config == PrefillConfig(0.25, 4, PREFILL.dense_head, 30)
+        assert sum(attachment.kept) == round(0.75 * 3 * INTERMEDIATE)
+        assert attachment.kept == schedule.allocate(artifact.layer_importance, 0.25, INTERMEDIATE)
+        logits(model, token_ids(1, 29))
+        assert attachment.stats.sparse_tokens == 0
+        logits(model, token_ids(1, 30))
+        assert attachment.stats.sparse_tokens == 20
+
+
+def test_the_compensator_can_be_left_out(model):
+    ids = token_ids(1, 45)
+    with attach(model, tiny_artifact(model)):
+        with_it = logits(model, ids)
+    with attach(model, tiny_artifact(model), compensator=False) as attachment:
+        assert all(ffn.compensator is None for ffn in attachment.ffns)
+        assert far(logits(model, ids), with_it)
+
+
+def test_extra_bytes_are_the_transposed_down_and_the_artifact(model):
+    artifact = tiny_artifact(model)
+    statistics = sum(t.numel() * 4 for name, t in artifact.tensors.items() if "stats" in name)
+    with attach(model, artifact) as attachment:
+        assert attachment.extra_bytes == 3 * 32 * INTERMEDIATE * 4 + artifact.bytes() - statistics
+
+
+def test_attached_twice_is_refused_and_the_first_stays(model):
+    artifact, ids = tiny_artifact(model), token_ids(1, 45)
+    with attach(model, artifact):
+        sparse = logits(model, ids)
+        with pytest.raises(UserError, match="already attached"):
+            attach(model, artifact)
+        with pytest.raises(UserError, match="already attached"):
+            attach(model.model, artifact)
+        assert torch.equal(logits(model, ids), sparse)
+    with attach(model, artifact):  # and again after detaching
+        assert torch.equal(logits(model, ids), sparse)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"num_hidden_layers": 2}, {"intermediate_size": 64}, {"family": "qwen3", "seed": 2}], ids=str)
+def test_another_models_artifact_is_refused(model, other):
+    stranger = tiny_model(**other)
+    before = [dict(m.__dict__) for m in stranger.modules()]
+    with pytest.raises(UserError, match=r"belongs to another model \(tiny; .*fastfill calibrate"):
+        attach(stranger, tiny_artifact(model))
+    assert [dict(m.__dict__).keys() for m in stranger.modules()] == [old.keys() for old in before]
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"sparsity": 0.96}, "sparsity"),
+        ({"sparsity": -0.1}, "sparsity"),
+        ({"block_size": 0}, "block_size"),
+        ({"min_tokens": 0}, "min_tokens"),
+        ({"predictor": "psychic"}, "learned, oracle, static, first-block, low-rank, random"),
+        ({"kernel": "fast"}, "native, torch"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_before_anything_is_touched(model, wrong, words):
+    with pytest.raises(UserError, match=words):
+        attach(model, tiny_artifact(model), **wrong)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert not model.model._forward_pre_hooks
+
+
+def test_a_kernel_that_cannot_run_the_models_dtype_is_refused(exact_model):
+    with pytest.raises(UserError, match="native"):
+        attach(exact_model, tiny_artifact(exact_model), kernel="native")
+
+
+def test_artifact_as_a_folder(model, artifact_folder):
+    ids = token_ids(1, 45)
+    with fastfill.attach(model, tiny_artifact(model)):
+        expected = logits(model, ids)
+    for folder in (artifact_folder, str(artifact_folder)):
+        with fastfill.attach(model, folder):
+            assert torch.equal(logits(model, ids), expected)
+
+
+def test_vocabulary_and_ids_of_the_tests_fit():
+    assert int(token_ids(5, 100).max()) < VOCABULARY
