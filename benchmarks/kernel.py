@@ -42,9 +42,7 @@ def make_layers(hidden: int, neurons: int, dtype: torch.dtype, tokens: int, pack
     for _ in range(max(2, min(64, round(ROTATION_BYTES / size)))):
         gate, up = (torch.randn(neurons, hidden).mul_(hidden**-0.5).to(dtype) for _ in range(2))
         down = torch.randn(hidden, neurons).mul_(neurons**-0.5).to(dtype)
-        weights = [
-            torch.ops.mkldnn._reorder_linear_weight(w, tokens) for w in (gate, up, down) if packed
-        ]
+        weights = [torch.ops.mkldnn._reorder_linear_weight(w, tokens) for w in (gate, up, down) if packed]
         layers.append(Layer(gate, up, down, down.t().contiguous(), weights))
     return layers
 
@@ -56,7 +54,9 @@ def dense(x: Tensor, w: Layer) -> Tensor:
 def dense_packed(x: Tensor, w: Layer) -> Tensor:
     linear = torch.ops.mkldnn._linear_pointwise
     gate, up, down = w.packed
-    return linear(F.silu(linear(x, gate, None, "none", [], "")) * linear(x, up, None, "none", [], ""), down, None, "none", [], "")
+    return linear(
+        F.silu(linear(x, gate, None, "none", [], "")) * linear(x, up, None, "none", [], ""), down, None, "none", [], ""
+    )
 
 
 def random_ids(n: int, neurons: int, sparsity: float) -> Tensor:
@@ -88,7 +88,7 @@ def gemm_rate(dtype: torch.dtype, quick: bool) -> float:
     for _ in range(8 if quick else 25):
         for call in (
             lambda: F.linear(x, w),
-            lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+            lambda: packed_linear(x, packed),
         ):
             start = time.perf_counter()
             call()
@@ -129,9 +129,7 @@ def main() -> None:
             calls: list[Callable[[Layer], Tensor]] = [lambda w, x=x: dense(x, w), lambda w, x=x: dense_packed(x, w)]
             for block, sparsity in cases:
                 ids = random_ids(tokens // block, neurons, sparsity)
-                calls.append(
-                    lambda w, x=x, ids=ids: kernels.sparse_ffn(x, w.gate, w.up, w.down_t, ids, kernel=args.kernel)
-                )
+                calls.append(lambda w, x=x, ids=ids: kernels.sparse_ffn(x, w.gate, w.up, w.down_t, ids, kernel=args.kernel))
             flops = 6 * tokens * hidden * neurons
             estimate = flops / ceiling[name] * len(calls)
             rounds = args.rounds or max(5, min(60, int((4 if args.quick else 14) / estimate)))

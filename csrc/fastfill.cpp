@@ -140,11 +140,12 @@ class Scratch {
 
   Buffer mine_;
   size_t at_ = 0;
-  static std::mutex mutex_;
-  static std::vector<Buffer> free_;  // as many as calls have run at once
+  // As many as calls have run at once; never destroyed, because threads may still call while the process ends.
+  static std::mutex &mutex_;
+  static std::vector<Buffer> &free_;
 };
-std::mutex Scratch::mutex_;
-std::vector<Scratch::Buffer> Scratch::free_;
+std::mutex &Scratch::mutex_ = *new std::mutex;
+std::vector<Scratch::Buffer> &Scratch::free_ = *new std::vector<Scratch::Buffer>;
 
 // ---- the call -----------------------------------------------------------------------------------------------------
 
@@ -154,6 +155,7 @@ constexpr int kL2Bytes = 512 * 1024;  // share of a core's L2 that a packed chun
 
 size_t align64(size_t n) { return (n + 63) / 64 * 64; }
 int ceil_div(int64_t a, int64_t b) { return (int)((a + b - 1) / b); }
+int at_least_one(int n) { return n < 1 ? 1 : n; }
 
 template <class Id>
 int copy_ids(const Id *from, int64_t n, int64_t neurons, int32_t *to) {
@@ -176,12 +178,12 @@ void plan(Job &j, const Sizes &s, int threads) {
   if (chunk > ceil_div(j.neurons, 4 * threads)) chunk = ceil_div(j.neurons, 4 * threads);
   if (chunk < 24) chunk = 24;
   j.n_chunks = ceil_div(ceil_div(j.neurons, chunk), threads) * threads;
-  j.chunk = ceil_div(j.neurons, j.n_chunks);
-  j.n_chunks = ceil_div(j.neurons, j.chunk);
+  j.chunk = at_least_one(ceil_div(j.neurons, at_least_one(j.n_chunks)));
+  j.n_chunks = at_least_one(ceil_div(j.neurons, j.chunk));
   // Second half: f_chunk neurons of a tile of columns are 32 KB, the half of them that a block wants fits L1.
   const int line = s.tile_columns * s.element;
-  j.n_f_chunks = ceil_div((int64_t)j.neurons * line, 32 * 1024);
-  j.f_chunk = ceil_div(j.neurons, j.n_f_chunks);
+  j.n_f_chunks = at_least_one(ceil_div((int64_t)j.neurons * line, 32 * 1024));
+  j.f_chunk = at_least_one(ceil_div(j.neurons, j.n_f_chunks));
 }
 
 int64_t block_of_group(const Job &j, int64_t g) { return j.n_blocks * g / j.n_groups; }

@@ -22,11 +22,12 @@ def available() -> dict[str, str]:
     return {"native": cpu.status(), "torch": "usable everywhere; copies the selected rows"}
 
 
-def choose(kernel: str = "auto", x: Tensor | None = None) -> str:
+def choose(kernel: str = "auto", x: Tensor | None = None, grad: bool = False) -> str:
     """The kernel that will run: ``"native"`` or ``"torch"``.
 
-    ``kernel`` is a name or ``"auto"``, which takes ``native`` where it is built and knows the device and dtype of
-    ``x``, and ``torch`` otherwise. Raises ValueError for a name that does not exist or cannot run here.
+    ``kernel`` is a name or ``"auto"``, which takes ``native`` where it is built, knows the device and dtype of ``x``
+    and no gradient is wanted (``grad``), and ``torch`` otherwise. Raises ValueError for a name that does not exist or
+    cannot run here.
     """
     if kernel not in ("auto", *KERNELS):
         raise ValueError(f"unknown kernel {kernel!r}: there are {', '.join(('auto', *KERNELS))}")
@@ -35,6 +36,8 @@ def choose(kernel: str = "auto", x: Tensor | None = None) -> str:
     problem = None
     if not cpu.usable():
         problem = cpu.status()
+    elif grad:
+        problem = "it has no gradient and an input requires one (use torch.no_grad or kernel='torch')"
     elif x is not None and x.device.type != "cpu":
         problem = f"it runs on the CPU and x is on {x.device}"
     elif x is not None and x.dtype not in cpu.DTYPES:
@@ -113,7 +116,60 @@ def sparse_ffn(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, ids out of range, unsorted or repeated, unknown names.
     """
-    name = choose(kernel, x)
+    if torch.compiler.is_compiling():  # one opaque node in the graph
+        y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, init, kernel)
+        return y if out is None else out.copy_(y)
+    tensors = (x, gate, up, down_t) if init is None else (x, gate, up, down_t, init)
+    name = choose(kernel, x, grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    bounds, offsets = _check(x, gate, up, down_t, ids, rows, id_offsets, activation, init, out)
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if name == "native":
+        cpu.sparse_ffn(x, gate, up, down_t, ids.reshape(-1), bounds, offsets, activation, init, out)
+        return out
+    flat = ids.reshape(-1)
+    _check_ids(flat, offsets, gate.shape[0])
+    torch_ref.sparse_ffn(x, gate, up, down_t, flat, bounds, offsets, activation, init, out)
+    return out
+
+
+@torch.library.custom_op("fastfill::sparse_ffn", mutates_args=())
+def _op(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    ids: Tensor,
+    rows: Tensor | None,
+    id_offsets: Tensor | None,
+    activation: str,
+    init: Tensor | None,
+    kernel: str,
+) -> Tensor:
+    """`sparse_ffn` as a torch operator: no gradient, a new output."""
+    return sparse_ffn(
+        x, gate, up, down_t, ids, rows=rows, id_offsets=id_offsets, activation=activation, init=init, kernel=kernel
+    )
+
+
+@_op.register_fake
+def _(x, gate, up, down_t, ids, rows, id_offsets, activation, init, kernel):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _check(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    ids: Tensor,
+    rows: Tensor | None,
+    id_offsets: Tensor | None,
+    activation: str,
+    init: Tensor | None,
+    out: Tensor | None,
+) -> tuple[list[int], list[int]]:
+    """Raise ValueError for what does not fit together; else the boundaries of the blocks in x and in flat ids."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: there are {', '.join(ACTIVATIONS)}")
     if x.dim() != 2 or not x.is_floating_point():
@@ -128,6 +184,11 @@ def sparse_ffn(
     for label, t in (("gate", gate), ("up", up), ("down_t", down_t), ("init", init), ("out", out)):
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             raise ValueError(f"{label} is {t.dtype} on {t.device}, but x is {x.dtype} on {x.device}")
+    for label, w in (("gate", gate), ("up", up), ("down_t", down_t)):
+        if hidden > 1 and w.stride(1) != 1:  # a copy per call would cost more than the op
+            raise ValueError(f"the rows of {label} must be contiguous: make {label}.contiguous() once, ahead")
+    if ids.device != x.device:
+        raise ValueError(f"ids are on {ids.device}, but x is on {x.device}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be int32 or int64, not {ids.dtype}")
     if ids.dim() == 2 and id_offsets is None:
@@ -144,12 +205,4 @@ def sparse_ffn(
         raise ValueError(f"{n_tokens} tokens do not make {n} equal blocks: give rows")
     else:
         bounds = [i * (n_tokens // n) for i in range(n + 1)]
-    flat = ids.reshape(-1)
-    if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if name == "torch":
-        _check_ids(flat, offsets, gate.shape[0])
-        torch_ref.sparse_ffn(x, gate, up, down_t, flat, bounds, offsets, activation, init, out)
-    else:
-        cpu.sparse_ffn(x, gate, up, down_t, flat, bounds, offsets, activation, init, out)
-    return out
+    return bounds, offsets

@@ -92,9 +92,7 @@ def isas() -> dict[str, bool]:
     lib = _load()
     if isinstance(lib, str):
         return {}
-    return {
-        lib.fastfill_isa_name(i).decode(): bool(lib.fastfill_isa_supported(i)) for i in range(lib.fastfill_isa_count())
-    }
+    return {lib.fastfill_isa_name(i).decode(): bool(lib.fastfill_isa_supported(i)) for i in range(lib.fastfill_isa_count())}
 
 
 def isa() -> str:
@@ -147,6 +145,9 @@ def sparse_ffn(
     lib = _load()
     if isinstance(lib, str):
         raise RuntimeError(lib)
+    for label, t in (("x", x), ("gate", gate), ("up", up), ("down_t", down_t), ("init", init), ("out", out)):
+        if t is not None and t.data_ptr() % t.element_size():
+            raise ValueError(f"{label} is not aligned to its {t.element_size()}-byte elements: pass {label}.clone()")
     ids = ids.contiguous()
     x = _unit_rows(x)
     init = None if init is None else _unit_rows(init)

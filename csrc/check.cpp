@@ -1,0 +1,115 @@
+// Runs every instruction set of this processor on shapes that are multiples of nothing, in buffers of exactly the size
+// they need, and compares with sums in double. Built with -fsanitize=address,undefined by tests/test_kernels.py.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "fastfill.h"
+
+namespace {
+
+uint32_t state = 1;
+float uniform() {  // in [-1, 1), exact in bf16
+  state = state * 1664525u + 1013904223u;
+  return (float)((int)(state >> 24) - 128) / 128.0f;
+}
+
+template <class T>
+struct Exact {  // a heap buffer without spare room, so that reads past its end are seen
+  T *p;
+  explicit Exact(size_t n) : p(static_cast<T *>(std::malloc(n * sizeof(T) + (n == 0)))) {}
+  ~Exact() { std::free(p); }
+};
+
+struct Matrix {
+  std::vector<float> f;
+  Exact<char> bytes;
+  Matrix(size_t n, bool bf16, float scale) : f(n), bytes(n * (bf16 ? 2 : 4)) {
+    for (size_t i = 0; i < n; i++) {
+      f[i] = uniform() * scale;
+      uint32_t bits;
+      std::memcpy(&bits, &f[i], 4);
+      const uint16_t high = (uint16_t)(bits >> 16);
+      if (bf16)
+        std::memcpy(bytes.p + 2 * i, &high, 2);
+      else
+        std::memcpy(bytes.p + 4 * i, &f[i], 4);
+    }
+  }
+};
+
+bool check(const char *isa, bool bf16, int h, int f, std::vector<int> tokens, std::vector<int> kept, int threads) {
+  std::vector<int64_t> rows{0}, offsets{0};
+  std::vector<int64_t> ids;
+  for (size_t n = 0; n < tokens.size(); n++) {
+    rows.push_back(rows.back() + tokens[n]);
+    offsets.push_back(offsets.back() + kept[n]);
+    for (int i = 0; i < kept[n]; i++) ids.push_back((int64_t)i * f / kept[n]);
+  }
+  const size_t t = rows.back();
+  Matrix x(t * h, bf16, 1), gate(f * h, bf16, 0.25f), up(f * h, bf16, 0.25f), down(f * h, bf16, 0.25f), init(t * h, bf16, 1);
+  Exact<char> out(t * h * (bf16 ? 2 : 4));
+  Exact<int64_t> exact_ids(ids.size());
+  if (!ids.empty()) std::memcpy(exact_ids.p, ids.data(), ids.size() * 8);
+  fastfill_call c{};
+  c.x = x.bytes.p, c.gate = gate.bytes.p, c.up = up.bytes.p, c.down_t = down.bytes.p, c.init = init.bytes.p;
+  c.out = out.p, c.ids = exact_ids.p, c.rows = rows.data(), c.id_offsets = offsets.data();
+  c.x_stride = c.gate_stride = c.up_stride = c.down_stride = c.init_stride = c.out_stride = h;
+  c.hidden = h, c.neurons = f, c.n_blocks = (int64_t)tokens.size();
+  c.dtype = bf16 ? FASTFILL_BF16 : FASTFILL_F32, c.activation = FASTFILL_SILU, c.ids_are_64bit = 1, c.threads = threads;
+  c.isa = isa;
+  if (fastfill_sparse_ffn(&c) != FASTFILL_OK) return false;
+
+  double worst = 0;
+  std::vector<double> y(h);
+  for (size_t n = 0; n < tokens.size(); n++)
+    for (int64_t row = rows[n]; row < rows[n + 1]; row++) {
+      for (int i = 0; i < h; i++) y[i] = init.f[row * h + i];
+      for (int64_t k = offsets[n]; k < offsets[n + 1]; k++) {
+        double g = 0, u = 0;
+        for (int i = 0; i < h; i++) {
+          g += (double)x.f[row * h + i] * gate.f[ids[k] * h + i];
+          u += (double)x.f[row * h + i] * up.f[ids[k] * h + i];
+        }
+        for (int i = 0; i < h; i++) y[i] += g / (1 + std::exp(-g)) * u * down.f[ids[k] * h + i];
+      }
+      for (int i = 0; i < h; i++) {
+        float got;
+        if (bf16) {
+          uint16_t high;
+          std::memcpy(&high, out.p + 2 * (row * h + i), 2);
+          const uint32_t bits = (uint32_t)high << 16;
+          std::memcpy(&got, &bits, 4);
+        } else {
+          std::memcpy(&got, out.p + 4 * (row * h + i), 4);
+        }
+        worst = std::fmax(worst, std::fabs(got - y[i]) / (1 + std::fabs(y[i])));
+      }
+    }
+  const bool good = worst < (bf16 ? 0.02 : 1e-5);
+  std::printf("%-12s %s H %d F %d T %zu: worst relative error %.2g%s\n", isa, bf16 ? "bf16" : "fp32", h, f, t, worst,
+              good ? "" : "  TOO LARGE");
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  bool good = true;
+  for (int i = 0; i < fastfill_isa_count(); i++) {
+    if (!fastfill_isa_supported(i)) continue;
+    const char *isa = fastfill_isa_name(i);
+    for (bool bf16 : {false, true}) {
+      good &= check(isa, bf16, 33, 77, {1, 0, 16, 37}, {77, 5, 0, 13}, 2);
+      good &= check(isa, bf16, 64, 130, {16, 16, 32, 3, 40}, {65, 65, 1, 130, 64}, 3);
+      good &= check(isa, bf16, 1, 1, {1}, {1}, 1);
+      good &= check(isa, bf16, 70, 1100, {8, 8, 8, 8, 8, 600}, {500, 501, 502, 503, 504, 9}, 2);
+      good &= check(isa, bf16, 128, 40, {20, 20, 20, 20, 20}, {20, 21, 22, 23, 24}, 2);  // rows of 512 bytes: packed
+      good &= check(isa, bf16, 512, 60, {20, 20, 20, 20, 20}, {20, 21, 22, 23, 24}, 2);
+    }
+  }
+  std::puts(good ? "all good" : "FAILED");
+  return good ? 0 : 1;
+}
