@@ -32,11 +32,16 @@ def load_bench(folder: Path) -> list[Row]:
 
 
 def load_quality(folder: Path) -> list[Row]:
-    """The quality rows; of two with the same settings the later one counts."""
+    """The quality rows; of two with the same settings the later one counts.
+
+    Raises ValueError for a row measured on documents that were calibrated on: the README says held-out.
+    """
     file = folder / "quality.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     latest: dict[tuple[Any, ...], Row] = {}
     for row in (json.loads(line) for line in lines if line.strip()):
+        if row["calibrated_on"]:
+            raise ValueError(f"{file.name}: {row['predictor']}: {row['calibrated_on']} of the documents were calibrated on")
         latest[(*_setting(row), row["predictor"], row["compensator"])] = row
     return list(latest.values())
 

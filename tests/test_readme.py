@@ -176,6 +176,7 @@ QUALITY = {
     "cont_tokens": 2295,
     "no_context_ppl": 25.0,
     "context_kept": 0.87,
+    "calibrated_on": 0,
     **{"ppl_dense": 13.0, "ppl_sparse": 19.5, "ppl_ratio": 1.5, "kl": 0.4, "top1_agreement": 0.71},
     **{"cont_ppl_dense": 13.3, "cont_ppl_sparse": 14.2, "cont_ppl_ratio": 1.0677, "cont_kl": 0.07, "cont_top1_agreement": 0.85},
 }
@@ -199,6 +200,12 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     assert page.index("**learned**") < page.index("| random |")
     assert report.render(page, tmp_path) == page  # writing twice changes nothing
     assert report.render(page.replace("1.19x", "1.91x"), tmp_path) == page  # an edited number is put right
+
+
+def test_report_refuses_documents_that_were_calibrated_on(tmp_path: Path) -> None:
+    (tmp_path / "quality.jsonl").write_text(json.dumps({**QUALITY, "calibrated_on": 2}))
+    with pytest.raises(ValueError, match="2 of the documents were calibrated on"):
+        load_report().render(README, tmp_path)
 
 
 def test_report_refuses_an_unknown_marker(tmp_path: Path) -> None:
