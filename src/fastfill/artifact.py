@@ -131,6 +131,8 @@ def replace_folder(target: Path, files: dict[str, str | dict[str, torch.Tensor]]
     """
     target = Path(os.path.abspath(target))
     beside = None
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} could not be written: there is a file of that name; name a folder.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
@@ -150,7 +152,7 @@ def replace_folder(target: Path, files: dict[str, str | dict[str, torch.Tensor]]
             target.rename(aside)
         try:
             beside.rename(target)
-        except OSError:
+        except BaseException:  # an interrupt too
             if aside:
                 aside.rename(target)
             raise
@@ -237,6 +239,9 @@ def _from_document(document: Any, where: str) -> Artifact:
     good = isinstance(weights, list) and all(isinstance(w, (int, float)) and 0 < w < float("inf") for w in weights)
     if not good or len(weights) != base["layers"]:
         raise UserError(f"{where}: layer_importance must hold {base['layers']} positive numbers.")
+    for name in ("calibration", "quality"):
+        if not isinstance(document[name], dict):
+            raise UserError(f"{where}: {name} must be a JSON object.")
     prefill = cfg.from_dict(PrefillConfig, document["prefill"], f"{where}: prefill")
     return Artifact(base, prefill, ranks, weights, {}, document["calibration"], document["quality"])
 
