@@ -52,11 +52,12 @@ def dense(x: Tensor, w: Layer) -> Tensor:
 
 
 def dense_packed(x: Tensor, w: Layer) -> Tensor:
-    linear = torch.ops.mkldnn._linear_pointwise
     gate, up, down = w.packed
-    return linear(
-        F.silu(linear(x, gate, None, "none", [], "")) * linear(x, up, None, "none", [], ""), down, None, "none", [], ""
-    )
+    return packed_linear(F.silu(packed_linear(x, gate)) * packed_linear(x, up), down)
+
+
+def packed_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def random_ids(n: int, neurons: int, sparsity: float) -> Tensor:
