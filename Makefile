@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
-OLDEST_TRANSFORMERS := 4.57.1
+OLDEST_TRANSFORMERS := 5.0.0
 SOURCES := $(shell find src csrc -name '*.py' -o -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
 
 .PHONY: demo test test-oldest lint bench bench-kernel clean
@@ -19,7 +19,7 @@ test-oldest: $(VENV)-oldest/.installed
 	$(VENV)-oldest/bin/python -m pytest --ignore-glob='tests/test_kernels*'
 
 lint: $(VENV)/.installed
-	$(BIN)/pre-commit run --all-files
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
 
 bench: $(VENV)/.installed
 	$(BIN)/fastfill bench default --artifact default --json

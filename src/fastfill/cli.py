@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +178,12 @@ def artifact_folder(name: str | None) -> Path:
     """The folder the user named; None or 'default' is the shipped artifact of the embedded model."""
     if name not in (None, "default"):
         return Path(str(name))
-    packaged = Path(str(resources.files("fastfill"))) / "artifacts" / DEFAULT_ARTIFACT
-    return packaged
+    import fastfill
+
+    # Installed beside the code; in a source checkout (PYTHONPATH=src) at its root.
+    places = [Path(p) / "artifacts" / DEFAULT_ARTIFACT for p in fastfill.__path__]
+    places.append(Path(__file__).parents[2] / "artifacts" / DEFAULT_ARTIFACT)
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def _load(arguments: argparse.Namespace) -> Any:

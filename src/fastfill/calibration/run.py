@@ -23,6 +23,7 @@ from fastfill.progress import stage
 from fastfill.schedule import allocate
 
 SAVE_EVERY_S = 60.0
+CLOSED_FORM_TOKENS = 32768  # more does not move a solution with H + 1 unknowns an output
 
 
 def calibrate(
@@ -125,7 +126,8 @@ def _fit_layers(
                 stats = fit.statistics(x, ffn)
                 seed = config.seed * 10_007 + layer
                 predictor = fit.fit_predictor(x, ffn, stats["importance"], ranks["predictor"], config, seed, bar.step)
-                compensator = fit.fit_compensator(x, ffn, predictor, kept, block, ranks["linear"], ranks["silu"], seed)
+                part = x[: CLOSED_FORM_TOKENS // block * block]
+                compensator = fit.fit_compensator(part, ffn, predictor, kept, block, ranks["linear"], ranks["silu"], seed)
                 parts = {"stats": stats, "predictor": predictor, "compensator": compensator}
                 found = {f"{part}.{k}": v for part, values in parts.items() for k, v in values.items()}
                 found["shares"] = torch.tensor(fit.captured_share(x[: 64 * block], ffn, predictor, kept, block))
