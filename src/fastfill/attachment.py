@@ -173,6 +173,12 @@ def call_rows(shape: tuple[int, int], mask: Any, kwargs: dict[str, Any]) -> list
     return rows
 
 
+def check_detached(anatomy: families.Anatomy) -> None:
+    """Raise UserError if an artifact is on the model."""
+    if any(isinstance(ffn.module.__dict__.get("forward"), SparseFFN) for ffn in anatomy.ffns):
+        raise UserError("This model is already attached; detach it first (leave the `with`, or call detach()).")
+
+
 def attach(
     model: Any,
     artifact: Artifact | str | Path,
@@ -195,8 +201,7 @@ def attach(
     if not isinstance(artifact, Artifact):
         artifact = artifacts.load(artifact)
     anatomy = families.dissect(model)
-    if any(isinstance(ffn.module.__dict__.get("forward"), SparseFFN) for ffn in anatomy.ffns):
-        raise UserError("This model is already attached; detach it first (leave the `with`, or call detach()).")
+    check_detached(anatomy)
     artifact.check_partner(anatomy)
     changes: dict[str, Any] = {"sparsity": sparsity, "block_size": block_size, "min_tokens": min_tokens}
     config = dataclasses.replace(artifact.prefill, **{k: v for k, v in changes.items() if v is not None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from fastfill import artifact as artifacts
 from fastfill import config as cfg
 from fastfill import data, families, machine
 from fastfill.artifact import Artifact
+from fastfill.attachment import check_detached
 from fastfill.calibration import capture, fit
 from fastfill.calibration.checkpoint import Checkpoint
 from fastfill.calibration.distill import TRAINED, Distiller
 from fastfill.calibration.importance import sensitivity, token_mixing
 from fastfill.calibration.student import StudentFFN, Weights
 from fastfill.config import CalibrationConfig, PrefillConfig
+from fastfill.errors import UserError
 from fastfill.progress import stage
 from fastfill.schedule import allocate
 
@@ -45,9 +48,14 @@ def calibrate(
     Raises UserError if the model is not supported, the text is too short, or `out` cannot be written.
     """
     prefill, config = prefill or PrefillConfig(), config or CalibrationConfig()
-    cfg.check_integer("sequence_length", config.sequence_length, prefill.dense_head + prefill.block_size)
+    head = -(-prefill.dense_head // prefill.block_size) * prefill.block_size
+    cfg.check_integer("sequence_length", config.sequence_length, head + prefill.block_size)
+    out = Path(os.path.abspath(out))
+    if out in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{out} holds the folder you are in and cannot be replaced; name a folder of its own.")
     texts = [d if isinstance(d, data.Document) else data.Document(d, f"text#{i}") for i, d in enumerate(documents)]
     anatomy = families.dissect(model)
+    check_detached(anatomy)
     tokens = data.sequences(tokenizer, texts, config.sequence_length, config.seed)
     name = name or getattr(model.config, "_name_or_path", "") or anatomy.model_type
     base_model = artifacts.describe_model(anatomy, name)
@@ -59,7 +67,6 @@ def calibrate(
         "dtype": str(anatomy.ffns[0].gate.dtype),
         "text": data.digest(tokens),
     }
-    out = Path(out)
     checkpoint = Checkpoint(out, settings, resume)
     begin = time.monotonic() - (checkpoint.json("seconds") or 0.0)
 
@@ -115,7 +122,7 @@ def _fit_layers(
     done = [checkpoint.tensors(f"layer-{i}") for i in range(len(anatomy.ffns))]
     if all(found is not None for found in done):
         everything = [found for found in done if found is not None]
-        return [{k: v for k, v in f.items() if k != "shares"} for f in everything], [f["shares"].tolist() for f in everything]
+        return [{k: v for k, v in f.items() if k != "shares"} for f in everything], [_shares(f) for f in everything]
     usable = (tokens.shape[1] - head) // block * block
     ticks = config.fit_epochs * -(-len(rows) * usable // config.fit_batch)
     with stage("predictors", ticks * len(anatomy.ffns)) as bar:
@@ -134,9 +141,13 @@ def _fit_layers(
                 checkpoint.put_tensors(f"layer-{layer}", found)
             else:
                 bar.step(ticks)
-            shares.append([round(share, 4) for share in found["shares"].tolist()])
+            shares.append(_shares(found))
             all_weights.append({k: v for k, v in found.items() if k != "shares"})
     return all_weights, shares
+
+
+def _shares(found: Weights) -> list[float]:
+    return [round(share, 4) for share in found["shares"].tolist()]
 
 
 def _importance(
@@ -194,7 +205,7 @@ def _distill(
     begin: float,
 ) -> list[float]:
     """The end-to-end stage. Sequences come in their shuffled order, again from the start when they run out."""
-    if config.steps == 0 or prefill.sparsity == 0:
+    if config.steps == 0 or min(kept) == anatomy.intermediate:  # nothing to train, or nothing skipped
         return []
     trainer = Distiller(model, anatomy, students_of(anatomy, weights, kept, prefill, config, ranks), config, prefill.dense_head)
     saved = checkpoint.tensors("distill")
