@@ -101,7 +101,7 @@ def tiny_text(words, seed=0):
     """A walk over the vocabulary with few successors per word: text in which there is something to learn."""
     rng, word, out = random.Random(seed), 3, []
     for _ in range(words):
-        word = 3 + (word * 7 + rng.choice((1, 2, 5))) % (VOCABULARY - 3)
+        word = 4 + (word * 7 + rng.choice((1, 2, 5))) % (VOCABULARY - 4)
         out.append(f"w{word}")
     return " ".join(out)
 
@@ -109,11 +109,11 @@ def tiny_text(words, seed=0):
 def tiny_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, VOCABULARY)}}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="w3"
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
     tokenizer.chat_template = "{% for m in messages %}w5 {{ m['content'] }} w6 {% endfor %}w7"
     return tokenizer

@@ -1,0 +1,442 @@
+import json
+
+import pytest
+import torch
+
+import fastfill
+from conftest import BLOCK, INTERMEDIATE, LAYERS, PREFILL, logits, snapshot, tiny_artifact, tiny_model, tiny_text
+from fastfill import artifact as artifacts
+from fastfill import data, families, select
+from fastfill.calibration import capture, checkpoint, distill, fit, importance, run, student
+from fastfill.config import CalibrationConfig, PrefillConfig
+from fastfill.errors import UserError
+
+CONFIG = CalibrationConfig(
+    predictor_rank=8,
+    linear_rank=4,
+    silu_rank=4,
+    fit_tokens=512,
+    fit_batch=128,
+    schedule_tokens=128,
+    steps=8,
+    sequence_length=64,
+    compensator_lr=3e-3,
+    predictor_lr=1e-3,
+)
+TEXTS = [tiny_text(256, seed=s) for s in range(6)]
+
+
+def change(**values):
+    import dataclasses
+
+    return dataclasses.replace(CONFIG, **values)
+
+
+def calibrate(model, tokenizer, out, config=CONFIG, **more):
+    return fastfill.calibrate(model, tokenizer, TEXTS, out, prefill=more.pop("prefill", PREFILL), config=config, **more)
+
+
+def same(one, two):
+    """Weights, schedule and record (but for the time it took) are equal bit for bit."""
+    assert one.tensors.keys() == two.tensors.keys()
+    assert all(torch.equal(one.tensors[k], two.tensors[k]) for k in one.tensors)
+    assert one.layer_importance == two.layer_importance
+    records = [{k: v for k, v in a.calibration.items() if k not in ("seconds", "machine")} for a in (one, two)]
+    assert records[0] == records[1]
+
+
+# --- the whole recipe ---------------------------------------------------------------------------------------------------
+
+
+def test_the_artifact_is_complete_and_the_model_untouched(model, tokenizer, tmp_path):
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
+    before, keys = logits(model, ids), [m.__dict__.keys() for m in model.modules()]
+    out = tmp_path / "deep" / "artifact"
+    result = calibrate(model, tokenizer, out, name="mine")
+    assert torch.equal(logits(model, ids), before)
+    assert [m.__dict__.keys() for m in model.modules()] == keys
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    loaded = artifacts.load(out)
+    same(loaded, result)
+    assert [p.name for p in out.parent.iterdir()] == ["artifact"]  # no checkpoint is left
+    assert sorted(snapshot(out)) == ["README.md", "config.json", "weights.safetensors"]
+    assert loaded.base_model["name"] == "mine" and loaded.prefill == PREFILL
+    record = loaded.calibration
+    assert record["sequences"] == 24 and record["tokens_distilled"] == 8 * 64
+    assert record["config"]["steps"] == 8 and len(record["document_rows"]) == 6
+    assert all(0 < learned <= oracle <= 1 for learned, oracle in record["importance_held"])
+    assert sum(loaded.kept()) == round(0.5 * LAYERS * INTERMEDIATE)
+    with fastfill.attach(model, out) as attachment:
+        sparse = logits(model, ids)
+    assert attachment.stats.sparse_tokens == 248 and not torch.equal(sparse, before)
+
+
+def test_the_same_inputs_give_the_same_artifact(model, tokenizer, tmp_path):
+    torch.manual_seed(1)
+    one = calibrate(model, tokenizer, tmp_path / "one")
+    torch.manual_seed(2)  # the global generator plays no part
+    two = calibrate(model, tokenizer, tmp_path / "two")
+    same(one, two)
+    other = calibrate(model, tokenizer, tmp_path / "three", change(seed=1))
+    assert not torch.equal(one.tensors["layers.0.predictor.w_in"], other.tensors["layers.0.predictor.w_in"])
+
+
+def mean_kl(model, artifact, ids, **settings):
+    dense = logits(model, ids)[:, BLOCK:].log_softmax(-1)
+    with fastfill.attach(model, artifact, **settings) as attachment:
+        sparse = logits(model, ids)[:, BLOCK:].log_softmax(-1)
+    assert attachment.stats.sparse_tokens > 0
+    return float((dense.exp() * (dense - sparse)).sum(-1).mean())
+
+
+def test_the_loss_falls_and_what_was_learned_helps_on_other_text(model, tokenizer, tmp_path):
+    """On text it has not seen: distilled < fitted only < no compensator, and learned < random selection."""
+    long = calibrate(model, tokenizer, tmp_path / "long", change(steps=120, compensator_lr=1e-2))
+    assert long.calibration["loss_last"] < 0.8 * long.calibration["loss_first"]
+    fitted = calibrate(model, tokenizer, tmp_path / "fitted", change(steps=0))
+    ids = torch.cat([tokenizer(tiny_text(128, seed=90 + s), return_tensors="pt")["input_ids"] for s in range(4)])
+    cost = mean_kl(model, long, ids)
+    assert cost < 0.9 * mean_kl(model, fitted, ids)
+    assert cost < 0.95 * mean_kl(model, long, ids, compensator=False)
+    assert cost < mean_kl(model, long, ids, predictor="random")
+    assert mean_kl(model, fitted, ids) < mean_kl(model, fitted, ids, compensator=False)
+
+
+@pytest.mark.parametrize("schedule", ["sensitivity", "token-mixing", "uniform"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_schedules_and_families(family, schedule, tokenizer, tmp_path):
+    model = tiny_model(family)
+    implementation = model.config._attn_implementation
+    result = calibrate(model, tokenizer, tmp_path / "a", change(schedule=schedule, steps=1))
+    assert model.config._attn_implementation == implementation
+    weights = result.layer_importance
+    assert len(weights) == LAYERS and all(w > 0 for w in weights)
+    assert (len(set(weights)) == 1) == (schedule == "uniform")
+    assert sum(result.kept()) == round(0.5 * LAYERS * INTERMEDIATE)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1e-4])
+def test_nothing_to_skip_is_no_error(model, tokenizer, tmp_path, sparsity):
+    prefill = PrefillConfig(sparsity, BLOCK, BLOCK, 2 * BLOCK)
+    result = calibrate(model, tokenizer, tmp_path / "a", prefill=prefill)
+    assert result.kept() == [INTERMEDIATE] * LAYERS
+    assert all(bool(torch.isfinite(t).all()) for t in result.tensors.values())
+    artifacts.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("ranks", [(4, 0), (0, 4), (0, 0)])
+def test_parts_of_the_compensator_can_be_left_out(model, tokenizer, tmp_path, ranks):
+    result = calibrate(model, tokenizer, tmp_path / "a", change(linear_rank=ranks[0], silu_rank=ranks[1], steps=3))
+    loaded = artifacts.load(tmp_path / "a")
+    same(result, loaded)
+    assert (loaded.compensator(0, torch.zeros(1)) is None) == (ranks == (0, 0))
+
+
+def test_a_head_that_is_no_multiple_of_the_block(model, tokenizer, tmp_path):
+    prefill = PrefillConfig(0.5, 24, 30, 48)  # the first whole block behind the head is 48..71
+    with pytest.raises(UserError, match="sequence_length must be a whole number of at least 72"):
+        calibrate(model, tokenizer, tmp_path / "a", prefill=prefill)
+    calibrate(model, tokenizer, tmp_path / "a", change(sequence_length=72, steps=1), prefill=prefill)
+
+
+# --- killed and resumed -------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+def kill_step(patch, number):
+    step = distill.Distiller.step
+
+    def patched(self, ids):
+        if self.step_done == number:
+            raise Killed
+        return step(self, ids)
+
+    patch.setattr(distill.Distiller, "step", patched)
+
+
+def kill_call(patch, owner, name, number, after=False):
+    function, calls = getattr(owner, name), []
+
+    def patched(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == number and not after:
+            raise Killed
+        result = function(*args, **kwargs)
+        if len(calls) == number:
+            raise Killed
+        return result
+
+    patch.setattr(owner, name, patched)
+
+
+KILLS = {
+    "in the first layer's fit": lambda patch: kill_call(patch, fit, "fit_predictor", 1),
+    "between layers": lambda patch: kill_call(patch, fit, "fit_predictor", 2),
+    "after a layer's checkpoint": lambda patch: kill_call(patch, checkpoint.Checkpoint, "put_tensors", 2, after=True),
+    "after the last layer": lambda patch: kill_call(patch, run, "sensitivity", 1),
+    "before the first step": lambda patch: kill_step(patch, 0),
+    "in the middle of distillation": lambda patch: kill_step(patch, 5),
+    "before the artifact is written": lambda patch: kill_call(patch, artifacts, "save", 1),
+}
+
+
+@pytest.mark.parametrize("save_every", [0.0, 3600.0], ids=["checkpoint each step", "checkpoint rarely"])
+@pytest.mark.parametrize("name", KILLS)
+def test_killed_and_resumed_equals_uninterrupted(model, tokenizer, tmp_path, monkeypatch, name, save_every):
+    monkeypatch.setattr(run, "SAVE_EVERY_S", save_every)
+    whole = calibrate(model, tokenizer, tmp_path / "whole")
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        KILLS[name](patch)
+        with pytest.raises(Killed):
+            calibrate(model, tokenizer, out)
+    assert not out.exists() and (tmp_path / "killed.checkpoint").is_dir()
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    done = []
+    step = distill.Distiller.step
+    monkeypatch.setattr(distill.Distiller, "step", lambda self, ids: done.append(self.step_done) or step(self, ids))
+    resumed = calibrate(model, tokenizer, out, resume=True)
+    same(whole, resumed)
+    same(artifacts.load(tmp_path / "whole"), artifacts.load(out))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+    if name == "in the middle of distillation":  # nothing is done twice
+        assert done == (list(range(5, 8)) if save_every == 0 else list(range(8)))
+
+
+def test_killed_twice(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SAVE_EVERY_S", 0.0)
+    whole = calibrate(model, tokenizer, tmp_path / "whole")
+    for name in ("between layers", "in the middle of distillation"):
+        with monkeypatch.context() as patch:
+            KILLS[name](patch)
+            with pytest.raises(Killed):
+                calibrate(model, tokenizer, tmp_path / "a", resume=True)
+    same(whole, calibrate(model, tokenizer, tmp_path / "a", resume=True))
+
+
+@pytest.fixture
+def killed(model, tokenizer, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        KILLS["before the first step"](patch)
+        with pytest.raises(Killed):
+            calibrate(model, tokenizer, tmp_path / "a")
+    return tmp_path / "a.checkpoint"
+
+
+def test_a_checkpoint_without_resume_is_refused(model, tokenizer, tmp_path, killed):
+    before = snapshot(killed)
+    with pytest.raises(UserError, match=r"unfinished calibration.*--resume"):
+        calibrate(model, tokenizer, tmp_path / "a")
+    assert snapshot(killed) == before
+
+
+@pytest.mark.parametrize("what", ["config", "prefill", "base_model", "text", "dtype"])
+def test_resuming_with_other_settings_is_refused(model, tokenizer, tmp_path, killed, what):
+    before, out = snapshot(killed), tmp_path / "a"
+    words = rf"other settings \({what}"
+    with pytest.raises(UserError, match=words if what != "dtype" else "dtype"):
+        if what == "config":
+            calibrate(model, tokenizer, out, change(steps=9), resume=True)
+        elif what == "prefill":
+            calibrate(model, tokenizer, out, prefill=PrefillConfig(0.25, BLOCK, BLOCK, 16), resume=True)
+        elif what == "base_model":
+            calibrate(tiny_model(seed=1), tokenizer, out, resume=True)
+        elif what == "dtype":
+            calibrate(tiny_model(dtype=torch.bfloat16), tokenizer, out, resume=True)
+        else:
+            fastfill.calibrate(model, tokenizer, TEXTS[:-1], out, prefill=PREFILL, config=CONFIG, resume=True)
+    assert snapshot(killed) == before
+
+
+def test_a_finished_calibration_is_replaced_only_by_a_whole_one(model, tokenizer, tmp_path, monkeypatch):
+    calibrate(model, tokenizer, tmp_path / "a")
+    before = snapshot(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        KILLS["in the middle of distillation"](patch)
+        with pytest.raises(Killed):
+            calibrate(model, tokenizer, tmp_path / "a", change(seed=1))
+    assert snapshot(tmp_path / "a") == before
+    calibrate(model, tokenizer, tmp_path / "a", change(seed=1), resume=True)
+    assert snapshot(tmp_path / "a") != before
+
+
+def test_a_full_disk_while_saving_a_checkpoint(model, tokenizer, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(UserError, match="could not be written: No space left on device"):
+            calibrate(model, tokenizer, tmp_path / "a")
+    assert sorted(snapshot(tmp_path)) == ["a.checkpoint/settings.json"]
+    calibrate(model, tokenizer, tmp_path / "a", resume=True)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------------
+
+
+def test_data_too_short(model, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="no document has 64 tokens"):
+        fastfill.calibrate(model, tokenizer, [tiny_text(63)], tmp_path / "a", prefill=PREFILL, config=CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_attached_model_is_refused(model, tokenizer, tmp_path):
+    with fastfill.attach(model, tiny_artifact(model)), pytest.raises(UserError, match="attached"):
+        calibrate(model, tokenizer, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_place(model, tokenizer, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file"):
+        calibrate(model, tokenizer, tmp_path / "file" / "a")
+
+
+@pytest.mark.parametrize("place", [".", "..", "/"])
+def test_the_folder_one_is_in_is_refused(model, tokenizer, tmp_path, monkeypatch, place):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="folder you are in"):
+        calibrate(model, tokenizer, place)
+    assert [p.name for p in tmp_path.rglob("*")] == ["here"]
+
+
+# --- the pieces ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_streamed_inputs_are_what_the_whole_model_gives(family):
+    model = tiny_model(family)
+    anatomy = families.dissect(model)
+    tokens = torch.randint(3, 128, (3, 20), generator=torch.Generator().manual_seed(0))
+    expected = [[] for _ in anatomy.ffns]
+    hooks = [
+        ffn.module.register_forward_pre_hook(lambda _m, args, rows=rows: rows.append(args[0]))
+        for ffn, rows in zip(anatomy.ffns, expected, strict=True)
+    ]
+    for row in tokens:
+        logits(model, row[None])
+    for hook in hooks:
+        hook.remove()
+    found = list(capture.stream_ffn_inputs(model, anatomy, tokens))
+    assert [layer for layer, _ in found] == [0, 1, 2]
+    for (_, inputs), rows in zip(found, expected, strict=True):
+        assert torch.equal(inputs, torch.cat(rows))  # the same operations on the same shapes
+
+
+def test_statistics(model):
+    ffn = families.dissect(model).ffns[0]
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    stats = fit.statistics(x, ffn)
+    energy = ((torch.nn.functional.silu(x @ ffn.gate.T) * (x @ ffn.up.T)) * ffn.down.norm(dim=0)).square()
+    torch.testing.assert_close(stats["importance"], (energy / energy.sum(1, keepdim=True)).mean(0), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(stats["input_rms"], x.square().mean(0).sqrt(), rtol=1e-5, atol=0)
+
+
+def fitted(model, config=CONFIG, tokens=1024):
+    ffn = families.dissect(model).ffns[0]
+    x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0))
+    mean = fit.statistics(x, ffn)["importance"]
+    return ffn, x, fit.fit_predictor(x, ffn, mean, 16, config, 0, lambda: None), mean
+
+
+def test_the_fitted_predictor_holds_more_than_the_mean(model):
+    ffn, x, weights, mean = fitted(model, change(fit_epochs=4))
+    constant = {"w_in": weights["w_in"], "w_out": torch.zeros_like(weights["w_out"]), "bias": mean.log()}
+    learned, oracle = fit.captured_share(x, ffn, weights, 48, BLOCK)
+    static, same_oracle = fit.captured_share(x, ffn, constant, 48, BLOCK)
+    assert oracle == same_oracle and static < learned < oracle < 1
+    everything, _ = fit.captured_share(x, ffn, weights, INTERMEDIATE, BLOCK)
+    assert everything == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_closed_form_is_the_least_squares_solution(model):
+    """At full rank it is ridge regression on what the skipped neurons would have added, solved here once more."""
+    ffn, x, weights, _ = fitted(model)
+    found = fit.fit_compensator(x, ffn, weights, 48, BLOCK, 32, 4, 0)
+    h = torch.nn.functional.silu(x @ ffn.gate.T) * (x @ ffn.up.T)
+    ids = select.top_k(fit.block_scores(x, weights, BLOCK), 48).long().repeat_interleave(BLOCK, 0)
+    missing = (h.scatter(1, ids, 0.0) @ ffn.down.T).double()
+    inputs = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    gram = inputs.T @ inputs
+    gram[range(32), range(32)] += 1e-3 * (gram.diagonal()[:-1].mean())
+    solution = torch.linalg.solve(gram, inputs.T @ missing)
+    product = found["w_out"].double() @ found["w_in"].double()  # the SiLU branch starts with zeros
+    # fp32 sums over 1024 tokens: eps * sqrt(1024) = 4e-6 relative to the largest, with a margin of ten for the solve.
+    limit = 4e-5 * float(solution.abs().max())
+    torch.testing.assert_close(product, solution[:-1].T, rtol=0, atol=limit)
+    torch.testing.assert_close(found["bias"].double(), solution[-1], rtol=0, atol=limit)
+    ranks = [float((missing - (x @ (c["w_out"] @ c["w_in"]).T + c["bias"])).square().mean()) for c in
+             (fit.fit_compensator(x, ffn, weights, 48, BLOCK, r, 0, 0) for r in (1, 4, 16, 32))]  # fmt: skip
+    assert ranks == sorted(ranks, reverse=True) and ranks[0] < float(missing.square().mean())
+
+
+def test_kl_divergence_and_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    teacher, student_ = (torch.randn(300, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    student_.requires_grad_()
+    log_t, log_s = teacher.log_softmax(-1), student_.log_softmax(-1)
+    plain = (log_t.exp() * (log_t - log_s)).sum(-1)
+    weights = torch.rand(300, generator=generator, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((plain * weights).sum(), student_)
+    found = distill.kl_divergence(teacher, student_)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), student_)
+    # It works in fp32: eps * 11 terms of order ten.
+    torch.testing.assert_close(found.double(), plain.detach(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=2e-6)
+    assert torch.equal(distill.kl_divergence(teacher, teacher), torch.zeros(300))
+    # By hand: KL((1/2, 1/2) || (1/4, 3/4)) = 1/2 ln 2 + 1/2 ln 2/3
+    two = distill.kl_divergence(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log())
+    assert float(two) == pytest.approx(0.14384, abs=1e-5)
+
+
+def test_token_mixing_by_hand(model):
+    """Against attention weights asked from the model itself."""
+    anatomy = families.dissect(model)
+    tokens = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    found = importance.token_mixing(model, anatomy, tokens)
+    eager = tiny_model()
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = eager(input_ids=tokens, output_attentions=True).attentions
+    for layer, weights in enumerate(attentions):
+        total = 0.0
+        for t in range(1, 12):
+            total += float((1 - weights[:, :, t, t] - weights[:, :, t, 0]).mean())
+        # the package averages over all positions but the first
+        assert found[layer] == pytest.approx(total / 11, rel=1e-4)
+
+
+def test_sensitivity_is_the_cost_of_each_layer_alone(model, tokenizer):
+    artifact = tiny_artifact(model)
+    anatomy = families.dissect(model)
+    tokens = data.sequences(tokenizer, [data.Document(t, "t") for t in TEXTS[:1]], 64, 0)[:2]
+    weights = [{k.removeprefix(f"layers.{i}."): v for k, v in artifact.tensors.items() if k.startswith(f"layers.{i}.")} for i in range(LAYERS)]
+    students = run.students_of(anatomy, weights, [48] * LAYERS, PREFILL, CONFIG, artifact.ranks)
+    found = importance.sensitivity(model, anatomy, students, tokens)
+    assert [s.kept for s in students] == [48] * LAYERS
+    for layer in range(LAYERS):
+        with fastfill.attach(model, artifact) as attachment:
+            for index, ffn in enumerate(attachment.ffns):
+                ffn.kept = 48 if index == layer else INTERMEDIATE
+                ffn.down_t = anatomy.ffns[index].down.t().contiguous()
+            sparse = torch.cat([logits(model, row[None])[:, BLOCK:] for row in tokens]).log_softmax(-1)
+        dense = torch.cat([logits(model, row[None])[:, BLOCK:] for row in tokens]).log_softmax(-1)
+        assert found[layer] == pytest.approx(float((dense.exp() * (dense - sparse)).sum(-1).mean()), rel=1e-3)
+
+
+def test_swapped_restores_after_an_exception(model):
+    anatomy = families.dissect(model)
+    with pytest.raises(RuntimeError), student.swapped(anatomy, [lambda x: x] * LAYERS):
+        assert "forward" in anatomy.ffns[0].module.__dict__
+        raise RuntimeError
+    assert not any("forward" in ffn.module.__dict__ for ffn in anatomy.ffns)
+
+
+def test_the_record_is_json(model, tokenizer, tmp_path):
+    result = calibrate(model, tokenizer, tmp_path / "a", change(steps=1))
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["calibration"] == json.loads(json.dumps(result.calibration))

@@ -1,0 +1,127 @@
+import json
+
+import pytest
+import torch
+
+from conftest import one_sentence, tiny_text
+from fastfill import data
+from fastfill.errors import UserError
+
+
+@pytest.fixture
+def news(tmp_path):
+    rows = [{"text": f"w{i} w{i + 1} w{i + 2}"} for i in range(10, 20)]
+    file = tmp_path / "news.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return file
+
+
+def texts(*sources):
+    return [d.text for d in data.load_documents([str(s) for s in sources])]
+
+
+def test_jsonl(news):
+    documents = data.load_documents([str(news)])
+    assert [d.text for d in documents][:2] == ["w10 w11 w12", "w11 w12 w13"] and len(documents) == 10
+    assert documents[3].source == "news.jsonl#3"
+
+
+@pytest.mark.parametrize(
+    "window, rows", [("[2:5]", [2, 3, 4]), ("[8:]", [8, 9]), ("[:2]", [0, 1]), ("[-2:]", [8, 9]), ("[:]", list(range(10)))]
+)
+def test_a_slice_of_documents(news, window, rows):
+    assert [d.source for d in data.load_documents([f"{news}{window}"])] == [f"news.jsonl#{i}" for i in rows]
+
+
+def test_rows_of_longbench(tmp_path):
+    file = tmp_path / "bench.jsonl"
+    file.write_text(json.dumps({"context": "the text", "input": "a question"}) + "\n" + json.dumps({"context": "bare", "input": ""}))
+    assert texts(file) == ["the text\n\na question", "bare"]
+
+
+def test_txt_is_cut_into_documents_at_line_ends(tmp_path):
+    file = tmp_path / "book.txt"
+    lines = [f"line {i} " + "x" * 90 + "\n" for i in range(300)]
+    file.write_text("".join(lines))
+    documents = data.load_documents([str(file)])
+    assert "".join(d.text for d in documents) == "".join(lines)
+    assert len(documents) == 3 and all(d.text.endswith("\n") for d in documents)
+    assert all(data.TXT_DOCUMENT_CHARACTERS <= len(d.text) < data.TXT_DOCUMENT_CHARACTERS + 100 for d in documents[:-1])
+
+
+def test_several_sources_in_order(news, tmp_path):
+    (tmp_path / "a.txt").write_text("alpha")
+    assert texts(tmp_path / "a.txt", f"{news}[:1]") == ["alpha", "w10 w11 w12"]
+
+
+def binary(file):
+    file.write_bytes(b"\xff\xfe\x80" * 20)
+
+
+BAD = {
+    "missing.txt": (None, "cannot be read: No such file"),
+    "missing.jsonl": (None, "cannot be read: No such file"),
+    "no_such_dataset": (None, "There is no file|could not be loaded"),
+    "empty.txt": (lambda f: f.write_text(""), "holds no text"),
+    "blank.txt": (lambda f: f.write_text(" \n\n"), "holds no text"),
+    "empty.jsonl": (lambda f: f.write_text("\n"), "holds no text"),
+    "blank.jsonl": (lambda f: f.write_text('{"text": "  "}\n'), "holds no text"),
+    "binary.txt": (binary, "not UTF-8"),
+    "binary.jsonl": (binary, "not UTF-8"),
+    "folder.txt": (lambda f: f.mkdir(), "cannot be read: Is a directory"),
+    "broken.jsonl": (lambda f: f.write_text('{"text": "good"}\n{"text": '), "line 2 is not JSON"),
+    "other.jsonl": (lambda f: f.write_text('{"body": "x"}\n'), "line 1 has neither"),
+    "list.jsonl": (lambda f: f.write_text("[1]\n"), "line 1 has neither"),
+    "number.jsonl": (lambda f: f.write_text('{"text": 5}\n'), "line 1 has neither"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_sources(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    make, words = BAD[name]
+    if make:
+        make(tmp_path / name)
+    with pytest.raises(UserError, match=words) as error:
+        data.load_documents([name])
+    assert name in one_sentence(error)
+
+
+def test_a_slice_with_nothing_in_it(news):
+    with pytest.raises(UserError, match="holds no text"):
+        data.load_documents([f"{news}[50:]"])
+
+
+def documents_of(*counts):
+    return [data.Document(tiny_text(n, seed=n), f"doc#{n}") for n in counts]
+
+
+def test_sequences_cover_whole_documents_and_shuffle_by_seed(tokenizer):
+    documents = documents_of(100, 64, 31)
+    found = data.sequences(tokenizer, documents, 32, seed=0)
+    expected = [tokenizer(d.text)["input_ids"][i : i + 32] for d, starts in zip(documents, ((0, 32, 64), (0, 32), ()), strict=True) for i in starts]
+    assert found.dtype == torch.long and sorted(found.tolist()) == sorted(expected)
+    assert torch.equal(found, data.sequences(tokenizer, documents, 32, seed=0))
+    assert found.tolist() != data.sequences(tokenizer, documents, 32, seed=1).tolist()
+
+
+def test_data_too_short_for_calibration(tokenizer):
+    with pytest.raises(UserError, match=r"too short: no document has 65 tokens") as error:
+        data.sequences(tokenizer, documents_of(64, 10), 65, seed=0)
+    one_sentence(error)
+
+
+def test_first_tokens(tokenizer):
+    documents = documents_of(40, 10, 50, 60)
+    found = data.first_tokens(tokenizer, documents, 32, None)
+    assert [source for source, _ in found] == ["doc#40", "doc#50", "doc#60"]
+    assert found[0][1].tolist() == tokenizer(documents[0].text)["input_ids"][:32]
+    assert len(data.first_tokens(tokenizer, documents, 32, 2)) == 2
+    with pytest.raises(UserError, match="no document has 61 tokens"):
+        data.first_tokens(tokenizer, documents, 61, None)
+
+
+def test_digest_names_the_tokens():
+    one = torch.arange(12).view(3, 4)
+    assert data.digest(one) == data.digest(one.int()) == data.digest(one.T.contiguous().T)
+    assert data.digest(one) != data.digest(one.flip(0))
