@@ -51,7 +51,10 @@ def choose(kernel: str = "auto", x: Tensor | None = None, grad: bool = False) ->
 
 def describe() -> str:
     """Which kernel runs here, on which instruction set and with how many threads, and why; for ``fastfill env``."""
-    return f"kernel {choose()}; {cpu.status()}; {torch.get_num_threads()} threads (torch.get_num_threads())"
+    threads = f"{torch.get_num_threads()} threads (torch.get_num_threads())"
+    if choose() == "native":
+        threads += f", {cpu.threads_from()}"
+    return f"kernel {choose()}: {cpu.status()}\n{threads}"
 
 
 def _boundaries(name: str, bounds: Tensor, n: int | None, total: int) -> list[int]:

@@ -114,6 +114,12 @@ def _pick_isa(wanted: str) -> str:
     return wanted
 
 
+@functools.cache
+def threads_from() -> str:
+    """Whose threads the kernel runs on."""
+    return "torch's own pool" if _gomp_parallel() else "started for each call (torch's OpenMP library was not found)"
+
+
 def usable() -> bool:
     """Whether the native kernel can run here."""
     return not isinstance(_load(), str)
