@@ -216,7 +216,10 @@ def _attach(arguments: argparse.Namespace, model: Any, artifact: Any, **extra: A
 def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import artifact as artifacts
     from fastfill import demo
+    from fastfill.config import check_integer
 
+    check_integer("--repeats", arguments.repeats, 1)
+    check_integer("--max-new-tokens", arguments.max_new_tokens, 1)
     arguments.json = True  # the demo's last line is always its JSON document
     artifact = artifacts.load(artifact_folder(arguments.artifact))
     loaded = _load(arguments)
@@ -328,6 +331,8 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     check_integer("--tokens", arguments.tokens, 2)
     check_integer("--continuation", arguments.continuation, 2)
+    if arguments.limit is not None:
+        check_integer("--limit", arguments.limit, 1)
     folder = artifact_folder(arguments.artifact)
     artifact = artifacts.load(folder)
     documents = data.load_documents(arguments.data)

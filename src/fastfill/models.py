@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fastfill.errors import UserError
 
@@ -46,6 +47,18 @@ def parse_dtype(name: str, device: str = "cpu") -> torch.dtype:
     if name not in names:
         raise UserError(f"dtype {name!r} is not known; use one of auto, {', '.join(names)}.")
     return names[name]
+
+
+def check_device(name: str) -> None:
+    """Raises UserError for a device that torch does not know or cannot use here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used here ({_first_line(error)}); use cpu, or cuda with a GPU.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def embedded_gguf() -> Path:
@@ -121,15 +134,21 @@ def load(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    path = resolve(name)
+    check_device(device)
+    torch_dtype = parse_dtype(dtype, device)
+    try:
+        path = resolve(name)
+    except UserError:
+        raise
+    except Exception as error:  # the reader of GGUF files raises many kinds
+        raise UserError(f"The file {name} could not be read as a GGUF model: {_first_line(error)}") from error
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"There is no model folder {path}.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=parse_dtype(dtype, device))
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"The model {name!r} could not be loaded: {first}") from error
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"The model {name!r} could not be loaded: {_first_line(error)}") from error
     model.eval().to(device)
     model.requires_grad_(False)
     return LoadedModel(model, tokenizer, DEFAULT_NAME if name == "default" else name)
