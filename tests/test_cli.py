@@ -1,0 +1,438 @@
+"""The command, run in this process on the tiny model; what goes wrong must be one line on stderr and exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import BLOCK, INTERMEDIATE, LAYERS, logits, snapshot, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
+from fastfill import artifact as artifacts
+from fastfill import cli, models
+from fastfill.engines import transformers as engine
+
+COMMANDS = ("demo", "calibrate", "inspect", "generate", "bench", "evaluate", "env")
+FAST = ["--sequence-length", "64", "--fit-tokens", "256", "--fit-batch", "64", "--schedule-tokens", "64", "--steps", "2",
+        "--predictor-rank", "4", "--linear-rank", "2", "--silu-rank", "2",
+        "--block-size", str(BLOCK), "--dense-head", str(BLOCK), "--min-tokens", "16"]  # fmt: skip
+
+
+def run(*arguments):
+    """Exit code of a command line. argparse leaves by SystemExit."""
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as exit_:
+        return exit_.code
+
+
+def answer(capsys, *arguments):
+    """Run with --json, expect success, give the last line's document."""
+    assert run(*arguments, "--json") == 0
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1])
+
+
+def refusal(capsys, *arguments, code=2):
+    """Run, expect exit code 2 and exactly one line on stderr, which is given back."""
+    assert run(*arguments) == code
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fastfill: "), captured.err
+    assert "Traceback" not in captured.err + captured.out
+    return lines[0]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": tiny_text(160, seed=s)}) for s in range(5)))
+    return file
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text(tiny_text(45, seed=7))
+    return file
+
+
+# --- help ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_every_command_has_json(capsys, command):
+    assert run(command, "--help") == 0
+    out = capsys.readouterr().out
+    assert f"example: fastfill {command}" in out and "--json" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_parse(command, capsys):
+    run(command, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    example = text.split("example: fastfill ")[1].split()
+    parsed = cli.build_parser().parse_args(example)
+    assert callable(parsed.run)
+
+
+def test_help_of_the_whole_lists_the_commands(capsys):
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS) and "example: fastfill demo" in out
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys; from fastfill import cli\ntry: cli.main(['bench', '--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("fastfill 0.")
+
+
+# --- the commands -------------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_inspect_generate_bench_evaluate(capsys, model_folder, texts, prompt, tmp_path):
+    """The main job from one end to the other, each command on what the one before made."""
+    out = tmp_path / "made"
+    made = answer(capsys, "calibrate", model_folder, "--data", f"{texts}[:4]", "--out", out, "--dtype", "fp32", *FAST)
+    assert made["out"] == str(out) and sum(made["kept"]) == round(LAYERS * INTERMEDIATE / 2)
+
+    shown = answer(capsys, "inspect", out)
+    assert shown["kept"] == made["kept"] and shown["base_model"]["name"] == str(model_folder)
+    assert shown["calibration"]["tokens_distilled"] == 128 and shown["quality"] == {}
+    assert shown["flops"]["total"] == pytest.approx(shown["flops"]["ffn"] + shown["overhead"], abs=2e-4)
+
+    common = [model_folder, "--artifact", out, "--dtype", "fp32"]
+    said = answer(capsys, "generate", *common, "--prompt-file", prompt, "--max-new-tokens", 4)
+    assert (said["prompt_tokens"], said["sparse_tokens"]) == (45, 32)
+    dense = answer(capsys, "generate", *common, "--prompt-file", prompt, "--max-new-tokens", 4, "--dense")
+    assert (dense["sparse_tokens"], dense["dense_tokens"]) == (0, 45 + dense["new_tokens"] - 1)
+    chat = answer(capsys, "generate", *common, "--prompt-file", prompt, "--max-new-tokens", 1, "--chat")
+    assert chat["prompt_tokens"] == 48
+
+    bench = answer(capsys, "bench", *common, "--prompt-lengths", "20,45", "--repeats", 1)
+    assert [row["prompt_tokens"] for row in bench["rows"]] == [20, 45]
+    promised = {"prompt_tokens", "ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_dense_s", "ffn_sparse_s", "ceiling"}
+    assert all(promised <= row.keys() for row in bench["rows"])
+    assert {"cpu", "threads", "torch", "transformers"} <= bench["machine"].keys()
+
+    scores = answer(capsys, "evaluate", *common, "--data", f"{texts}[4:]", "--tokens", 64, "--continuation", 16, "--record")
+    promised = ("ppl_dense ppl_sparse ppl_ratio kl top1_agreement cont_ppl_dense cont_ppl_sparse cont_ppl_ratio cont_kl "
+                "context_kept documents tokens").split()  # fmt: skip
+    assert all(key in scores for key in promised) and scores["documents"] == 1 and scores["calibrated_on"] == 0
+    assert answer(capsys, "inspect", out)["quality"]["ppl_ratio"] == scores["ppl_ratio"]
+    assert "ppl_ratio" in (out / "README.md").read_text()
+
+
+def test_generate_says_what_the_model_says(capsys, model_folder, artifact_folder, prompt):
+    dense = answer(capsys, "generate", model_folder, "--artifact", artifact_folder, "--prompt-file", prompt,
+                   "--max-new-tokens", 4, "--dense", "--dtype", "fp32")  # fmt: skip
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    new = engine.generate(model, engine.encode(tokenizer, prompt.read_text(), chat=False), 4)
+    assert dense["text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_inspect_draws_a_bar_per_layer(capsys, artifact_folder):
+    assert run("inspect", artifact_folder) == 0
+    out = capsys.readouterr().out
+    assert out.count("█") > 10 * LAYERS and max(map(len, out.replace(str(artifact_folder), "").splitlines())) <= 80
+    assert "transposed down weights" in out and "quality not measured yet" in out
+
+
+@pytest.mark.parametrize("predictor", ["oracle", "static", "first-block", "low-rank", "random"])
+def test_evaluate_with_a_baseline(capsys, model_folder, artifact_folder, texts, predictor):
+    scores = answer(capsys, "evaluate", model_folder, "--artifact", artifact_folder, "--data", texts, "--limit", 2, "--tokens", 48,
+                    "--continuation", 12, "--predictor", predictor, "--no-compensator", "--dtype", "fp32")  # fmt: skip
+    assert (scores["predictor"], scores["compensator"], scores["documents"]) == (predictor, False, 2)
+    assert scores["ppl_ratio"] != 1
+
+
+def test_evaluate_warns_of_documents_that_were_calibrated_on(capsys, model_folder, model, texts, tmp_path):
+    artifact = tiny_artifact(model)
+    artifact.calibration = {"document_rows": ["text.jsonl#0"]}
+    artifacts.save(artifact, tmp_path / "a")
+    arguments = ["evaluate", model_folder, "--artifact", tmp_path / "a", "--tokens", 48, "--continuation", 12, "--dtype", "fp32"]
+    assert run(*arguments, "--data", f"{texts}[:2]", "--json") == 0
+    captured = capsys.readouterr()
+    assert "1 of these documents" in captured.err and json.loads(captured.out.splitlines()[-1])["calibrated_on"] == 1
+    assert run(*arguments, "--data", f"{texts}[1:]") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def default_is_tiny(monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *_: models.LoadedModel(tiny_model(), tiny_tokenizer(), "tiny"))
+
+
+def test_demo_prints_its_numbers_as_the_last_line(capsys, default_is_tiny, artifact_folder, tmp_path):
+    (tmp_path / "doc.txt").write_text(tiny_text(350))
+    arguments = ["demo", "--artifact", artifact_folder, "--document", tmp_path / "doc.txt", "--repeats", 1, "--max-new-tokens", 2]
+    assert run(*arguments) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"prompt_tokens", "sparsity", "ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_share", "ceiling", "ppl_dense", "ppl_sparse"} <= result.keys()
+    assert result["sparse_tokens"] + result["dense_tokens"] == result["prompt_tokens"] and result["sparsity"] == 0.5
+    assert run(*arguments, "--sparsity", 0) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["ppl_ratio"] == 1 and result["answer_dense"] == result["answer_sparse"]
+
+
+def test_env(capsys):
+    described = answer(capsys, "env")
+    assert described["torch"] == torch.__version__ and set(described["kernels"]) == {"native", "torch"}
+
+
+def test_calibrate_resumes_from_the_command_line(capsys, model_folder, texts, tmp_path, monkeypatch):
+    arguments = ["calibrate", model_folder, "--data", texts, "--out", tmp_path / "a", "--dtype", "fp32", *FAST]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastfill.calibration.distill.Distiller.step", interrupt)
+        assert "interrupted" in refusal(capsys, *arguments, code=130)
+    assert "--resume" in refusal(capsys, *arguments)
+    assert "other settings (config" in refusal(capsys, *arguments, "--seed", 1, "--resume")
+    assert answer(capsys, *arguments, "--resume")["out"] == str(tmp_path / "a")
+    assert not (tmp_path / "a.checkpoint").exists()
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------------
+
+
+def broken(folder, what):
+    """Damage an artifact folder in the way the name says."""
+    config, weights = folder / "config.json", folder / "weights.safetensors"
+    if what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "newer schema":
+        config.write_text(config.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    elif what == "unknown keys":
+        config.write_text(config.read_text().replace('"schema_version": 1', '"schema_version": 1, "colour": "red"'))
+    elif what == "NaN weights":
+        artifact = artifacts.load(folder)
+        artifact.tensors["layers.0.predictor.bias"][3] = float("nan")
+        artifacts.save(artifact, folder)
+    elif what == "missing weights":
+        weights.unlink()
+    return folder
+
+
+BROKEN = {"truncated": "truncated or damaged", "newer schema": "upgrade fastfill", "unknown keys": "colour", "NaN weights": "NaN", "missing weights": "missing"}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("command", ["inspect", "generate", "bench", "evaluate", "demo"])
+def test_a_bad_artifact(capsys, model_folder, artifact_folder, prompt, texts, default_is_tiny, command, what):
+    broken(artifact_folder, what)
+    options = {
+        "inspect": [artifact_folder],
+        "generate": [model_folder, "--artifact", artifact_folder, "--prompt-file", prompt],
+        "bench": [model_folder, "--artifact", artifact_folder],
+        "evaluate": [model_folder, "--artifact", artifact_folder, "--data", texts],
+        "demo": ["--artifact", artifact_folder],
+    }
+    assert BROKEN[what] in refusal(capsys, command, *options[command])
+
+
+def generate(model_folder, artifact_folder, prompt, *more):
+    return ["generate", model_folder, "--artifact", artifact_folder, "--prompt-file", prompt, "--dtype", "fp32", *more]
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--sparsity", "0.96"], "sparsity must lie in [0, 0.95]"),
+        (["--sparsity", "-0.1"], "sparsity must lie in [0, 0.95]"),
+        (["--sparsity", "nan"], "sparsity must lie in [0, 0.95]"),
+        (["--block-size", "0"], "block_size must be a whole number of at least 1"),
+        (["--block-size", "-64"], "block_size must be a whole number of at least 1"),
+        (["--min-tokens", "0"], "min_tokens"),
+        (["--kernel", "cuda"], "native, torch"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--threads", "0"], "--threads"),
+        (["--dtype", "int4"], "dtype 'int4' is not known"),
+        (["--device", "abacus"], "abacus"),
+        (["--device", "cuda:99"], "cuda:99"),
+    ],
+    ids=" ".join,
+)
+def test_bad_options(capsys, model_folder, artifact_folder, prompt, more, words):
+    assert words in refusal(capsys, *generate(model_folder, artifact_folder, prompt), *more)
+
+
+def test_a_kernel_that_cannot_run_the_dtype(capsys, model_folder, artifact_folder, prompt, tmp_path):
+    tiny_model().half().float().save_pretrained(tmp_path / "half")  # weights that fp16 holds, so that the partner is right
+    tiny_tokenizer().save_pretrained(tmp_path / "half")
+    artifacts.save(tiny_artifact(tiny_model().half().float()), artifact_folder)
+    arguments = generate(tmp_path / "half", artifact_folder, prompt, "--kernel", "native")
+    arguments[arguments.index("fp32")] = "fp16"
+    assert "native" in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize("command", ["calibrate"])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--sparsity", "1.0"], "sparsity must lie in"),
+        (["--block-size", "0"], "block_size"),
+        (["--sequence-length", "8"], "sequence_length must be a whole number of at least 16"),
+        (["--schedule", "best"], "schedule must be"),
+        (["--fit-lr", "-1"], "fit_lr"),
+        (["--steps", "-1"], "steps"),
+    ],
+    ids=" ".join,
+)
+def test_bad_calibration_settings(capsys, model_folder, texts, tmp_path, command, more, words):
+    arguments = [command, model_folder, "--data", texts, "--out", tmp_path / "a", *FAST, *more]
+    assert words in refusal(capsys, *arguments)
+    assert not list(tmp_path.glob("a*"))
+
+
+def test_another_model(capsys, model_folder, artifact_folder, prompt):
+    artifacts.save(tiny_artifact(tiny_model(seed=1)), artifact_folder)
+    assert "belongs to another model" in refusal(capsys, *generate(model_folder, artifact_folder, prompt))
+
+
+def test_a_missing_artifact(capsys, model_folder, prompt, tmp_path):
+    assert "is not an artifact" in refusal(capsys, *generate(model_folder, tmp_path / "none", prompt))
+    assert "is not an artifact" in refusal(capsys, "inspect", tmp_path / "none")
+
+
+def test_models_that_cannot_be_used(capsys, artifact_folder, prompt, tmp_path):
+    import transformers
+
+    gpt = tmp_path / "gpt"
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=128, n_positions=64, bos_token_id=1, eos_token_id=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(gpt)
+    tiny_tokenizer().save_pretrained(gpt)
+    assert "'gpt2' are not supported; supported are: llama, mistral, qwen2, qwen3" in refusal(capsys, *generate(gpt, artifact_folder, prompt))
+
+    biased = tmp_path / "biased"
+    tiny_model(mlp_bias=True).save_pretrained(biased)
+    tiny_tokenizer().save_pretrained(biased)
+    assert "has a bias" in refusal(capsys, *generate(biased, artifact_folder, prompt))
+
+    damaged = tmp_path / "damaged"
+    tiny_model().save_pretrained(damaged)
+    tiny_tokenizer().save_pretrained(damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "could not be loaded" in refusal(capsys, *generate(damaged, artifact_folder, prompt))
+
+    (tmp_path / "empty").mkdir()
+    assert "could not be loaded" in refusal(capsys, *generate(tmp_path / "empty", artifact_folder, prompt))
+    assert "There is no model folder" in refusal(capsys, *generate(tmp_path / "none", artifact_folder, prompt))
+    assert "There is no file" in refusal(capsys, *generate(tmp_path / "none.gguf", artifact_folder, prompt))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    assert "bad.gguf" in refusal(capsys, *generate(tmp_path / "bad.gguf", artifact_folder, prompt))
+
+
+def test_a_quantised_model(capsys, monkeypatch, artifact_folder, prompt):
+    quantised = tiny_model()
+    linear = quantised.model.layers[0].mlp.gate_proj
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    monkeypatch.setattr(models, "load", lambda *_: models.LoadedModel(quantised, tiny_tokenizer(), "quantised"))
+    assert "load the model unquantised" in refusal(capsys, *generate("quantised", artifact_folder, prompt))
+
+
+def test_a_model_that_is_attached_already(capsys, monkeypatch, artifact_folder, prompt, texts, tmp_path):
+    from fastfill import attach
+
+    model = tiny_model()
+    monkeypatch.setattr(models, "load", lambda *_: models.LoadedModel(model, tiny_tokenizer(), "tiny"))
+    with attach(model, artifact_folder):
+        assert "already attached" in refusal(capsys, *generate("tiny", artifact_folder, prompt))
+        assert "already attached" in refusal(capsys, "calibrate", "tiny", "--data", texts, "--out", tmp_path / "a", *FAST)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate"])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("missing.jsonl", None, "cannot be read"),
+        ("empty.txt", b"", "holds no text"),
+        ("empty.jsonl", b"", "holds no text"),
+        ("binary.txt", b"\xff\xfe\x80", "not UTF-8"),
+        ("broken.jsonl", b'{"text": ', "line 1 is not JSON"),
+        ("short.txt", b"w9 w10", "too short"),
+    ],
+    ids=str,
+)
+def test_bad_data(capsys, model_folder, artifact_folder, tmp_path, command, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    options = {
+        "calibrate": ["--out", tmp_path / "a", *FAST],
+        "evaluate": ["--artifact", artifact_folder, "--tokens", 48],
+    }[command]
+    assert words in refusal(capsys, command, model_folder, "--data", tmp_path / name, "--dtype", "fp32", *options)
+    assert not list(tmp_path.glob("a.checkpoint"))
+
+
+def test_evaluating_too_few_tokens(capsys, model_folder, artifact_folder, texts):
+    arguments = ["evaluate", model_folder, "--artifact", artifact_folder, "--data", texts, "--dtype", "fp32"]
+    assert "too few for a sparse part" in refusal(capsys, *arguments, "--tokens", 30, "--continuation", 20)
+    assert "--continuation" in refusal(capsys, *arguments, "--continuation", 0)
+    assert "--tokens" in refusal(capsys, *arguments, "--tokens", 1)
+    assert "psychic" in refusal(capsys, *arguments, "--predictor", "psychic", "--tokens", 48)
+    assert "--limit" in refusal(capsys, *arguments, "--limit", 0)
+
+
+def test_bad_prompts_and_lengths(capsys, model_folder, artifact_folder, tmp_path, prompt):
+    assert "cannot be read: No such file" in refusal(capsys, *generate(model_folder, artifact_folder, tmp_path / "none.txt"))
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert "is empty" in refusal(capsys, *generate(model_folder, artifact_folder, tmp_path / "empty.txt"))
+    bench = ["bench", model_folder, "--artifact", artifact_folder]
+    assert "--prompt-lengths" in refusal(capsys, *bench, "--prompt-lengths", "512,many")
+    assert "prompt length" in refusal(capsys, *bench, "--prompt-lengths", "0")
+    assert "--repeats" in refusal(capsys, *bench, "--repeats", 0)
+
+
+def test_a_demo_document_that_is_too_short_or_too_long(capsys, default_is_tiny, artifact_folder, tmp_path):
+    demo = ["demo", "--artifact", artifact_folder, "--repeats", 1, "--max-new-tokens", 2, "--document", tmp_path / "doc.txt"]
+    (tmp_path / "doc.txt").write_text("w9")
+    assert "stays dense" in refusal(capsys, *demo)
+    (tmp_path / "doc.txt").write_text(tiny_text(600))
+    assert "more than the 512" in refusal(capsys, *demo)
+    (tmp_path / "doc.txt").write_text(tiny_text(40))
+    assert "too few for a sparse part" in refusal(capsys, *demo)
+    assert "--repeats" in refusal(capsys, *demo, "--repeats", 0)
+
+
+def test_a_full_disk_while_saving(capsys, model_folder, artifact_folder, texts, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    before = snapshot(artifact_folder)
+    monkeypatch.setattr(artifacts, "save_file", full)
+    arguments = ["calibrate", model_folder, "--data", texts, "--out", artifact_folder, "--dtype", "fp32", *FAST]
+    assert "No space left on device" in refusal(capsys, *arguments)
+    assert snapshot(artifact_folder) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["generate"], ["bench", "m", "--artifact", "a", "--repeats", "two"]], ids=str)
+def test_wrong_usage_is_exit_code_2(capsys, arguments):
+    assert run(*arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_as_a_program(artifact_folder, tmp_path):
+    """One real process each: the exit code and the streams are what a shell sees."""
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fastfill.cli", "inspect", "--json"]
+    good = subprocess.run([*command, str(artifact_folder)], capture_output=True, text=True, env=environment)
+    assert good.returncode == 0 and good.stderr == "" and json.loads(good.stdout.splitlines()[-1])["sparsity"] == 0.5
+    bad = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, env=environment)
+    assert bad.returncode == 2 and bad.stdout == "" and len(bad.stderr.splitlines()) == 1 and "is not an artifact" in bad.stderr
+
+
+def test_the_tiny_model_in_the_folder_is_the_tiny_model(model_folder, model):
+    loaded = models.load(str(model_folder), "fp32").model
+    ids = torch.arange(3, 30)[None]
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
