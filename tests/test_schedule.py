@@ -47,10 +47,10 @@ def test_only_ratios_of_importance_matter(importance, sparsity, width, scale):
 
 
 def test_worked_numbers():
-    # s_l = c / w_l with mean 0.3 over weights 1, 2: c (1 + 1/2) / 2 = 0.3, c = 0.4: s = 0.4 and 0.2.
-    assert allocate([1.0, 2.0], 0.3, 1000) == [600, 800]
-    # Weight 1 would get 0.96, is held at 0.8, and 0.2 is left for the other.
-    assert allocate([1.0, 100.0], 0.5, 1000) == [200, 800]
+    # s_l = c / sqrt(w_l) with mean 0.3 over weights 1, 4: c (1 + 1/2) / 2 = 0.3, c = 0.4: s = 0.4 and 0.2.
+    assert allocate([1.0, 4.0], 0.3, 1000) == [600, 800]
+    # Weight 1 would get 0.99, is held at 0.8, and 0.2 is left for the other.
+    assert allocate([1.0, 10000.0], 0.5, 1000) == [200, 800]
 
 
 @pytest.mark.parametrize("importance", [[1.0, 0.0], [1.0, -1.0], [float("nan"), 1.0]])

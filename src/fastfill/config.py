@@ -28,7 +28,7 @@ class PrefillConfig:
     """
 
     sparsity: float = 0.5
-    block_size: int = 64
+    block_size: int = 32
     dense_head: int = 64
     min_tokens: int = 256
 

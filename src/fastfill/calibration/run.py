@@ -167,7 +167,7 @@ def _importance(
     if config.schedule == "uniform" or prefill.sparsity == 0:
         values = [1.0] * len(anatomy.ffns)
     elif config.schedule == "token-mixing":
-        values = token_mixing(model, anatomy, rows)
+        values = [mixing**2 for mixing in token_mixing(model, anatomy, rows)]  # the schedule's root undoes it: s_l = c / m_l
     else:
         uniform = allocate([1.0] * len(anatomy.ffns), prefill.sparsity, anatomy.intermediate)
         values = sensitivity(model, anatomy, students_of(anatomy, weights, uniform, prefill, config, ranks), rows)

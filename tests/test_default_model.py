@@ -1,0 +1,110 @@
+"""The embedded default model, SmolLM2-135M-Instruct: the same identities, and that prediction is worth something on real text."""
+
+import inspect
+import pathlib
+import textwrap
+
+import pytest
+import torch
+
+from conftest import logits
+from fastfill import artifact as artifacts
+from fastfill import attach, cli, families, models
+from fastfill.artifact import Artifact
+from fastfill.calibration.capture import stream_ffn_inputs
+from fastfill.calibration.fit import statistics
+from fastfill.config import PrefillConfig
+from fastfill.errors import UserError
+
+pytestmark = pytest.mark.real
+TOKENS = 600
+SHIPPED = pathlib.Path(__file__).parent.parent / "artifacts" / cli.DEFAULT_ARTIFACT
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    try:
+        models.embedded_gguf()
+    except UserError as error:  # the only reason to skip; anything else that goes wrong is a failure
+        pytest.skip(str(error))
+    torch.set_num_threads(2)
+    yield models.load("default", "fp32")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def ids(loaded):
+    """Documentation from the standard library: English that is on every machine, and surely not calibrated on."""
+    text = "\n\n".join(textwrap.dedent(inspect.getdoc(f) or "") for f in (pathlib, pathlib.Path, textwrap, textwrap.TextWrapper, inspect,
+                                                                       inspect.signature, pytest.approx, pytest.raises, torch.nn.Module, torch.nn.Linear, torch.optim.AdamW))  # fmt: skip
+    found = loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :TOKENS]
+    assert found.shape == (1, TOKENS)
+    return found
+
+
+@pytest.fixture(scope="module")
+def dense(loaded, ids):
+    return logits(loaded.model, ids)
+
+
+@pytest.fixture(scope="module")
+def bare(loaded, ids):
+    """An artifact without anything learned: true statistics of a few tokens, for the baselines; no compensator."""
+    anatomy = families.dissect(loaded.model)
+    ranks = {"predictor": 64, "linear": 0, "silu": 0}
+    base = artifacts.describe_model(anatomy, loaded.name)
+    tensors = {name: torch.zeros(shape) for name, shape in artifacts.shapes(base, ranks).items()}
+    for layer, inputs in stream_ffn_inputs(loaded.model, anatomy, ids[:, :128]):
+        for name, value in statistics(inputs.flatten(0, 1), anatomy.ffns[layer]).items():
+            tensors[f"layers.{layer}.stats.{name}"] = value
+    return Artifact(base, PrefillConfig(0.5, 64, 64, 256), ranks, [1.0] * len(anatomy.ffns), tensors)
+
+
+def mean_kl(loaded, artifact, ids, dense, **settings):
+    """Mean KL (nats) of the tokens that were read sparsely."""
+    with attach(loaded.model, artifact, **settings) as attachment:
+        sparse = logits(loaded.model, ids)
+        head = -(-attachment.config.dense_head // attachment.config.block_size) * attachment.config.block_size
+        stop = TOKENS // attachment.config.block_size * attachment.config.block_size
+        assert attachment.stats.sparse_tokens == stop - head > 0
+    a, b = dense[:, head:stop].log_softmax(-1), sparse[:, head:stop].log_softmax(-1)
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+def test_it_is_the_model_it_should_be(loaded, ids, dense):
+    config = loaded.model.config
+    assert (config.model_type, config.hidden_size, config.intermediate_size, config.num_hidden_layers) == ("llama", 576, 1536, 30)
+    loss = torch.nn.functional.cross_entropy(dense[0, :-1], ids[0, 1:])
+    assert float(loss) < 4  # a model whose weights were mixed up says ln 49152 = 10.8 or worse
+
+
+def test_sparsity_zero_is_dense_bit_for_bit(loaded, ids, dense, bare):
+    with attach(loaded.model, bare, sparsity=0.0):
+        assert torch.equal(logits(loaded.model, ids), dense)
+
+
+def test_the_oracle_is_far_better_than_random_and_detach_is_clean(loaded, ids, dense, bare):
+    cost = {name: mean_kl(loaded, bare, ids, dense, predictor=name) for name in ("oracle", "static", "random")}
+    assert cost["oracle"] < cost["static"] < cost["random"]
+    assert cost["oracle"] < 0.2 * cost["random"]
+    assert torch.equal(logits(loaded.model, ids), dense)
+
+
+def test_the_shipped_artifact_beats_the_baselines(loaded, ids, dense):
+    if not (SHIPPED / "config.json").is_file():
+        pytest.skip("the shipped artifact is not in this checkout")
+    artifact = artifacts.load(SHIPPED)
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 25e6
+    assert artifact.flops()["predictor"] + artifact.flops()["compensator"] <= 0.08
+    assert sum(artifact.kept()) == round((1 - artifact.prefill.sparsity) * 30 * 1536)
+    cost = {name: mean_kl(loaded, artifact, ids, dense, predictor=name) for name in ("learned", "static", "random")}
+    bare = mean_kl(loaded, artifact, ids, dense, compensator=False)
+    assert cost["learned"] < cost["static"] and cost["learned"] < cost["random"]
+    assert cost["learned"] < bare
+
+
+def test_generate_reads_the_prompt_sparsely(loaded, ids, bare):
+    with attach(loaded.model, bare, predictor="oracle") as attachment:
+        out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        assert out.shape == (1, TOKENS + 4)
+        assert (attachment.stats.sparse_tokens, attachment.stats.dense_tokens) == (512, TOKENS - 512 + 3)
