@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import BLOCK, FAMILIES, INTERMEDIATE, KERNELS, PREFILL, VOCABULARY, logits, tiny_artifact, tiny_model, token_ids
 from transformers import DynamicCache, StaticCache
 
 import fastfill
-from conftest import BLOCK, FAMILIES, INTERMEDIATE, KERNELS, PREFILL, VOCABULARY, logits, tiny_artifact, tiny_model, token_ids
 from fastfill import attach, schedule
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
@@ -175,7 +175,9 @@ def test_padding_changes_nothing_for_real_tokens(family, side):
     model = tiny_model(family, dtype=torch.float64)
     lengths = (45, 38, 12)  # the last is shorter than min_tokens: dense
     rows = [token_ids(n, seed=n) for n in lengths]
-    ids, mask = (torch.cat(t) for t in zip(*(padded(r, side, 45, torch.zeros(45, dtype=torch.long)) for r in rows), strict=True))
+    ids, mask = (
+        torch.cat(t) for t in zip(*(padded(r, side, 45, torch.zeros(45, dtype=torch.long)) for r in rows), strict=True)
+    )
     with attach(model, tiny_artifact(model)) as attachment:
         alone = [logits(model, r[None])[0] for r in rows]
         counted = (attachment.stats.sparse_tokens, attachment.stats.dense_tokens)
@@ -322,12 +324,16 @@ def test_generate_counts_and_repeats(family):
 def test_generate_with_left_padding_equals_each_alone(exact_model):
     model = exact_model
     rows = [token_ids(45, seed=1), token_ids(38, seed=2)]
-    ids, mask = (torch.cat(t) for t in zip(*(padded(r, "left", 45, torch.zeros(45, dtype=torch.long)) for r in rows), strict=True))
+    ids, mask = (
+        torch.cat(t) for t in zip(*(padded(r, "left", 45, torch.zeros(45, dtype=torch.long)) for r in rows), strict=True)
+    )
     with attach(model, tiny_artifact(model)) as attachment:
         together = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
         assert attachment.stats.sparse_tokens == 32 + 24
         for row, out in zip(rows, together, strict=True):
-            one = model.generate(row[None], attention_mask=torch.ones(1, len(row), dtype=torch.long), max_new_tokens=4, do_sample=False)
+            one = model.generate(
+                row[None], attention_mask=torch.ones(1, len(row), dtype=torch.long), max_new_tokens=4, do_sample=False
+            )
             assert torch.equal(one[0, len(row) :], out[45:])
 
 
@@ -502,7 +508,9 @@ def test_attached_twice_is_refused_and_the_first_stays(model):
         assert torch.equal(logits(model, ids), sparse)
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"num_hidden_layers": 2}, {"intermediate_size": 64}, {"family": "qwen3", "seed": 2}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"num_hidden_layers": 2}, {"intermediate_size": 64}, {"family": "qwen3", "seed": 2}], ids=str
+)
 def test_another_models_artifact_is_refused(model, other):
     stranger = tiny_model(**other)
     before = [dict(m.__dict__) for m in stranger.modules()]

@@ -7,16 +7,37 @@ import sys
 
 import pytest
 import torch
-
 from conftest import BLOCK, INTERMEDIATE, LAYERS, logits, snapshot, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
+
 from fastfill import artifact as artifacts
 from fastfill import cli, models
 from fastfill.engines import transformers as engine
 
 COMMANDS = ("demo", "calibrate", "inspect", "generate", "bench", "evaluate", "env")
-FAST = ["--sequence-length", "64", "--fit-tokens", "256", "--fit-batch", "64", "--schedule-tokens", "64", "--steps", "2",
-        "--predictor-rank", "4", "--linear-rank", "2", "--silu-rank", "2",
-        "--block-size", str(BLOCK), "--dense-head", str(BLOCK), "--min-tokens", "16"]  # fmt: skip
+FAST = [
+    "--sequence-length",
+    "64",
+    "--fit-tokens",
+    "256",
+    "--fit-batch",
+    "64",
+    "--schedule-tokens",
+    "64",
+    "--steps",
+    "2",
+    "--predictor-rank",
+    "4",
+    "--linear-rank",
+    "2",
+    "--silu-rank",
+    "2",
+    "--block-size",
+    str(BLOCK),
+    "--dense-head",
+    str(BLOCK),
+    "--min-tokens",
+    "16",
+]
 
 
 def run(*arguments):
@@ -84,8 +105,12 @@ def test_help_of_the_whole_lists_the_commands(capsys):
 
 
 def test_help_loads_nothing_heavy():
-    code = "import sys; from fastfill import cli\ntry: cli.main(['bench', '--help'])\nexcept SystemExit: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    code = (
+        "import sys; from fastfill import cli\ntry: cli.main(['bench', '-h'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}
+    )
     assert done.stdout.splitlines()[-1] == "False"
 
 
@@ -123,16 +148,40 @@ def test_calibrate_inspect_generate_bench_evaluate(capsys, model_folder, texts, 
     assert {"cpu", "threads", "torch", "transformers"} <= bench["machine"].keys()
 
     scores = answer(capsys, "evaluate", *common, "--data", f"{texts}[4:]", "--tokens", 64, "--continuation", 16, "--record")
-    promised = ("ppl_dense ppl_sparse ppl_ratio kl top1_agreement cont_ppl_dense cont_ppl_sparse cont_ppl_ratio cont_kl "
-                "context_kept documents tokens").split()  # fmt: skip
+    promised = [
+        "ppl_dense",
+        "ppl_sparse",
+        "ppl_ratio",
+        "kl",
+        "top1_agreement",
+        "cont_ppl_dense",
+        "cont_ppl_sparse",
+        "cont_ppl_ratio",
+        "cont_kl",
+        "context_kept",
+        "documents",
+        "tokens",
+    ]
     assert all(key in scores for key in promised) and scores["documents"] == 1 and scores["calibrated_on"] == 0
     assert answer(capsys, "inspect", out)["quality"]["ppl_ratio"] == scores["ppl_ratio"]
     assert "ppl_ratio" in (out / "README.md").read_text()
 
 
 def test_generate_says_what_the_model_says(capsys, model_folder, artifact_folder, prompt):
-    dense = answer(capsys, "generate", model_folder, "--artifact", artifact_folder, "--prompt-file", prompt,
-                   "--max-new-tokens", 4, "--dense", "--dtype", "fp32")  # fmt: skip
+    dense = answer(
+        capsys,
+        "generate",
+        model_folder,
+        "--artifact",
+        artifact_folder,
+        "--prompt-file",
+        prompt,
+        "--max-new-tokens",
+        4,
+        "--dense",
+        "--dtype",
+        "fp32",
+    )
     model, tokenizer = tiny_model(), tiny_tokenizer()
     new = engine.generate(model, engine.encode(tokenizer, prompt.read_text(), chat=False), 4)
     assert dense["text"] == tokenizer.decode(new, skip_special_tokens=True)
@@ -147,8 +196,26 @@ def test_inspect_draws_a_bar_per_layer(capsys, artifact_folder):
 
 @pytest.mark.parametrize("predictor", ["oracle", "static", "first-block", "low-rank", "random"])
 def test_evaluate_with_a_baseline(capsys, model_folder, artifact_folder, texts, predictor):
-    scores = answer(capsys, "evaluate", model_folder, "--artifact", artifact_folder, "--data", texts, "--limit", 2, "--tokens", 48,
-                    "--continuation", 12, "--predictor", predictor, "--no-compensator", "--dtype", "fp32")  # fmt: skip
+    scores = answer(
+        capsys,
+        "evaluate",
+        model_folder,
+        "--artifact",
+        artifact_folder,
+        "--data",
+        texts,
+        "--limit",
+        2,
+        "--tokens",
+        48,
+        "--continuation",
+        12,
+        "--predictor",
+        predictor,
+        "--no-compensator",
+        "--dtype",
+        "fp32",
+    )
     assert (scores["predictor"], scores["compensator"], scores["documents"]) == (predictor, False, 2)
     assert scores["ppl_ratio"] != 1
 
@@ -157,7 +224,18 @@ def test_evaluate_warns_of_documents_that_were_calibrated_on(capsys, model_folde
     artifact = tiny_artifact(model)
     artifact.calibration = {"document_rows": ["text.jsonl#0"]}
     artifacts.save(artifact, tmp_path / "a")
-    arguments = ["evaluate", model_folder, "--artifact", tmp_path / "a", "--tokens", 48, "--continuation", 12, "--dtype", "fp32"]
+    arguments = [
+        "evaluate",
+        model_folder,
+        "--artifact",
+        tmp_path / "a",
+        "--tokens",
+        48,
+        "--continuation",
+        12,
+        "--dtype",
+        "fp32",
+    ]
     assert run(*arguments, "--data", f"{texts}[:2]", "--json") == 0
     captured = capsys.readouterr()
     assert "1 of these documents" in captured.err and json.loads(captured.out.splitlines()[-1])["calibrated_on"] == 1
@@ -172,10 +250,30 @@ def default_is_tiny(monkeypatch):
 
 def test_demo_prints_its_numbers_as_the_last_line(capsys, default_is_tiny, artifact_folder, tmp_path):
     (tmp_path / "doc.txt").write_text(tiny_text(350))
-    arguments = ["demo", "--artifact", artifact_folder, "--document", tmp_path / "doc.txt", "--repeats", 1, "--max-new-tokens", 2]
+    arguments = [
+        "demo",
+        "--artifact",
+        artifact_folder,
+        "--document",
+        tmp_path / "doc.txt",
+        "--repeats",
+        1,
+        "--max-new-tokens",
+        2,
+    ]
     assert run(*arguments) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"prompt_tokens", "sparsity", "ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_share", "ceiling", "ppl_dense", "ppl_sparse"} <= result.keys()
+    assert {
+        "prompt_tokens",
+        "sparsity",
+        "ttft_dense_s",
+        "ttft_sparse_s",
+        "speedup",
+        "ffn_share",
+        "ceiling",
+        "ppl_dense",
+        "ppl_sparse",
+    } <= result.keys()
     assert result["sparse_tokens"] + result["dense_tokens"] == result["prompt_tokens"] and result["sparsity"] == 0.5
     assert run(*arguments, "--sparsity", 0) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -223,7 +321,13 @@ def broken(folder, what):
     return folder
 
 
-BROKEN = {"truncated": "truncated or damaged", "newer schema": "upgrade fastfill", "unknown keys": "colour", "NaN weights": "NaN", "missing weights": "missing"}  # fmt: skip
+BROKEN = {
+    "truncated": "truncated or damaged",
+    "newer schema": "upgrade fastfill",
+    "unknown keys": "colour",
+    "NaN weights": "NaN",
+    "missing weights": "missing",
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -308,10 +412,14 @@ def test_models_that_cannot_be_used(capsys, artifact_folder, prompt, tmp_path):
     import transformers
 
     gpt = tmp_path / "gpt"
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=128, n_positions=64, bos_token_id=1, eos_token_id=2)
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, vocab_size=128, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(gpt)
     tiny_tokenizer().save_pretrained(gpt)
-    assert "'gpt2' are not supported; supported are: llama, mistral, qwen2, qwen3" in refusal(capsys, *generate(gpt, artifact_folder, prompt))
+    assert "'gpt2' are not supported; supported are: llama, mistral, qwen2, qwen3" in refusal(
+        capsys, *generate(gpt, artifact_folder, prompt)
+    )
 
     biased = tmp_path / "biased"
     tiny_model(mlp_bias=True).save_pretrained(biased)
@@ -416,7 +524,9 @@ def test_a_full_disk_while_saving(capsys, model_folder, artifact_folder, texts, 
     assert snapshot(artifact_folder) == before
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["generate"], ["bench", "m", "--artifact", "a", "--repeats", "two"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["generate"], ["bench", "m", "--artifact", "a", "--repeats", "two"]], ids=str
+)
 def test_wrong_usage_is_exit_code_2(capsys, arguments):
     assert run(*arguments) == 2
     assert "Traceback" not in capsys.readouterr().err

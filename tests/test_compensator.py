@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-
 from conftest import HIDDEN
+
 from fastfill.compensator import Compensator
 
 

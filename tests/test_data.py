@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-
 from conftest import one_sentence, tiny_text
+
 from fastfill import data
 from fastfill.errors import UserError
 
@@ -35,7 +35,9 @@ def test_a_slice_of_documents(news, window, rows):
 
 def test_rows_of_longbench(tmp_path):
     file = tmp_path / "bench.jsonl"
-    file.write_text(json.dumps({"context": "the text", "input": "a question"}) + "\n" + json.dumps({"context": "bare", "input": ""}))
+    file.write_text(
+        json.dumps({"context": "the text", "input": "a question"}) + "\n" + json.dumps({"context": "bare", "input": ""})
+    )
     assert texts(file) == ["the text\n\na question", "bare"]
 
 
@@ -99,7 +101,11 @@ def documents_of(*counts):
 def test_sequences_cover_whole_documents_and_shuffle_by_seed(tokenizer):
     documents = documents_of(100, 64, 31)
     found = data.sequences(tokenizer, documents, 32, seed=0)
-    expected = [tokenizer(d.text)["input_ids"][i : i + 32] for d, starts in zip(documents, ((0, 32, 64), (0, 32), ()), strict=True) for i in starts]
+    expected = [
+        tokenizer(d.text)["input_ids"][i : i + 32]
+        for d, starts in zip(documents, ((0, 32, 64), (0, 32), ()), strict=True)
+        for i in starts
+    ]
     assert found.dtype == torch.long and sorted(found.tolist()) == sorted(expected)
     assert torch.equal(found, data.sequences(tokenizer, documents, 32, seed=0))
     assert found.tolist() != data.sequences(tokenizer, documents, 32, seed=1).tolist()

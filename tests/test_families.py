@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
 import transformers
 from conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS, tiny_artifact, tiny_model
+from torch import nn
+
 from fastfill import attach, families
 from fastfill.errors import UserError
 
@@ -36,7 +36,7 @@ def test_the_ffn_is_the_documented_formula(family):
 def test_unknown_family_is_refused_with_the_list():
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32, n_positions=32)
     model = transformers.GPT2LMHeadModel(config)
-    with pytest.raises(UserError, match="'gpt2'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UserError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3"):
         families.dissect(model)
     with pytest.raises(UserError, match="not supported"):
         families.dissect(nn.Linear(2, 2))

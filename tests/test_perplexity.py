@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import BLOCK, logits, tiny_artifact, tiny_model, token_ids
 from torch import nn
 from transformers import DynamicCache
 
-from conftest import BLOCK, logits, tiny_artifact, tiny_model, token_ids
 from fastfill import attach
 from fastfill.errors import UserError
 from fastfill.evaluate import perplexity
@@ -143,7 +143,10 @@ def test_sums_are_the_same_in_chunks(monkeypatch):
 @pytest.mark.parametrize("tokens", [15, 16, 27])
 def test_a_document_without_a_sparse_part_is_refused(tokens):
     model = tiny_model()
-    with attach(model, tiny_artifact(model)) as attachment, pytest.raises(UserError, match=rf"short#0 has {tokens} tokens, too few"):
+    with (
+        attach(model, tiny_artifact(model)) as attachment,
+        pytest.raises(UserError, match=rf"short#0 has {tokens} tokens, too few"),
+    ):
         perplexity.evaluate(attachment, [("short#0", token_ids(tokens))], continuation=CONTINUATION)
 
 

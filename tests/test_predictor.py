@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-
 from conftest import BLOCK, HIDDEN, INTERMEDIATE, tiny_artifact, tiny_model
+
 from fastfill import families, select
 from fastfill.blocks import make_plan
 from fastfill.predictor import BASELINES, FirstBlock, LearnedPredictor, LowRank, Oracle, Random, Static, importance
@@ -28,7 +28,9 @@ def numpy_energy(x, ffn):
 
 
 def blocks_of(values):
-    return np.stack([v.sum(0) for span in PLAN.spans for v in np.split(values[span.start : span.stop], (span.stop - span.start) // BLOCK)])
+    return np.stack(
+        [v.sum(0) for span in PLAN.spans for v in np.split(values[span.start : span.stop], (span.stop - span.start) // BLOCK)]
+    )
 
 
 # Scores are sums of fp32-rounded terms of one sign: relative error a few eps = 1.2e-7.
@@ -110,10 +112,7 @@ def test_random_depends_on_seed_only(x):
 def test_scores_of_a_block_depend_on_its_own_sequence_only(name, x, ffn):
     """Garbage in padding and in the other sequence changes nothing (first-block reads its own sequence's start)."""
     artifact = tiny_artifact(tiny_model())
-    if name == "learned":
-        predictor = artifact.predictor(0, x)
-    else:
-        predictor = BASELINES[name](ffn, 0, artifact.statistics(0, x), 8)
+    predictor = artifact.predictor(0, x) if name == "learned" else BASELINES[name](ffn, 0, artifact.statistics(0, x), 8)
     before = predictor.scores(x, PLAN)
     garbage = x.clone()
     garbage[:37] = 1e3  # all of sequence 0 and the padding of sequence 1

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-
 from conftest import BLOCK, HIDDEN, INTERMEDIATE, KERNELS, tiny_artifact, tiny_model
+
 from fastfill import families, kernels
 from fastfill.blocks import make_plan
 from fastfill.calibration.student import StudentFFN
@@ -34,7 +34,9 @@ class Reference:
 
     def __init__(self, model, artifact):
         mlp = model.model.layers[LAYER].mlp
-        self.gate, self.up, self.down = (np.asarray(p.weight.detach(), np.float64) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.gate, self.up, self.down = (
+            np.asarray(p.weight.detach(), np.float64) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )
         prefix = f"layers.{LAYER}."
         self.t = {k[len(prefix) :]: np.asarray(v, np.float64) for k, v in artifact.tensors.items() if k.startswith(prefix)}
         self.linear = artifact.ranks["linear"]

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-
 from conftest import logits, tiny_artifact, tiny_model, token_ids
+
 from fastfill import attach
 from fastfill.engines import transformers as engine
 from fastfill.evaluate import speed
@@ -83,7 +83,7 @@ def test_the_first_run_of_each_kind_is_warm_up(model, monkeypatch):
     assert row["ttft_dense_quartiles_s"] == [2.0, 3.0, 4.0]
 
 
-class fixed_clock:  # noqa: N801
+class fixed_clock:
     def __init__(self, _attachment):
         self.total = 0.5
 

@@ -146,6 +146,7 @@ def replace_folder(target: Path, files: dict[str, str | dict[str, torch.Tensor]]
                 (beside / name).write_text(content)
             else:
                 save_file({k: v.contiguous() for k, v in content.items()}, beside / name)
+                (beside / name).chmod(0o644)  # safetensors makes it unreadable to other users
         aside = None
         if target.exists():
             aside = beside.with_name(beside.name + "-old")

@@ -49,7 +49,8 @@ class CalibrationConfig:
     schedule: "sensitivity" (measured loss per layer), "token-mixing" (attention) or "uniform".
     schedule_tokens: tokens on which the schedule is measured.
     steps: end-to-end distillation steps, each of `sequence_length` tokens; 0 skips the stage.
-    compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth.
+    compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth; the predictor's is relative, times the standard
+        deviation of each of its tensors.
     gate_temperature: width of the soft gate through which the predictor gets its gradient (in nats of score).
     """
 
@@ -65,7 +66,7 @@ class CalibrationConfig:
     steps: int = 600
     sequence_length: int = 1024
     compensator_lr: float = 1e-3
-    predictor_lr: float = 3e-4
+    predictor_lr: float = 3e-3
     gate_temperature: float = 0.5
     seed: int = 0
 

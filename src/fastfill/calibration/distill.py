@@ -23,24 +23,22 @@ class Distiller:
         self.model, self.anatomy, self.students, self.config, self.head = model, anatomy, students, config, dense_head
         self.step_done = 0
         self.losses: list[float] = []
-        groups: dict[str, list[torch.Tensor]] = {"compensator": [], "predictor": []}
         self.weights: list[Weights] = []
+        groups = []
         for student in students:
             student.weights = {name: student.weights[name].detach().clone().requires_grad_() for name in TRAINED}
             self.weights.append(student.weights)
             for name, weight in student.weights.items():
-                groups[name.split(".")[0]].append(weight)
-        self.rates = {"compensator": config.compensator_lr, "predictor": config.predictor_lr}
-        self.optimizer = torch.optim.AdamW(
-            [{"params": groups[name], "lr": rate, "name": name} for name, rate in self.rates.items()],
-            betas=(0.9, 0.98),
-            weight_decay=0.0,
-        )
+                rate = config.compensator_lr
+                if name.startswith("predictor"):  # its tensors differ 20-fold in scale, and Adam's step has none
+                    rate = config.predictor_lr * float(weight.detach().std())
+                groups.append({"params": [weight], "lr": rate, "peak": rate})
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
     def step(self, ids: torch.Tensor) -> float:
         """One step on ids (T,). Loss: mean over the tokens behind the dense head of KL(dense || sparse) of the logits, nats."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rates[group["name"]] * self._warm_cosine()
+            group["lr"] = group["peak"] * self._warm_cosine()
         ids = ids[None].to(self.anatomy.ffns[0].gate.device)
         head = self.model.get_output_embeddings()
         with torch.no_grad():
