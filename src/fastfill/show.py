@@ -51,28 +51,26 @@ def artifact(artifact: Artifact, folder: Path) -> None:
     out, base, prefill = console(), artifact.base_model, artifact.prefill
     info = summary(artifact)
     flops, record = info["flops"], artifact.calibration
-    out.print(f"[bold]{folder}[/bold]: artifact for {base['name']} ({base['model_type']})")
-    out.print(f"layers {base['layers']}, hidden size {base['hidden_size']}, intermediate size {base['intermediate_size']}")
+    out.print(f"[bold]{folder}[/bold]: artifact for {base['name']} ({base['model_type']})", soft_wrap=True)
+    out.print(f"{base['layers']} layers, hidden size {base['hidden_size']}, intermediate size {base['intermediate_size']}")
+    out.print(f"sparsity {prefill.sparsity:.0%}, blocks of {prefill.block_size} tokens")
+    out.print(f"dense: the first {prefill.dense_head} tokens, and prompts under {prefill.min_tokens}")
     out.print(
-        f"sparsity {prefill.sparsity:.0%}, blocks of {prefill.block_size}, first {prefill.dense_head} tokens dense, "
-        f"prompts under {prefill.min_tokens} tokens dense"
+        f"FFN arithmetic per sparse token: {flops['total']:.1%} of dense\n"
+        f"  = neurons {flops['ffn']:.1%} + predictor {flops['predictor']:.1%} + compensator {flops['compensator']:.1%}"
     )
     out.print(
-        f"FFN multiply-adds per sparse token: {flops['total']:.1%} of dense = neurons {flops['ffn']:.1%} "
-        f"+ predictor {flops['predictor']:.1%} + compensator {flops['compensator']:.1%}"
-    )
-    out.print(
-        f"memory: artifact {artifact.bytes() / 1e6:.1f} MB; attaching adds it and the transposed down weights, "
-        f"{info['transposed_down_values'] * 2 / 1e6:.1f} MB in bf16"
+        f"memory: attaching adds the artifact, {artifact.bytes() / 1e6:.1f} MB,\n"
+        f"  and the transposed down weights, {info['transposed_down_values'] * 2 / 1e6:.1f} MB in bf16"
     )
     out.print("\nsparsity by layer")
     for layer, sparsity in enumerate(info["layer_sparsity"]):
         out.print(f"{layer:3d} {'█' * round(sparsity * 50):50s} {sparsity:6.1%}")
     if record:
         out.print(
-            f"\ncalibrated on {record.get('sequences')} sequences from {', '.join(record.get('documents', []))}; "
-            f"{record.get('tokens_distilled')} tokens distilled, KL {record.get('loss_first')} -> {record.get('loss_last')} nats; "
-            f"{record.get('seconds')} s"
+            f"\ncalibrated on {record.get('sequences')} sequences from {', '.join(record.get('documents', []))}:\n"
+            f"{record.get('tokens_distilled')} tokens distilled, KL {record.get('loss_first')} -> {record.get('loss_last')} "
+            f"nats, {record.get('seconds')} s"
         )
     if artifact.quality:
         evaluation(artifact.quality)
