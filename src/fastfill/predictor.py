@@ -100,7 +100,9 @@ class LowRank(Predictor):
     @staticmethod
     def _factor(weight: torch.Tensor, input_rms: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         scale = input_rms.float().clamp_min(1e-6)
-        u, s, v = torch.svd_lowrank(weight.float() * scale, q=min(rank, *weight.shape), niter=4)
+        with torch.random.fork_rng(devices=[]):  # the randomised SVD: the same factors every time
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(weight.float() * scale, q=min(rank, *weight.shape), niter=4)
         return (u * s).to(weight.dtype), (v.T / scale).to(weight.dtype)
 
     def scores(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
