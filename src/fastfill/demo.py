@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-import torch
-
 from fastfill import kernels, machine, show
 from fastfill.attachment import Attachment
 from fastfill.engines import transformers as engine
@@ -45,7 +43,7 @@ def run(
         row = speed.measure(attachment, ids, repeats, bar.step)
     if config.sparsity and not row["sparse_tokens"]:
         raise UserError(f"The prompt has {ids.shape[1]} tokens; all of it stays dense (--min-tokens {config.min_tokens}).")
-    text = torch.tensor(engine.encode(loaded.tokenizer, document.strip(), chat=False)[0])
+    text = engine.encode(loaded.tokenizer, document.strip(), chat=False)[0]
     scores = perplexity.evaluate(attachment, [("the document", text)])
     with stage("answers", 2) as bar:
         with attachment.dense():
