@@ -418,7 +418,8 @@ def test_sensitivity_is_the_cost_of_each_layer_alone(model, tokenizer):
         {k.removeprefix(f"layers.{i}."): v for k, v in artifact.tensors.items() if k.startswith(f"layers.{i}.")}
         for i in range(LAYERS)
     ]
-    students = run.students_of(anatomy, weights, [48] * LAYERS, PREFILL, CONFIG, artifact.ranks)
+    shape = (artifact.ranks["linear"], PREFILL.block_size, PREFILL.dense_head, CONFIG.gate_temperature)
+    students = [student.StudentFFN(ffn, w, 48, *shape) for ffn, w in zip(anatomy.ffns, weights, strict=True)]
     found = importance.sensitivity(model, anatomy, students, tokens)
     assert [s.kept for s in students] == [48] * LAYERS
     for layer in range(LAYERS):

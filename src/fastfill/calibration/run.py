@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,19 @@ from fastfill.schedule import allocate
 
 SAVE_EVERY_S = 60.0
 CLOSED_FORM_TOKENS = 32768  # more does not move a solution with H + 1 unknowns an output
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage needs. tokens: (S, T) sequences. ranks: inner widths of predictor and compensator."""
+
+    model: Any
+    anatomy: families.Anatomy
+    tokens: torch.Tensor
+    prefill: PrefillConfig
+    config: CalibrationConfig
+    ranks: dict[str, int]
+    checkpoint: Checkpoint
 
 
 def calibrate(
@@ -68,13 +82,14 @@ def calibrate(
         "text": data.digest(tokens),
     }
     checkpoint = Checkpoint(out, settings, resume)
+    job = Job(model, anatomy, tokens, prefill, config, ranks, checkpoint)
     begin = time.monotonic() - (checkpoint.json("seconds") or 0.0)
 
-    weights, shares = _fit_layers(model, anatomy, tokens, prefill, config, ranks, checkpoint)
-    importances = _importance(model, anatomy, tokens, weights, prefill, config, ranks, checkpoint)
+    weights, shares = _fit_layers(job)
+    importances = _importance(job, weights)
     checkpoint.put_json("seconds", time.monotonic() - begin)
     kept = allocate(importances, prefill.sparsity, anatomy.intermediate)
-    losses = _distill(model, anatomy, tokens, weights, kept, prefill, config, ranks, checkpoint, begin)
+    losses = _distill(job, weights, kept, begin)
 
     record = {
         "config": cfg.to_dict(config),
@@ -104,19 +119,12 @@ def _ranks(config: CalibrationConfig, anatomy: families.Anatomy) -> dict[str, in
     return dict(zip(("predictor", "linear", "silu"), map(min, ranks, limits), strict=True))
 
 
-def _fit_layers(
-    model: Any,
-    anatomy: families.Anatomy,
-    tokens: torch.Tensor,
-    prefill: PrefillConfig,
-    config: CalibrationConfig,
-    ranks: dict[str, int],
-    checkpoint: Checkpoint,
-) -> tuple[list[Weights], list[list[float]]]:
+def _fit_layers(job: Job) -> tuple[list[Weights], list[list[float]]]:
     """Layer by layer: statistics, predictor, closed-form compensator. Shares: importance held per layer, [learned, oracle]."""
-    block, head = prefill.block_size, prefill.dense_head
+    anatomy, tokens, config, ranks, checkpoint = job.anatomy, job.tokens, job.config, job.ranks, job.checkpoint
+    block, head = job.prefill.block_size, job.prefill.dense_head
     rows = tokens[: max(1, config.fit_tokens // tokens.shape[1])]
-    uniform = allocate([1.0] * len(anatomy.ffns), prefill.sparsity, anatomy.intermediate)
+    uniform = allocate([1.0] * len(anatomy.ffns), job.prefill.sparsity, anatomy.intermediate)
     all_weights: list[Weights] = []
     shares: list[list[float]] = []
     done = [checkpoint.tensors(f"layer-{i}") for i in range(len(anatomy.ffns))]
@@ -126,7 +134,7 @@ def _fit_layers(
     usable = (tokens.shape[1] - head) // block * block
     ticks = config.fit_epochs * -(-len(rows) * usable // config.fit_batch)
     with stage("predictors", ticks * len(anatomy.ffns)) as bar:
-        for layer, inputs in capture.stream_ffn_inputs(model, anatomy, rows):
+        for layer, inputs in capture.stream_ffn_inputs(job.model, anatomy, rows):
             ffn, kept, found = anatomy.ffns[layer], uniform[layer], done[layer]
             if found is None:
                 x = inputs[:, head : head + usable].reshape(-1, anatomy.hidden)
@@ -150,64 +158,41 @@ def _shares(found: Weights) -> list[float]:
     return [round(share, 4) for share in found["shares"].tolist()]
 
 
-def _importance(
-    model: Any,
-    anatomy: families.Anatomy,
-    tokens: torch.Tensor,
-    weights: list[Weights],
-    prefill: PrefillConfig,
-    config: CalibrationConfig,
-    ranks: dict[str, int],
-    checkpoint: Checkpoint,
-) -> list[float]:
-    found = checkpoint.json("importance")
+def _importance(job: Job, weights: list[Weights]) -> list[float]:
+    found = job.checkpoint.json("importance")
     if found is not None:
         return found
-    rows = tokens[-max(1, config.schedule_tokens // tokens.shape[1]) :]
-    if config.schedule == "uniform" or prefill.sparsity == 0:
-        values = [1.0] * len(anatomy.ffns)
-    elif config.schedule == "token-mixing":
-        values = [mixing**2 for mixing in token_mixing(model, anatomy, rows)]  # the schedule's root undoes it: s_l = c / m_l
+    layers, sparsity = len(job.anatomy.ffns), job.prefill.sparsity
+    rows = job.tokens[-max(1, job.config.schedule_tokens // job.tokens.shape[1]) :]
+    if job.config.schedule == "uniform" or sparsity == 0:
+        values = [1.0] * layers
+    elif job.config.schedule == "token-mixing":
+        mixing = token_mixing(job.model, job.anatomy, rows)
+        values = [m**2 for m in mixing]  # the schedule's root undoes it: s_l = c / m_l
     else:
-        uniform = allocate([1.0] * len(anatomy.ffns), prefill.sparsity, anatomy.intermediate)
-        values = sensitivity(model, anatomy, students_of(anatomy, weights, uniform, prefill, config, ranks), rows)
-    checkpoint.put_json("importance", values)
+        uniform = allocate([1.0] * layers, sparsity, job.anatomy.intermediate)
+        values = sensitivity(job.model, job.anatomy, _students(job, weights, uniform), rows)
+    job.checkpoint.put_json("importance", values)
     return values
 
 
-def students_of(
-    anatomy: families.Anatomy,
-    weights: list[Weights],
-    kept: list[int],
-    prefill: PrefillConfig,
-    config: CalibrationConfig,
-    ranks: dict[str, int],
-) -> list[StudentFFN]:
-    device = anatomy.ffns[0].gate.device
+def _students(job: Job, weights: list[Weights], kept: list[int]) -> list[StudentFFN]:
+    device = job.anatomy.ffns[0].gate.device
     for layer in weights:
         layer.update({key: value.to(device) for key, value in layer.items() if not value.requires_grad})
+    block, head, temperature = job.prefill.block_size, job.prefill.dense_head, job.config.gate_temperature
     return [
-        StudentFFN(ffn, w, k, ranks["linear"], prefill.block_size, prefill.dense_head, config.gate_temperature)
-        for ffn, w, k in zip(anatomy.ffns, weights, kept, strict=True)
+        StudentFFN(ffn, w, k, job.ranks["linear"], block, head, temperature)
+        for ffn, w, k in zip(job.anatomy.ffns, weights, kept, strict=True)
     ]
 
 
-def _distill(
-    model: Any,
-    anatomy: families.Anatomy,
-    tokens: torch.Tensor,
-    weights: list[Weights],
-    kept: list[int],
-    prefill: PrefillConfig,
-    config: CalibrationConfig,
-    ranks: dict[str, int],
-    checkpoint: Checkpoint,
-    begin: float,
-) -> list[float]:
+def _distill(job: Job, weights: list[Weights], kept: list[int], begin: float) -> list[float]:
     """The end-to-end stage. Sequences come in their shuffled order, again from the start when they run out."""
-    if config.steps == 0 or min(kept) == anatomy.intermediate:  # nothing to train, or nothing skipped
+    config, tokens, checkpoint = job.config, job.tokens, job.checkpoint
+    if config.steps == 0 or min(kept) == job.anatomy.intermediate:  # nothing to train, or nothing skipped
         return []
-    trainer = Distiller(model, anatomy, students_of(anatomy, weights, kept, prefill, config, ranks), config, prefill.dense_head)
+    trainer = Distiller(job.model, job.anatomy, _students(job, weights, kept), config, job.prefill.dense_head)
     saved = checkpoint.tensors("distill")
     if saved is not None:
         trainer.load(saved)
