@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from fastfill import attach
 from fastfill.errors import UserError
 from fastfill.evaluate import perplexity
+from fastfill.evaluate.resume import Store
 
 CONTINUATION = 12
 DOCUMENTS = [("a#0", token_ids(60, seed=1)), ("a#1", token_ids(64, seed=2)), ("a#2", token_ids(45, seed=3))]
@@ -158,3 +159,63 @@ def test_a_continuation_longer_than_min_tokens_is_still_dense():
     with attach(model, artifact) as attachment:
         found = perplexity.evaluate(attachment, DOCUMENTS, continuation=24)
     assert found["cont_kl"] == pytest.approx(sums["cont"][2] / counts["cont"], abs=2e-5)
+
+
+# --- along the prompt ---------------------------------------------------------------------------------------------------
+
+
+def test_worked_curve(monkeypatch):
+    monkeypatch.setattr(perplexity, "BUCKET", 4)
+    dense = torch.tensor([[0.5, 0.5]] * 6).log()
+    sparse = torch.tensor([[0.25, 0.75]] * 6).log()
+    sums = perplexity._Sums()
+    sums.add(Table(), dense, sparse, torch.tensor([0, 0, 0, 0, 0, 1]), position=3)  # positions 3; 4 to 7; 8
+    ln2 = math.log(2)
+    assert [list(point.values()) for point in sums.curve()] == [
+        [0, 4, 1, round(ln2, 4), round(2 * ln2, 4)],
+        [4, 8, 4, round(ln2, 4), round(2 * ln2, 4)],
+        [8, 12, 1, round(ln2, 4), round(-math.log(0.75), 4)],
+    ]
+
+
+@pytest.mark.parametrize("chunk", [256, 7])
+def test_the_curve_is_the_strict_reading_by_position(monkeypatch, chunk):
+    monkeypatch.setattr(perplexity, "BUCKET", 16)
+    monkeypatch.setattr(perplexity, "CHUNK", chunk)
+    model = tiny_model(dtype=torch.float64)
+    artifact = tiny_artifact(model)
+    expected = {}
+    for _, ids in DOCUMENTS:
+        dense = log_softmax(logits(model, ids[None])[0])
+        with attach(model, artifact):
+            sparse = log_softmax(logits(model, ids[None])[0])
+        for t in range(BLOCK, min(len(ids) // BLOCK * BLOCK, len(ids) - 1)):
+            expected.setdefault(t // 16, []).append((-dense[t, ids[t + 1]], -sparse[t, ids[t + 1]]))
+    with attach(model, artifact) as attachment:
+        found = perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION)
+    assert [point["from"] for point in found["curve"]] == [16 * bucket for bucket in sorted(expected)] == [0, 16, 32, 48]
+    for point, (_, losses) in zip(found["curve"], sorted(expected.items()), strict=True):
+        assert point["tokens"] == len(losses) and point["to"] == point["from"] + 16
+        assert (point["nll_dense"], point["nll_sparse"]) == pytest.approx(np.mean(losses, axis=0), abs=1e-4)
+    assert sum(point["tokens"] for point in found["curve"]) == found["tokens"]
+
+
+def test_intervals_hold_the_ratio_and_one_document_has_none():
+    model = tiny_model()
+    with attach(model, tiny_artifact(model)) as attachment:
+        found = perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION)
+        again = perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION)
+        single = perplexity.evaluate(attachment, DOCUMENTS[:1], continuation=CONTINUATION)
+    for prefix in ("", "cont_"):
+        low, high = found[f"{prefix}ppl_ratio_interval"]
+        assert low < found[f"{prefix}ppl_ratio"] < high and single[f"{prefix}ppl_ratio_interval"] is None
+    assert found == again
+
+
+def test_a_killed_evaluation_goes_on(tmp_path):
+    model = tiny_model()
+    with attach(model, tiny_artifact(model)) as attachment:
+        whole = perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION)
+        perplexity.evaluate(attachment, DOCUMENTS[:2], continuation=CONTINUATION, store=Store(tmp_path, {"a": 1}))
+        rest = perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION, store=Store(tmp_path, {"a": 1}))
+    assert (whole.pop("resumed"), rest.pop("resumed")) == (0, 2) and rest == whole

@@ -131,13 +131,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model_options(evaluate)
     attach_options(evaluate)
-    evaluate.add_argument("--task", default="perplexity", choices=["perplexity"])
-    evaluate.add_argument("--data", nargs="+", required=True, metavar="FILE", help="as for calibrate")
-    evaluate.add_argument("--limit", type=int, help="at most this many documents")
+    evaluate.add_argument("--task", default="perplexity", choices=["perplexity", "longbench", "ruler", "recall"])
+    evaluate.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="as for calibrate; longbench: .jsonl files or their folder; ruler: rows for qa",
+    )
+    evaluate.add_argument("--limit", type=int, help="at most this many documents, or examples of each dataset (ruler: 10)")
+    evaluate.add_argument("--out", metavar="DIR", help="keep predictions here; the same command goes on after a kill")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the examples and the intervals (default: 0)")
     evaluate.add_argument(
         "--tokens", type=int, default=2048, help="first tokens of each document that are read (default: 2048)"
     )
     evaluate.add_argument("--continuation", type=int, default=256, help="last tokens, read densely (default: 256)")
+    evaluate.add_argument("--datasets", metavar="NAMES", help="of longbench or ruler, separated by commas")
+    evaluate.add_argument("--lengths", default="1024,4096", help="ruler: tokens of prompt and answer (default: 1024,4096)")
+    evaluate.add_argument("--haystack", metavar="FILE", help="ruler: text to hide things in (default: RULER's noise)")
+    evaluate.add_argument("--max-prompt-tokens", type=int, help="longbench: cut prompts (default: to what the model holds)")
+    evaluate.add_argument("--max-new-tokens", type=int, help="shorten the answers (no longer comparable)")
+    evaluate.add_argument("--no-chat", action="store_true", help="never use the chat template (base models)")
     evaluate.add_argument("--predictor", default="learned", help="learned, oracle, static, first-block, low-rank or random")
     evaluate.add_argument("--no-compensator", action="store_true", help="leave the correction out")
     evaluate.add_argument("--record", action="store_true", help="store the result in the artifact (config.json and README.md)")
@@ -325,26 +338,17 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import artifact as artifacts
-    from fastfill import data, machine, show
-    from fastfill.config import check_integer
-    from fastfill.evaluate import perplexity
+    from fastfill import machine, show
+    from fastfill.evaluate import tasks
 
-    check_integer("--tokens", arguments.tokens, 2)
-    check_integer("--continuation", arguments.continuation, 2)
-    if arguments.limit is not None:
-        check_integer("--limit", arguments.limit, 1)
     folder = artifact_folder(arguments.artifact)
     artifact = artifacts.load(folder)
-    documents = data.load_documents(arguments.data)
-    shared = {d.source for d in documents} & set(artifact.calibration.get("document_rows", []))
-    if shared:
-        print(f"fastfill: warning: {len(shared)} of these documents were calibrated on; this is not held-out.", file=sys.stderr)
+    task = tasks.prepare(arguments, artifact)
     loaded = _load(arguments)
-    rows = data.first_tokens(loaded.tokenizer, documents, arguments.tokens, arguments.limit)
     with _attach(
         arguments, loaded.model, artifact, predictor=arguments.predictor, compensator=not arguments.no_compensator
     ) as attachment:
-        scores = perplexity.evaluate(attachment, rows, continuation=arguments.continuation)
+        scores = task(attachment, loaded)
         config = attachment.config
     result = {
         "task": arguments.task,
@@ -355,11 +359,9 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         "sparsity": config.sparsity,
         "block_size": config.block_size,
         **scores,
-        "calibrated_on": len(shared),
-        "sources": [source for source, _ in rows],
         "machine": machine.describe(),
     }
-    show.evaluation(result)
+    {"perplexity": show.evaluation, "recall": show.recall}.get(arguments.task, show.answers)(result)
     if arguments.record:
         artifact.quality = {k: v for k, v in result.items() if k not in ("machine",)}
         artifacts.save(artifact, folder, readme=artifacts.readme(artifact))

@@ -91,7 +91,60 @@ def evaluation(result: dict[str, Any]) -> None:
             f"without context the continuation has ppl {result['no_context_ppl']:.2f}: "
             f"{result['context_kept']:.1%} of the context's worth is kept"
         )
+    if len(result.get("curve", ())) > 1:
+        table(
+            "loss along the prompt (strict), nats",
+            ["positions", "dense", "sparse", "difference"],
+            [
+                [
+                    f"{point['from']} to {point['to'] - 1}",
+                    *(f"{value:.3f}" for value in (point["nll_dense"], point["nll_sparse"])),
+                    f"{point['nll_sparse'] - point['nll_dense']:+.3f}",
+                ]
+                for point in result["curve"]
+            ],
+        )
+    _read(result)
+
+
+def _read(result: dict[str, Any]) -> None:
     console().print(f"{result['sparse_tokens']} tokens read sparsely, {result['dense_tokens']} densely")
+
+
+def answers(result: dict[str, Any]) -> None:
+    """Scores and recovery of `evaluate --task longbench` and `ruler`."""
+
+    def cells(name: str, line: dict[str, Any], examples: int) -> list[str]:
+        recovery = "-" if line["recovery"] is None else f"{line['recovery']:.1%}"
+        interval = f"{line['interval'][0]:.1%} to {line['interval'][1]:.1%}" if line["interval"] else "-"
+        return [name, str(examples), f"{line['dense']:.2f}", f"{line['sparse']:.2f}", recovery, interval]
+
+    rows = [cells(line["dataset"], line, line["examples"]) for line in result["datasets"]]
+    if len(rows) > 1:
+        rows.append(cells("average", result["average"], result["examples"]))
+    title = f"{result['task']}, {result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, "
+    columns = ["dataset", "n", "dense", "sparse", "recovery", "95 % interval"]
+    table(title + f"predictor {result['predictor']}", columns, rows)
+    console().print(
+        f"{result['same_answers']} of {result['examples']} answers are the same; {result['cut_prompts']} prompts were cut"
+    )
+    _read(result)
+
+
+def recall(result: dict[str, Any]) -> None:
+    """Predictor against oracle, per layer."""
+    keys = ("held", "held_oracle", "recovery", "recall")
+    rows = [
+        [str(line["layer"]), str(line["kept"]), *(f"{line[key]:.1%}" for key in keys), f"{line['by_chance']:.1%}"]
+        for line in result["layers"]
+    ]
+    rows.append(["mean", "", *(f"{result[key]:.1%}" for key in keys), ""])
+    table(
+        f"importance held, {result['documents']} documents, {result['sparsity']:.0%} sparsity, predictor {result['predictor']}",
+        ["layer", "kept", "predictor", "oracle", "recovery", "ids in common", "by chance"],
+        rows,
+    )
+    _read(result)
 
 
 def bench(result: dict[str, Any]) -> None:

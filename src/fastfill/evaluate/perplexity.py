@@ -7,6 +7,7 @@ document is prefilled sparsely, the tokens after it are read densely from the ca
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,28 +16,54 @@ import torch.nn.functional as F
 
 from fastfill.attachment import Attachment
 from fastfill.errors import UserError
+from fastfill.evaluate.resume import Store
+from fastfill.evaluate.runner import RESAMPLES, percentiles
 from fastfill.progress import stage
 
 CHUNK = 256  # positions whose (T, V) logits are in memory at a time
+BUCKET = 256  # positions that share a point of the curve
 
 
 class _Sums:
-    """Token sums for one reading: losses of both models, KL, agreement of the most likely token."""
+    """Token sums for one reading: losses of both models, KL, agreement of the most likely token; losses also by position."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self.nll_dense = self.nll_sparse = self.kl = self.agree = 0.0
+        self.buckets: dict[int, list[float]] = {}  # position // BUCKET -> tokens, nll dense, nll sparse
 
-    def add(self, model: Any, dense: torch.Tensor, sparse: torch.Tensor, targets: torch.Tensor) -> None:
-        """dense, sparse: (T, H) last hidden states. targets: (T,) the tokens that follow."""
+    def add(self, model: Any, dense: torch.Tensor, sparse: torch.Tensor, targets: torch.Tensor, position: int = 0) -> None:
+        """dense, sparse: (T, H) last hidden states. targets: (T,) the tokens that follow. position: of the first state."""
         head = model.get_output_embeddings()
         for d, s, t in zip(dense.split(CHUNK), sparse.split(CHUNK), targets.split(CHUNK), strict=True):
             log_d, log_s = F.log_softmax(head(d).float(), -1), F.log_softmax(head(s).float(), -1)
-            self.nll_dense += float(F.nll_loss(log_d, t, reduction="sum"))
-            self.nll_sparse += float(F.nll_loss(log_s, t, reduction="sum"))
+            nll_d, nll_s = F.nll_loss(log_d, t, reduction="none"), F.nll_loss(log_s, t, reduction="none")
+            self.nll_dense += float(nll_d.sum())
+            self.nll_sparse += float(nll_s.sum())
             self.kl += float((log_d.exp() * (log_d - log_s)).sum())
             self.agree += float((log_d.argmax(-1) == log_s.argmax(-1)).sum())
             self.tokens += len(t)
+            first = 0
+            while first < len(t):
+                bucket = position // BUCKET
+                stop = min(len(t), first + (bucket + 1) * BUCKET - position)
+                self._count(bucket, [stop - first, float(nll_d[first:stop].sum()), float(nll_s[first:stop].sum())])
+                position, first = position + stop - first, stop
+
+    def _count(self, bucket: int, values: list[float]) -> None:
+        known = self.buckets.setdefault(bucket, [0, 0.0, 0.0])
+        for index, value in enumerate(values):
+            known[index] += value
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "buckets": [[bucket, *values] for bucket, values in self.buckets.items()]}
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add what `to_json` gave."""
+        for name in ("tokens", "nll_dense", "nll_sparse", "kl", "agree"):
+            setattr(self, name, getattr(self, name) + other[name])
+        for bucket, *values in other["buckets"]:
+            self._count(bucket, values)
 
     def result(self, prefix: str) -> dict[str, float]:
         dense, sparse = math.exp(self.nll_dense / self.tokens), math.exp(self.nll_sparse / self.tokens)
@@ -48,56 +75,107 @@ class _Sums:
             f"{prefix}top1_agreement": round(self.agree / self.tokens, 4),
         }
 
+    def curve(self) -> list[dict[str, Any]]:
+        """Mean loss in nats of both models in buckets of positions [from, to)."""
+        return [
+            {
+                "from": bucket * BUCKET,
+                "to": (bucket + 1) * BUCKET,
+                "tokens": int(tokens),
+                "nll_dense": round(dense / tokens, 4),
+                "nll_sparse": round(sparse / tokens, 4),
+            }
+            for bucket, (tokens, dense, sparse) in sorted(self.buckets.items())
+        ]
+
 
 @torch.no_grad()
 def evaluate(
-    attachment: Attachment, documents: Sequence[tuple[str, torch.Tensor]], *, continuation: int = 256
+    attachment: Attachment,
+    documents: Sequence[tuple[str, torch.Tensor]],
+    *,
+    continuation: int = 256,
+    store: Store | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Perplexities, KL and agreement of an attached model over documents [(source, ids (T,))], all tokens of a reading pooled.
 
-    Strict counts the targets that follow a sparsely computed token. `context_kept`: share of what the context is worth, in
-    nats per token, that the sparse prefill keeps: (none - sparse) / (none - dense). ours.
+    Strict counts the targets that follow a sparsely computed token; `curve` has its losses by position. `context_kept`: share
+    of what the context is worth, in nats per token, that the sparse prefill keeps: (none - sparse) / (none - dense). ours.
+    The intervals are 95 % bootstraps over documents. store: takes each document's sums, and has those of a killed run.
 
     Raises UserError if a document is so short that nothing of it would be sparse.
     """
-    model, config = attachment.model, attachment.config
+    store = store or Store(None, {})
+    keys = [f"{index}/{source}" for index, (source, _) in enumerate(documents)]
+    resumed = sum(key in store for key in keys)
     strict, after, alone = _Sums(), _Sums(), _Sums()
-    base = model.base_model
-    device = model.device
-    before = (attachment.stats.sparse_tokens, attachment.stats.dense_tokens)
-    with stage("perplexity", len(documents)) as bar:
-        for source, row in documents:
-            ids = row[None].to(device)
-            tokens = ids.shape[1]
-            first = -(-config.dense_head // config.block_size) * config.block_size
-            last = tokens // config.block_size * config.block_size
-            part = tokens - continuation
-            if last <= first or part < max(config.min_tokens, first + config.block_size):
-                raise UserError(f"{source} has {tokens} tokens, too few for a sparse part and {continuation} after it.")
-            stop = min(last, tokens - 1)
-            with attachment.dense():
-                dense = base(input_ids=ids, use_cache=False)[0][0]
-                read_alone = base(input_ids=ids[:, part:], use_cache=False)[0][0, :-1]
-            sparse = base(input_ids=ids, use_cache=False)[0][0]
-            strict.add(model, dense[first:stop], sparse[first:stop], ids[0, first + 1 : stop + 1])
-            cache = base(input_ids=ids[:, :part], use_cache=True).past_key_values
-            with attachment.dense():
-                # Each model's own last prompt token predicts the first; it is left out, so all counted tokens are read densely.
-                from_sparse = base(input_ids=ids[:, part:], past_key_values=cache, use_cache=True)[0][0, :-1]
-            targets = ids[0, part + 1 :]
-            after.add(model, dense[part:-1], from_sparse, targets)
-            alone.add(model, read_alone, read_alone, targets)
-            bar.step(note=f"x{strict.result('')['ppl_ratio']:.3f}")
+    with stage("perplexity", len(keys), resumed) as bar:
+        for key, (source, row) in zip(keys, documents, strict=True):
+            if key not in store:
+                store.add(key, _document(attachment, source, row, continuation))
+                bar.step()
+            for sums, name in ((strict, "strict"), (after, "after"), (alone, "alone")):
+                sums.merge(store.rows[key][name])
+    rows = [store.rows[key] for key in keys]
     worth = alone.nll_dense - after.nll_dense
-    continued = after.result("cont_")
     return {
         **strict.result(""),
-        **continued,
+        **after.result("cont_"),
+        "ppl_ratio_interval": _interval(rows, "strict", seed),
+        "cont_ppl_ratio_interval": _interval(rows, "after", seed),
         "no_context_ppl": alone.result("")["ppl_dense"],
         "context_kept": round((alone.nll_dense - after.nll_sparse) / worth, 4) if worth > 0 else None,
+        "curve": strict.curve(),
         "documents": len(documents),
+        "resumed": resumed,
         "tokens": strict.tokens,
         "cont_tokens": after.tokens,
+        **{key: sum(row[key] for row in rows) for key in ("sparse_tokens", "dense_tokens")},
+    }
+
+
+def _document(attachment: Attachment, source: str, row: torch.Tensor, continuation: int) -> dict[str, Any]:
+    """The sums of all readings of one document (T,), as JSON."""
+    model, config = attachment.model, attachment.config
+    base = model.base_model
+    before = attachment.stats.sparse_tokens, attachment.stats.dense_tokens
+    strict, after, alone = _Sums(), _Sums(), _Sums()
+    ids = row[None].to(model.device)
+    tokens = ids.shape[1]
+    first = -(-config.dense_head // config.block_size) * config.block_size
+    last = tokens // config.block_size * config.block_size
+    part = tokens - continuation
+    if last <= first or part < max(config.min_tokens, first + config.block_size):
+        raise UserError(f"{source} has {tokens} tokens, too few for a sparse part and {continuation} after it.")
+    stop = min(last, tokens - 1)
+    with attachment.dense():
+        dense = base(input_ids=ids, use_cache=False)[0][0]
+        read_alone = base(input_ids=ids[:, part:], use_cache=False)[0][0, :-1]
+    sparse = base(input_ids=ids, use_cache=False)[0][0]
+    strict.add(model, dense[first:stop], sparse[first:stop], ids[0, first + 1 : stop + 1], first)
+    cache = base(input_ids=ids[:, :part], use_cache=True).past_key_values
+    with attachment.dense():
+        # Each model's own last prompt token predicts the first; it is left out, so all counted tokens are read densely.
+        from_sparse = base(input_ids=ids[:, part:], past_key_values=cache, use_cache=True)[0][0, :-1]
+    targets = ids[0, part + 1 :]
+    after.add(model, dense[part:-1], from_sparse, targets, part)
+    alone.add(model, read_alone, read_alone, targets)
+    return {
+        **{name: sums.to_json() for name, sums in (("strict", strict), ("after", after), ("alone", alone))},
         "sparse_tokens": attachment.stats.sparse_tokens - before[0],
         "dense_tokens": attachment.stats.dense_tokens - before[1],
     }
+
+
+def _interval(rows: Sequence[dict[str, Any]], name: str, seed: int) -> list[float] | None:
+    """95 % interval of the perplexity ratio, documents drawn with replacement; None for one document."""
+    if len(rows) < 2:
+        return None
+    sums = [(row[name]["nll_sparse"] - row[name]["nll_dense"], row[name]["tokens"]) for row in rows]
+    rng = random.Random(seed)
+    ratios = []
+    for _ in range(RESAMPLES):
+        drawn = rng.choices(sums, k=len(sums))
+        ratios.append(math.exp(sum(loss for loss, _ in drawn) / sum(tokens for _, tokens in drawn)))
+    return [round(bound, 4) for bound in percentiles(ratios)]

@@ -1,0 +1,245 @@
+"""LongBench, from its official JSONL files, with its own prompts, truncation, answer lengths and metrics.
+
+LongBench's own, to be comparable: prompts (`longbench_prompts.json`, MIT, (c) 2023 THU-KEG & Zhipu AI), answer lengths, which
+datasets go without the chat template, how a prompt is cut and which part of an answer counts. The code is ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastfill.engines import transformers as engine
+from fastfill.errors import UserError
+from fastfill.evaluate import metrics
+from fastfill.evaluate.runner import Example
+
+Metric = Callable[[str, str, Sequence[str]], float]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """max_new_tokens: answer length. chat: uses the chat template. first_line: only the answer's first line counts."""
+
+    metric: Metric
+    max_new_tokens: int
+    chat: bool = True
+    first_line: bool = False
+    chinese: bool = False
+
+
+RULES = {
+    "narrativeqa": Rules(metrics.qa_f1, 128),
+    "qasper": Rules(metrics.qa_f1, 128),
+    "multifieldqa_en": Rules(metrics.qa_f1, 64),
+    "multifieldqa_zh": Rules(metrics.qa_f1_zh, 64, chinese=True),
+    "hotpotqa": Rules(metrics.qa_f1, 32),
+    "2wikimqa": Rules(metrics.qa_f1, 32),
+    "musique": Rules(metrics.qa_f1, 32),
+    "dureader": Rules(metrics.rouge_l_zh, 128, chinese=True),
+    "gov_report": Rules(metrics.rouge_l, 512),
+    "qmsum": Rules(metrics.rouge_l, 512),
+    "multi_news": Rules(metrics.rouge_l, 512),
+    "vcsum": Rules(metrics.rouge_l_zh, 512, chinese=True),
+    "trec": Rules(metrics.classification, 64, chat=False, first_line=True),
+    "triviaqa": Rules(metrics.qa_f1, 32, chat=False, first_line=True),
+    "samsum": Rules(metrics.rouge_l, 128, chat=False, first_line=True),
+    "lsht": Rules(metrics.classification, 64, chat=False, first_line=True, chinese=True),
+    "passage_count": Rules(metrics.count, 32),
+    "passage_retrieval_en": Rules(metrics.retrieval, 32),
+    "passage_retrieval_zh": Rules(metrics.retrieval_zh, 32, chinese=True),
+    "lcc": Rules(metrics.code_similarity, 64, chat=False),
+    "repobench-p": Rules(metrics.code_similarity, 64, chat=False),
+}
+DEFAULT = tuple(name for name, rules in RULES.items() if not rules.chinese)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a LongBench file. label: how results name the dataset; source: `file#row`."""
+
+    dataset: str
+    label: str
+    source: str
+    fields: dict[str, Any]
+
+
+@functools.cache
+def prompts() -> dict[str, str]:
+    """LongBench's prompt of every dataset, with {context} and {input}."""
+    text = (resources.files("fastfill.evaluate") / "longbench_prompts.json").read_text(encoding="utf-8")
+    return json.loads(text)["prompts"]
+
+
+def read(sources: Sequence[str], datasets: Sequence[str] | None = None, limit: int | None = None) -> list[Row]:
+    """Rows of the wanted datasets (default: the 16 English and code ones), at most `limit` of each.
+
+    sources: .jsonl files, a slice such as [20:100] may follow, or folders of them. A dataset is what a row's `dataset` says: a
+    LongBench name, also with `_e` (LongBench-E), or with a suffix after a colon, which keeps the rules and is listed apart.
+
+    Raises UserError for what cannot be read, an unknown dataset, a row without its fields, or nothing left to do.
+    """
+    wanted = list(datasets) if datasets else list(DEFAULT)
+    for name in wanted:
+        if name not in RULES:
+            raise UserError(f"LongBench has no dataset {name!r}; it has {', '.join(RULES)}.")
+    rows: dict[str, list[Row]] = {}
+    for source in sources:
+        for row in _file_rows(source):
+            group = rows.setdefault(row.label, [])
+            if row.dataset in wanted and (limit is None or len(group) < limit):
+                group.append(row)
+    missing = [name for name in datasets or () if not any(row.dataset == name for group in rows.values() for row in group)]
+    if missing:
+        raise UserError(f"The data has no rows of {', '.join(missing)}; it has {', '.join(rows) or 'none at all'}.")
+    found = [row for group in rows.values() for row in group]
+    if not found:
+        raise UserError(f"The data has no rows of the wanted datasets; name them by --datasets, it has {', '.join(rows)}.")
+    return found
+
+
+def _file_rows(source: str) -> list[Row]:
+    match = re.fullmatch(r"(.+?)\[(-?\d*):(-?\d*)\]", source)
+    name = match[1] if match else source
+    window = slice(*(int(bound) if bound else None for bound in match.groups()[1:])) if match else slice(None)
+    path = Path(name)
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        if not files:
+            raise UserError(f"The folder {name} has no .jsonl files; unpack LongBench's data.zip into it.")
+        return [row for file in files for row in _parse(file)][window]
+    return _parse(path)[window]
+
+
+def _parse(path: Path) -> list[Row]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"The data file {path} cannot be read: {reason}.") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not JSON ({error.msg}); each line must be one JSON object.") from error
+        rows.append(_checked(fields, path, number - 1, where))
+    return rows
+
+
+def _checked(fields: Any, path: Path, index: int, where: str) -> Row:
+    if not isinstance(fields, dict):
+        raise UserError(f"{where} is not a JSON object.")
+    label = fields.get("dataset", path.stem)
+    base = re.sub(r"_e$", "", str(label).split(":")[0])
+    if base not in RULES:
+        raise UserError(f"{where} is of no LongBench dataset ({label!r}); it has {', '.join(RULES)}.")
+    answers, classes = fields.get("answers"), fields.get("all_classes")
+    good = isinstance(fields.get("context"), str) and isinstance(fields.get("input"), str)
+    if not good or not _texts(answers) or not answers or not (classes is None or _texts(classes)):
+        raise UserError(f"{where} is not a LongBench row: it needs `context`, `input` and a list of texts `answers`.")
+    if RULES[base].metric is metrics.classification and not classes:
+        raise UserError(f"{where} needs `all_classes`, the names of all classes.")
+    if RULES[base].metric in (metrics.retrieval, metrics.retrieval_zh):
+        for answer in answers:
+            if not re.search(r"(?:Paragraph |段落)\d+", answer):
+                raise UserError(f"{where} must have an answer such as 'Paragraph 7', not {answer!r}.")
+    return Row(base, str(label), f"{path.name}#{index}", fields)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def score(row: Row, prediction: str) -> float:
+    """Best over the reference answers, 0 to 1."""
+    rules = RULES[row.dataset]
+    if rules.first_line:
+        prediction = prediction.lstrip("\n").split("\n")[0]
+    classes = row.fields.get("all_classes") or ()
+    return max(rules.metric(prediction, answer, classes) for answer in row.fields["answers"])
+
+
+def cut_middle(tokenizer: Any, text: str, tokens: int) -> tuple[str, bool]:
+    """Text of at most about `tokens` tokens, and whether it was cut: as in LongBench the first and the last half are kept."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) <= tokens:
+        return text, False
+    half = tokens // 2
+    parts = (ids[:half], ids[len(ids) - half :])
+    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in parts), True
+
+
+def encode(tokenizer: Any, row: Row, most: int, chat: bool = True) -> tuple[torch.Tensor, bool]:
+    """The whole prompt of a row as ids (1, T), T <= most, and whether it was cut.
+
+    Cut text may take a few tokens more than it was cut to, and the chat template adds some: then it is cut again, shorter.
+    """
+    text = _fill(prompts()[row.dataset], row.fields)
+    room = most
+    while room > 1:
+        short, cut = cut_middle(tokenizer, text, room)
+        ids = engine.encode(tokenizer, short, chat and RULES[row.dataset].chat)
+        if ids.shape[1] <= most:
+            return ids, cut
+        room -= max(1, ids.shape[1] - most)
+    raise UserError(f"{row.source} cannot be cut to {most} tokens; allow longer prompts.")
+
+
+def _fill(prompt: str, fields: dict[str, Any]) -> str:
+    """Put context and input in their places at once, so that braces in the one are not taken for the other's place."""
+    return re.sub(r"\{(context|input)\}", lambda match: fields[match[1]], prompt)
+
+
+def examples(
+    tokenizer: Any,
+    rows: Sequence[Row],
+    positions: int,
+    *,
+    max_prompt_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    chat: bool = True,
+) -> list[Example]:
+    """Rows as examples. positions: how many tokens the model can hold; prompt and answer both must fit.
+
+    max_prompt_tokens: cut prompts to this (default: what leaves room for the answer). max_new_tokens: caps LongBench's own
+    answer lengths, which saves time and is no longer comparable. chat: False for base models.
+    """
+    made = []
+    for row in rows:
+        new = RULES[row.dataset].max_new_tokens
+        new = new if max_new_tokens is None else min(new, max_new_tokens)
+        room = positions - new
+        ids, cut = encode(tokenizer, row, min(room, max_prompt_tokens or room), chat)
+        made.append(
+            Example(
+                dataset=row.label,
+                name=str(row.fields.get("_id") or row.source),
+                ids=ids,
+                max_new_tokens=new,
+                score=functools.partial(score, row),
+                answers=tuple(row.fields["answers"]),
+                cut=cut,
+            )
+        )
+    names = [example.key for example in made]
+    if len(set(names)) < len(names):  # ids are unique in the official files
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"The data has the row {twice} twice; give each file once.")
+    if any(rules.chinese for rules in (RULES[row.dataset] for row in rows)) and metrics.chinese_splitter() != "jieba":
+        print(
+            "fastfill: warning: jieba is not installed; Chinese scores are by character and not LongBench's.", file=sys.stderr
+        )
+    return made

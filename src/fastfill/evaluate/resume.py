@@ -1,0 +1,123 @@
+"""Finished items of a long evaluation, one JSON line each, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastfill
+from fastfill.artifact import Artifact
+from fastfill.attachment import Attachment
+from fastfill.errors import UserError
+
+PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
+
+
+class Store:
+    """Rows by key. With a folder they are kept in predictions.jsonl, beside settings.json; without one, in memory.
+
+    Raises UserError if the folder holds a run with other settings, or cannot be written.
+    """
+
+    def __init__(self, out: str | Path | None, settings: dict[str, Any]):
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.file = Path(out) / PREDICTIONS if out is not None else None
+        if self.file is None:
+            return
+        settings = json.loads(json.dumps(settings))  # as it will be read back
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._settings(self.file.with_name(SETTINGS), settings)
+            self._read(self.file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{out} cannot be used: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from error
+
+    def _settings(self, file: Path, settings: dict[str, Any]) -> None:
+        if not file.exists():
+            if self.file and self.file.exists():
+                raise UserError(f"{file.parent} has {PREDICTIONS} without {SETTINGS}; give another --out.")
+            beside = file.with_suffix(".part")
+            beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            beside.replace(file)
+            return
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file} is damaged; give another --out.") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{file} is damaged; give another --out.")
+        odd = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
+        if odd:
+            was, now = (str(values.get(odd[0])) for values in (found, settings))
+            raise UserError(
+                f"{file.parent} holds a run with other settings ({odd[0]} was {was[:60]}, is {now[:60]}); give another --out."
+            )
+
+    def _read(self, file: Path) -> None:
+        whole = 0
+        if file.exists():
+            for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+                if not line.endswith(b"\n"):
+                    break  # the process died while writing it
+                try:
+                    row = json.loads(line)
+                    self.rows[row["key"]] = row
+                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    raise UserError(f"{file}, line {number} is damaged; remove it or give another --out.") from error
+                whole += len(line)
+            with file.open("r+b") as handle:
+                handle.truncate(whole)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        row = {"key": key, **row}
+        self.rows[key] = row
+        if self.file is None:
+            return
+        try:
+            with self.file.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.file} cannot be written: {error.strerror}. Run the same command again to go on.") from error
+
+
+def settings(task: str, attachment: Attachment, artifact: Artifact, items: Any, **more: Any) -> dict[str, Any]:
+    """What two runs must share to be one: model, artifact, settings in force, and the items themselves (by digest)."""
+    config, first = attachment.config, attachment.ffns[0]
+    return {
+        "fastfill": fastfill.__version__,
+        "task": task,
+        "model": artifact.base_model["fingerprint"],
+        "artifact": _weights(artifact),
+        "dtype": str(attachment.model.dtype),
+        "device": str(attachment.model.device),
+        "sparsity": config.sparsity,
+        "block_size": config.block_size,
+        "dense_head": config.dense_head,
+        "min_tokens": config.min_tokens,
+        "kept": attachment.kept,
+        "kernel": first.kernel,
+        "predictor": type(first.predictor).__name__,
+        "compensator": first.compensator is not None,
+        "items": digest(items),
+        **more,
+    }
+
+
+def digest(items: Any) -> str:
+    """Names anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _weights(artifact: Artifact) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(artifact.tensors.items()):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]

@@ -1,0 +1,167 @@
+"""The tasks of `fastfill evaluate`: options of the command -> data, read and checked -> a function of the attached model.
+
+Data comes before the model, so that a mistake in an option is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastfill import data
+from fastfill.artifact import Artifact
+from fastfill.attachment import Attachment
+from fastfill.config import check_integer
+from fastfill.errors import UserError
+from fastfill.evaluate import longbench, metrics, perplexity, recall, resume, ruler, runner
+from fastfill.evaluate.resume import Store
+from fastfill.models import LoadedModel
+
+Task = Callable[[Attachment, LoadedModel], dict[str, Any]]
+RULER_EXAMPLES = 10  # of each task and length, unless --limit says otherwise
+
+
+def prepare(options: argparse.Namespace, artifact: Artifact) -> Task:
+    """Read and check what the task needs. Raises UserError for options or data that do not fit."""
+    for name in ("limit", "max_prompt_tokens", "max_new_tokens"):
+        if getattr(options, name) is not None:
+            check_integer("--" + name.replace("_", "-"), getattr(options, name), 1)
+    if options.record and options.task != "perplexity":
+        raise UserError("--record stores perplexities; use it with --task perplexity.")
+    if options.task != "ruler" and not options.data:
+        raise UserError(f"--task {options.task} needs --data FILE.")
+    return TASKS[options.task](options, artifact)
+
+
+def _calibrated_on(sources: set[str], artifact: Artifact) -> int:
+    shared = len(sources & set(artifact.calibration.get("document_rows", [])))
+    if shared:
+        print(f"fastfill: warning: {shared} of these documents were calibrated on; this is not held-out.", file=sys.stderr)
+    return shared
+
+
+def _documents(
+    options: argparse.Namespace,
+    artifact: Artifact,
+    score: Callable[[Attachment, list[Any], Store], dict[str, Any]],
+    **more: Any,
+) -> Task:
+    """A task over the first tokens of documents."""
+    check_integer("--tokens", options.tokens, 2)
+    documents = data.load_documents(options.data)
+    shared = _calibrated_on({document.source for document in documents}, artifact)
+
+    def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
+        rows = data.first_tokens(loaded.tokenizer, documents, options.tokens, options.limit)
+        texts = [[source, data.digest(ids)] for source, ids in rows]
+        store = Store(options.out, resume.settings(options.task, attachment, artifact, texts, **more))
+        return {**score(attachment, rows, store), "calibrated_on": shared, "sources": [source for source, _ in rows]}
+
+    return run
+
+
+def _perplexity(options: argparse.Namespace, artifact: Artifact) -> Task:
+    check_integer("--continuation", options.continuation, 2)
+
+    def score(attachment: Attachment, rows: list[tuple[str, torch.Tensor]], store: Store) -> dict[str, Any]:
+        return perplexity.evaluate(attachment, rows, continuation=options.continuation, store=store, seed=options.seed)
+
+    return _documents(options, artifact, score, continuation=options.continuation)
+
+
+def _recall(options: argparse.Namespace, artifact: Artifact) -> Task:
+    return _documents(options, artifact, recall.evaluate)
+
+
+def _longbench(options: argparse.Namespace, artifact: Artifact) -> Task:
+    rows = longbench.read(options.data, _names(options.datasets), options.limit)
+    shared = _calibrated_on({row.source for row in rows}, artifact)
+
+    def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
+        examples = longbench.examples(
+            loaded.tokenizer,
+            rows,
+            _positions(loaded),
+            max_prompt_tokens=options.max_prompt_tokens,
+            max_new_tokens=options.max_new_tokens,
+            chat=not options.no_chat,
+        )
+        known = {row.label: longbench.RULES[row.dataset] for row in rows}
+        more = {"chinese_words": metrics.chinese_splitter()} if any(rules.chinese for rules in known.values()) else {}
+        result = {**_answers(options, artifact, attachment, loaded, examples, **more), "calibrated_on": shared, **more}
+        for line in result["datasets"]:
+            line["metric"] = known[line["dataset"]].metric.__name__
+        return result
+
+    return run
+
+
+def _ruler(options: argparse.Namespace, artifact: Artifact) -> Task:
+    try:
+        lengths = [int(length) for length in options.lengths.split(",")]
+    except ValueError as error:
+        raise UserError(f"--lengths must be numbers separated by commas, not {options.lengths!r}.") from error
+    for length in lengths:
+        check_integer("each length", length, 1)
+    rows = longbench.read(options.data) if options.data else []
+    haystack = None
+    if options.haystack:
+        try:
+            haystack = Path(options.haystack).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"{options.haystack} cannot be read: {reason}.") from error
+
+    def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
+        examples = ruler.examples(
+            loaded.tokenizer,
+            _positions(loaded),
+            tasks=_names(options.datasets),
+            lengths=lengths,
+            count=options.limit or RULER_EXAMPLES,
+            seed=options.seed,
+            rows=[row.fields for row in rows],
+            haystack=haystack,
+            chat=not options.no_chat,
+            max_new_tokens=options.max_new_tokens,
+        )
+        return _answers(options, artifact, attachment, loaded, examples)
+
+    return run
+
+
+def _answers(
+    options: argparse.Namespace,
+    artifact: Artifact,
+    attachment: Attachment,
+    loaded: LoadedModel,
+    examples: list[runner.Example],
+    **more: Any,
+) -> dict[str, Any]:
+    settings = resume.settings(options.task, attachment, artifact, runner.identity(examples), **more)
+    result = runner.run(attachment, loaded.tokenizer, examples, Store(options.out, settings), seed=options.seed)
+    if attachment.config.sparsity and not result["sparse_tokens"]:
+        print("fastfill: warning: all prompts are so short that they stayed dense (--min-tokens).", file=sys.stderr)
+    limits = {"max_prompt_tokens": options.max_prompt_tokens, "max_new_tokens": options.max_new_tokens}
+    return {**result, **limits, "chat": not options.no_chat}
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",") if name.strip()] if text else None
+
+
+def _positions(loaded: LoadedModel) -> int:
+    return getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 20
+
+
+TASKS: dict[str, Callable[[argparse.Namespace, Artifact], Task]] = {
+    "perplexity": _perplexity,
+    "longbench": _longbench,
+    "ruler": _ruler,
+    "recall": _recall,
+}

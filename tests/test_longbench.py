@@ -1,0 +1,230 @@
+"""LongBench's files, prompts, truncation and rules; then the whole task by the command, dense beside sparse."""
+
+import json
+import string
+
+import pytest
+import torch
+from conftest import one_sentence, tiny_text
+
+from fastfill import cli
+from fastfill.engines import transformers as engine
+from fastfill.errors import UserError
+from fastfill.evaluate import longbench, metrics
+
+
+def fields(dataset="hotpotqa", index=0, **changes):
+    own = {"passage_retrieval_en": ["Paragraph 3"], "passage_retrieval_zh": ["段落3"], "passage_count": ["7"]}
+    answers = own.get(dataset, ["w9", "w10 w11"])
+    row = {
+        "input": tiny_text(5, seed=90 + index),
+        "context": tiny_text(80, seed=index),
+        "answers": answers,
+        "length": 85,
+        "dataset": dataset,
+        "language": "en",
+        "all_classes": ["w9", "w10"] if dataset in ("trec", "lsht") else None,
+        "_id": f"{dataset}-{index}",
+    }
+    return {**row, **changes}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def one(dataset="hotpotqa", **changes):
+    return longbench.Row(dataset, dataset, "f#0", fields(dataset, **changes))
+
+
+# --- the benchmark's own data -------------------------------------------------------------------------------------------
+
+
+def test_all_21_datasets_and_16_by_default():
+    assert len(longbench.RULES) == 21 and set(longbench.prompts()) == set(longbench.RULES)
+    assert len(longbench.DEFAULT) == 16
+    chinese = {"multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh"}
+    assert set(longbench.RULES) - set(longbench.DEFAULT) == chinese
+
+
+def test_prompts_have_their_places():
+    names = {
+        name: {part[1] for part in string.Formatter().parse(text) if part[1]} for name, text in longbench.prompts().items()
+    }
+    no_question = {"gov_report", "multi_news", "vcsum", "passage_count", "lcc"}
+    assert all(places == ({"context"} if name in no_question else {"context", "input"}) for name, places in names.items())
+    assert longbench.prompts()["lcc"] == "Please complete the code given below. \n{context}Next line of code:\n"
+
+
+def test_rules_are_the_published_ones():
+    lengths = {name: rules.max_new_tokens for name, rules in longbench.RULES.items()}
+    assert {name for name, n in lengths.items() if n == 512} == {"gov_report", "qmsum", "multi_news", "vcsum"}
+    assert {name for name, n in lengths.items() if n == 128} == {"narrativeqa", "qasper", "dureader", "samsum"}
+    assert {name for name, n in lengths.items() if n == 64} == {
+        *("multifieldqa_en", "multifieldqa_zh", "trec", "lsht", "lcc", "repobench-p")
+    }
+    assert {name for name, rules in longbench.RULES.items() if not rules.chat} == {
+        *("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
+    }
+    assert {name for name, rules in longbench.RULES.items() if rules.first_line} == {"trec", "triviaqa", "samsum", "lsht"}
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+def test_files_folders_slices_limits_and_suffixes(tmp_path):
+    write(tmp_path / "hotpotqa.jsonl", [fields(index=i) for i in range(5)])
+    write(tmp_path / "lcc_e.jsonl", [fields("lcc_e", i) for i in range(2)])
+    write(tmp_path / "made.jsonl", [fields("trec:made", 0, all_classes=["w9"])])
+    write(tmp_path / "lsht.jsonl", [fields("lsht", 0)])
+    rows = longbench.read([str(tmp_path)])
+    assert [row.label for row in rows] == ["hotpotqa"] * 5 + ["lcc_e"] * 2 + ["trec:made"]  # lsht is Chinese
+    assert [row.dataset for row in rows][-3:] == ["lcc", "lcc", "trec"]
+    sliced = longbench.read([f"{tmp_path}/hotpotqa.jsonl[1:4]"], limit=2)
+    assert [row.source for row in sliced] == ["hotpotqa.jsonl#1", "hotpotqa.jsonl#2"]
+    assert [row.label for row in longbench.read([str(tmp_path)], ["lsht", "trec"])] == ["lsht", "trec:made"]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "line 1 is not JSON"),
+        ("[1]", "line 1 is not a JSON object"),
+        (json.dumps({**fields(), "dataset": "colours"}), "no LongBench dataset"),
+        (json.dumps({**fields(), "answers": "w9"}), "a list of texts `answers`"),
+        (json.dumps({**fields(), "answers": []}), "a list of texts `answers`"),
+        (json.dumps({k: v for k, v in fields().items() if k != "context"}), "needs `context`"),
+        (json.dumps({**fields("trec"), "all_classes": None}), "all_classes"),
+        (json.dumps({**fields("passage_retrieval_en"), "answers": ["3"]}), "Paragraph 7"),
+        ("", "no rows of the wanted datasets"),
+        (json.dumps(fields("lsht")), "no rows of the wanted datasets"),
+    ],
+)
+def test_bad_rows_are_a_sentence(tmp_path, content, words):
+    (tmp_path / "hotpotqa.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=words.replace("[", r"\[")) as error:
+        longbench.read([str(tmp_path / "hotpotqa.jsonl")])
+    one_sentence(error)
+
+
+def test_bad_names_are_a_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for source, datasets, words in [
+        (tmp_path / "none.jsonl", None, "cannot be read"),
+        (tmp_path / "empty", None, "no .jsonl files"),
+        (tmp_path / "empty", ["colours"], "has no dataset 'colours'"),
+        (write(tmp_path / "a.jsonl", [fields()]), ["lcc"], "no rows of lcc; it has hotpotqa"),
+    ]:
+        with pytest.raises(UserError, match=words) as error:
+            longbench.read([str(source)], datasets)
+        one_sentence(error)
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------------
+
+
+def test_braces_in_the_text_stay(tokenizer):
+    row = one(context="{input} {context} {x}", input="{context}")
+    prompt = longbench._fill("c: {context} q: {input}", row.fields)
+    assert prompt == "c: {input} {context} {x} q: {context}"
+
+
+def test_truncation_keeps_both_ends(tokenizer):
+    text = " ".join(f"w{i}" for i in range(10, 60))
+    short, cut = longbench.cut_middle(tokenizer, text, 21)  # halves of 10, as in LongBench
+    assert cut and short.replace("w50", " w50", 1).split() == [f"w{i}" for i in [*range(10, 20), *range(50, 60)]]
+    assert longbench.cut_middle(tokenizer, text, 50) == (text, False)
+
+
+@pytest.mark.parametrize("dataset, chat", [("hotpotqa", True), ("lcc", False)])
+def test_prompts_fit_and_use_the_chat_template_where_longbench_does(tokenizer, dataset, chat):
+    row = one(dataset)
+    whole, cut = longbench.encode(tokenizer, row, 500)
+    text = longbench._fill(longbench.prompts()[dataset], row.fields)
+    assert not cut and torch.equal(whole, engine.encode(tokenizer, text, chat))
+    assert torch.equal(longbench.encode(tokenizer, row, 500, chat=False)[0], engine.encode(tokenizer, text, False))
+    short, cut = longbench.encode(tokenizer, row, 60)
+    assert cut and 10 < short.shape[1] <= 60  # this tokenizer drops its many unknown words where it decodes
+    template = tokenizer("w5")["input_ids"][-1]
+    assert (short[0, 0] == template) == chat  # the template is never cut
+    with pytest.raises(UserError, match="cannot be cut to 1 tokens"):
+        longbench.encode(tokenizer, row, 1)
+
+
+def test_examples_leave_room_for_the_answer(tokenizer):
+    (example,) = longbench.examples(tokenizer, [one()], 100)
+    assert example.max_new_tokens == 32 and example.ids.shape[1] <= 68 and example.cut
+    (example,) = longbench.examples(tokenizer, [one()], 500, max_prompt_tokens=40, max_new_tokens=8)
+    assert example.max_new_tokens == 8 and example.ids.shape[1] <= 40
+    with pytest.raises(UserError, match="twice"):
+        longbench.examples(tokenizer, [one(), one()], 500)
+
+
+# --- scores -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_reference_counts():
+    assert longbench.score(one(answers=["blue", "red sky"]), "Red") == pytest.approx(2 / 3)
+
+
+def test_only_the_first_line_of_few_shot_answers_counts():
+    text = "\n\nParis\nQuestion: and more"
+    assert longbench.score(one("triviaqa", answers=["Paris"]), text) == 1
+    assert longbench.score(one("hotpotqa", answers=["Paris"]), text) == pytest.approx(2 / 5)
+    assert longbench.score(one("trec", answers=["City"], all_classes=["City", "Town"]), "City\nTown") == 1
+
+
+@pytest.mark.parametrize("dataset", longbench.RULES)
+def test_the_reference_itself_scores_one(dataset, monkeypatch):
+    monkeypatch.setattr(metrics, "chinese_splitter", lambda: "characters")
+    row = one(dataset)
+    assert longbench.score(row, row.fields["answers"][0]) == pytest.approx(1)
+    assert longbench.score(row, "") == 0
+
+
+# --- the task -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_from_files_to_recovery_and_again(tmp_path, capsys, model_folder, artifact_folder, monkeypatch):
+    write(tmp_path / "hotpotqa.jsonl", [fields(index=i) for i in range(3)])
+    write(tmp_path / "lcc.jsonl", [fields("lcc", i) for i in range(2)])
+    write(tmp_path / "dureader.jsonl", [fields("dureader")])
+    command = ["evaluate", model_folder, "--artifact", artifact_folder, "--task", "longbench", "--data", tmp_path]
+    command += ["--dtype", "fp32", "--max-new-tokens", 4, "--out", tmp_path / "out", "--json"]
+    command = [str(word) for word in command]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert [(d["dataset"], d["examples"], d["metric"]) for d in result["datasets"]] == [
+        ("hotpotqa", 3, "qa_f1"),
+        ("lcc", 2, "code_similarity"),
+    ]
+    assert result["sparse_tokens"] > 300 and result["dense_tokens"] > 0 and result["resumed"] == 0
+    assert result["sparsity"] == 0.5 and result["machine"] and result["calibrated_on"] == 0
+    assert max(map(len, out.splitlines()[:-1])) <= 80 and "recovery" in out and "95 % interval" in out
+    assert cli.main(command) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["resumed"] == 5 and {**again, "resumed": 0} == result
+    assert cli.main([*command, "--sparsity", "0.25"]) == 2
+    assert "other settings" in capsys.readouterr().err
+    assert cli.main([*command, "--datasets", "dureader", "--out", str(tmp_path / "zh")]) == 0
+    captured = capsys.readouterr()
+    by_character = metrics.chinese_splitter() == "characters"
+    assert json.loads(captured.out.splitlines()[-1])["chinese_words"] == metrics.chinese_splitter()
+    assert ("jieba" in captured.err) == by_character
+
+
+def test_the_command_refuses_what_does_not_fit(tmp_path, capsys, model_folder, artifact_folder):
+    base = ["evaluate", str(model_folder), "--artifact", str(artifact_folder), "--task", "longbench"]
+    data = ["--data", str(write(tmp_path / "hotpotqa.jsonl", [fields()]))]
+    for more, words in [
+        ([], "needs --data"),
+        ([*data, "--record"], "--record stores perplexities"),
+        ([*data, "--limit", "0"], "--limit must be"),
+        ([*data, "--max-new-tokens", "0"], "--max-new-tokens must be"),
+        ([*data, "--datasets", "colours"], "no dataset 'colours'"),
+    ]:
+        assert cli.main([*base, *more]) == 2
+        err = capsys.readouterr().err
+        assert words in err and len(err.splitlines()) == 1

@@ -1,0 +1,107 @@
+"""Predictor against oracle on the real forward, against a plain computation layer by layer."""
+
+import json
+
+import pytest
+import torch
+from conftest import BLOCK, INTERMEDIATE, LAYERS, logits, tiny_artifact, tiny_model, tiny_text, token_ids
+
+from fastfill import attach, cli, families
+from fastfill.errors import UserError
+from fastfill.evaluate import recall
+from fastfill.evaluate.resume import Store
+from fastfill.predictor import importance
+
+DOCUMENTS = [("a#0", token_ids(45, seed=1)), ("a#1", token_ids(64, seed=2))]
+
+
+def plain(model, artifact, **settings):
+    """[blocks, held, best, recall] of every layer: the FFN's inputs and the ids are caught, the rest is sets and sums."""
+    sums = torch.zeros(LAYERS, 4, dtype=torch.float64)
+    for _, ids in DOCUMENTS:
+        inputs, picked = {}, {}
+        with attach(model, artifact, **settings) as attachment:
+            parts = families.dissect(model).ffns
+            for layer, (ffn, part) in enumerate(zip(attachment.ffns, parts, strict=True)):
+                part.module.register_forward_pre_hook(lambda _, x, layer=layer, into=inputs: into.update({layer: x[0][0]}))
+                ffn.observer = lambda _, ids, layer=layer, into=picked: into.update({layer: ids})
+            logits(model, ids[None])
+            for layer, part in enumerate(parts):
+                part.module._forward_pre_hooks.clear()
+                for block, chosen in enumerate(picked[layer].tolist()):
+                    start = (block + 1) * BLOCK  # behind the dense head of one block
+                    truth = importance(inputs[layer][start : start + BLOCK], part).sum(0).double()
+                    best = truth.argsort(descending=True)[: len(chosen)].tolist()
+                    sums[layer] += torch.tensor(
+                        [
+                            1,
+                            truth[chosen].sum() / truth.sum(),
+                            truth[best].sum() / truth.sum(),
+                            len(set(chosen) & set(best)) / len(best),
+                        ]
+                    )
+    return sums
+
+
+@pytest.mark.parametrize("predictor", ["learned", "static", "random"])
+def test_equals_a_plain_computation(model, predictor):
+    artifact = tiny_artifact(model)
+    expected = plain(model, artifact, predictor=predictor)
+    with attach(model, artifact, predictor=predictor) as attachment:
+        found = recall.evaluate(attachment, DOCUMENTS)
+        assert all(ffn.observer is None for ffn in attachment.ffns)
+        assert not any(module._forward_pre_hooks for module in attachment.modules)
+        for line, (blocks, held, best, common) in zip(found["layers"], expected.tolist(), strict=True):
+            assert line["blocks"] == blocks == 4 + 7 and line["kept"] == attachment.kept[line["layer"]]
+            # Rounded to 4 digits.
+            assert line["held"] == pytest.approx(held / blocks, abs=1e-4)
+            assert line["held_oracle"] == pytest.approx(best / blocks, abs=1e-4)
+            assert line["recovery"] == pytest.approx(held / best, abs=1e-4)
+            assert line["recall"] == pytest.approx(common / blocks, abs=1e-4)
+            assert line["by_chance"] == pytest.approx(line["kept"] / INTERMEDIATE, abs=1e-4)
+    assert found["held"] < found["held_oracle"] and 0 < found["recall"] < 1
+    assert (found["sparse_tokens"], found["dense_tokens"]) == (11 * BLOCK, 45 + 64 - 11 * BLOCK)
+
+
+def test_the_oracle_agrees_with_itself(model):
+    with attach(model, tiny_artifact(model), predictor="oracle") as attachment:
+        found = recall.evaluate(attachment, DOCUMENTS)
+    assert all(line["recall"] == line["recovery"] == 1 and line["held"] == line["held_oracle"] < 1 for line in found["layers"])
+
+
+def test_watching_changes_nothing_and_ends_with_an_error_too(model):
+    ids = DOCUMENTS[0][1][None]
+    with attach(model, tiny_artifact(model)) as attachment:
+        before = logits(model, ids)
+        with pytest.raises(KeyError), recall.watch(attachment):
+            assert torch.equal(before, logits(model, ids))
+            raise KeyError
+        assert torch.equal(before, logits(model, ids))
+        assert all(ffn.observer is None for ffn in attachment.ffns)
+
+
+def test_it_resumes(model, tmp_path):
+    with attach(model, tiny_artifact(model)) as attachment:
+        whole = recall.evaluate(attachment, DOCUMENTS)
+        recall.evaluate(attachment, DOCUMENTS[:1], Store(tmp_path, {"a": 1}))
+        again = recall.evaluate(attachment, DOCUMENTS, Store(tmp_path, {"a": 1}))
+    assert again.pop("resumed") == 1 and whole.pop("resumed") == 0 and again == whole
+
+
+@pytest.mark.parametrize("settings, tokens", [({}, 15), ({"sparsity": 0.0}, 64)])
+def test_without_a_sparse_block_there_is_nothing_to_say(settings, tokens):
+    model = tiny_model()
+    with attach(model, tiny_artifact(model), **settings) as attachment, pytest.raises(UserError, match="all of them dense"):
+        recall.evaluate(attachment, [("short#0", token_ids(tokens))])
+
+
+def test_the_command(tmp_path, capsys, model_folder, artifact_folder):
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": tiny_text(90, seed=s)}) for s in range(3)))
+    command = ["evaluate", str(model_folder), "--artifact", str(artifact_folder), "--task", "recall", "--data", str(file)]
+    command += ["--tokens", "64", "--limit", "2", "--dtype", "fp32", "--json", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert len(result["layers"]) == LAYERS and result["documents"] == 2 and result["task"] == "recall"
+    assert max(map(len, out.splitlines()[:-1])) <= 80 and "by chance" in out

@@ -1,0 +1,196 @@
+"""Both answers to each example, recovery with its interval, and going on after a kill."""
+
+import functools
+import json
+
+import pytest
+import torch
+from conftest import BLOCK, one_sentence, snapshot, tiny_artifact, tiny_model, token_ids
+
+from fastfill import attach
+from fastfill.engines import transformers as engine
+from fastfill.errors import UserError
+from fastfill.evaluate import metrics, resume, runner
+from fastfill.evaluate.resume import Store
+
+NEW = 6
+
+
+def examples(count=4, tokens=45):
+    return [
+        runner.Example(
+            dataset="even" if i % 2 == 0 else "odd",
+            name=str(i),
+            ids=token_ids(1, tokens, seed=i),
+            max_new_tokens=NEW,
+            score=functools.partial(metrics.match_all, references=["w1", "w2", "w3"]),
+            answers=("w1", "w2", "w3"),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def attached(model):
+    artifact = tiny_artifact(model)
+    with attach(model, artifact) as attachment:
+        yield attachment, artifact
+
+
+def settings(attached, made, **more):
+    return resume.settings("test", *attached, runner.identity(made), **more)
+
+
+def test_dense_is_dense_and_sparse_is_a_sparse_prefill_with_dense_decode(attached, tokenizer):
+    attachment, _ = attached
+    (example,) = examples(1)
+    row = runner.answer(attachment, tokenizer, example)
+    plain = tiny_model()
+    new = engine.generate(plain, example.ids, NEW)
+    assert row["dense"] == tokenizer.decode(new, skip_special_tokens=True)
+    # 45 tokens: blocks at 8..39 are sparse; 8 + 5 of the prompt and the 5 decode steps after the first new token are dense.
+    assert (row["sparse_tokens"], row["dense_tokens"]) == (4 * BLOCK, BLOCK + 5 + NEW - 1)
+    sparse = engine.generate(attachment.model, example.ids, NEW)
+    assert row["sparse"] == tokenizer.decode(sparse, skip_special_tokens=True)
+    assert row["score_sparse"] == example.score(row["sparse"]) and row["prompt_tokens"] == 45
+
+
+def test_at_sparsity_zero_everything_is_recovered(model, tokenizer):
+    with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
+        result = runner.run(attachment, tokenizer, examples(), Store(None, {}))
+    assert result["same_answers"] == result["examples"] == 4 and result["sparse_tokens"] == 0
+    assert all(line["dense"] == line["sparse"] for line in result["datasets"])
+
+
+def row(dataset, dense, sparse):
+    counts = {"prompt_tokens": 10, "sparse_tokens": 8, "dense_tokens": 2}
+    return {
+        "dataset": dataset,
+        "dense": "a",
+        "sparse": "b",
+        "score_dense": dense,
+        "score_sparse": sparse,
+        "cut": False,
+        **counts,
+    }
+
+
+def test_summary_of_worked_numbers():
+    rows = [row("x", 1.0, 0.5), row("x", 0.5, 0.25), row("y", 0.25, 0.25), row("z", 0.0, 0.1)]
+    result = runner.summarize(rows)
+    x, y, z = result["datasets"]
+    # x: means 0.75 and 0.375; every resample has the ratio 1/2.
+    assert (x["dense"], x["sparse"], x["recovery"], x["interval"]) == (75.0, 37.5, 0.5, [0.5, 0.5])
+    # One example has no interval, and a dense score of 0 no ratio.
+    assert (y["recovery"], y["interval"]) == (1.0, None) and (z["recovery"], z["interval"]) == (None, None)
+    # Datasets weigh the same: (0.75 + 0.25 + 0) / 3 = 1/3 and (0.375 + 0.25 + 0.1) / 3.
+    assert result["average"]["dense"] == 33.33 and result["average"]["sparse"] == 24.17
+    assert result["average"]["recovery"] == pytest.approx(0.725, abs=1e-4)
+    assert (result["examples"], result["sparse_tokens"], result["dense_tokens"]) == (4, 32, 8)
+
+
+def test_the_interval_is_seeded_paired_and_holds_the_truth():
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.rand(200, generator=generator)
+    pairs = [(d, 0.9 * d) for d in dense.tolist()]
+    low, high = runner.bootstrap([pairs])
+    assert low == pytest.approx(0.9) and high == pytest.approx(0.9)  # unpaired, the examples' own spread would show
+    noise = torch.rand(200, generator=generator).tolist()
+    pairs = [(d, 0.9 * d + 0.2 * (n - 0.5)) for d, n in zip(dense.tolist(), noise, strict=True)]
+    low, high = runner.bootstrap([pairs], seed=3)
+    assert low < 0.9 < high and (low, high) == runner.bootstrap([pairs], seed=3) != runner.bootstrap([pairs], seed=4)
+    # Standard error of the ratio by the delta method: sd(0.2 (n - 1/2)) / sqrt(200) / mean(d) = 0.0577 / 14.1 / 0.5 = 0.0082.
+    assert high - low == pytest.approx(2 * 1.96 * 0.0082, rel=0.2)
+
+
+def test_no_interval_where_many_resamples_have_no_dense_score():
+    assert runner.bootstrap([[(0.0, 0.0), (0.0, 0.1), (1.0, 1.0)]]) is None
+
+
+# --- going on after a kill ----------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(attached, tokenizer, tmp_path, monkeypatch):
+    attachment, _ = attached
+    made = examples()
+    whole = runner.run(attachment, tokenizer, made, Store(tmp_path / "whole", settings(attached, made)))
+    real, calls = runner.answer, []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(runner, "answer", dying)
+    with pytest.raises(Killed):
+        runner.run(attachment, tokenizer, made, Store(tmp_path / "out", settings(attached, made)))
+    with (tmp_path / "out" / resume.PREDICTIONS).open("a") as handle:
+        handle.write('{"key": "even/2", "da')  # cut off in the middle of a line
+    result = runner.run(attachment, tokenizer, made, Store(tmp_path / "out", settings(attached, made)))
+    assert len(calls) == 3 + 2 and result.pop("resumed") == 2 and whole.pop("resumed") == 0
+    assert result == whole and snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+    lines = (tmp_path / "out" / resume.PREDICTIONS).read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == [example.key for example in made]
+    assert all({"dense", "sparse", "answers"} <= set(json.loads(line)) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda m: {"sparsity": 0.25}, "sparsity was 0.5, is 0.25|kept was"),
+        (lambda m: {"predictor": "static"}, "predictor was LearnedPredictor, is Static"),
+        (lambda m: {"compensator": False}, "compensator was True, is False"),
+        (lambda m: {"block_size": 4}, "block_size was 8, is 4"),
+    ],
+)
+def test_other_settings_are_refused(model, tmp_path, change, word):
+    artifact, made = tiny_artifact(model), examples()
+    with attach(model, artifact) as attachment:
+        Store(tmp_path, settings((attachment, artifact), made))
+    with attach(model, artifact, **change(model)) as attachment, pytest.raises(UserError, match=word) as error:
+        Store(tmp_path, settings((attachment, artifact), made))
+    assert "give another --out" in one_sentence(error)
+
+
+def test_other_examples_another_artifact_and_another_task_are_refused(attached, model, tmp_path):
+    attachment, artifact = attached
+    made = examples()
+    Store(tmp_path, settings(attached, made))
+    with pytest.raises(UserError, match="items was"):
+        Store(tmp_path, settings(attached, examples(5)))
+    with pytest.raises(UserError, match="artifact was"):
+        Store(tmp_path, resume.settings("test", attachment, tiny_artifact(model, seed=1), runner.identity(made)))
+    with pytest.raises(UserError, match="task was"):
+        Store(tmp_path, resume.settings("other", attachment, artifact, runner.identity(made)))
+    with pytest.raises(UserError, match="continuation was None, is 5"):
+        Store(tmp_path, settings(attached, made, continuation=5))
+
+
+def test_a_folder_that_is_no_run_is_refused(attached, tmp_path):
+    made = examples()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError) as error:
+        Store(tmp_path / "file", settings(attached, made))
+    one_sentence(error)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / resume.PREDICTIONS).write_text("{}\n")
+    with pytest.raises(UserError, match=r"without settings.json"):
+        Store(tmp_path / "foreign", settings(attached, made))
+    for text in ("{", "[1]"):
+        (tmp_path / "foreign" / resume.SETTINGS).write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            Store(tmp_path / "foreign", settings(attached, made))
+
+
+def test_a_damaged_line_is_told_by_its_number(attached, tmp_path):
+    made = examples()
+    Store(tmp_path, settings(attached, made)).add("a", {"x": 1})
+    with (tmp_path / resume.PREDICTIONS).open("a") as handle:
+        handle.write("nonsense\n")
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        Store(tmp_path, settings(attached, made))
