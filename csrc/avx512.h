@@ -15,6 +15,9 @@ struct Avx512 {
   static void store(float *p, Vec v) { _mm512_storeu_ps(p, v); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static Vec all(float f) { return _mm512_set1_ps(f); }
 
   // exp with relative error below 2^-22; the clamps keep NaN (second operand) and still reach 0 and inf.
   static Vec exp(Vec z) {

@@ -94,6 +94,80 @@ bool check(const char *isa, bool bf16, int h, int f, std::vector<int> tokens, st
   return good;
 }
 
+float stored(const char *p, bool bf16) {
+  uint32_t bits = 0;
+  std::memcpy((char *)&bits + (bf16 ? 2 : 0), p, bf16 ? 2 : 4);
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+bool check_low_rank(const char *isa, bool bf16, int blocks, int block_size, int h, int rank, int columns, int threads) {
+  const int t = blocks * block_size, element = bf16 ? 2 : 4;
+  Matrix x(t * h, bf16, 1), w_in(rank * h, bf16, 0.25f), w_out(columns * rank, bf16, 0.25f), bias(columns, bf16, 1);
+  Exact<float> sums(blocks * columns);
+  Exact<char> y((size_t)t * columns * element);
+  fastfill_low_rank_call c{};
+  c.x = x.bytes.p, c.w_in = w_in.bytes.p, c.w_out = w_out.bytes.p, c.bias = bias.bytes.p;
+  c.x_stride = c.w_in_stride = h, c.w_out_stride = rank, c.out_stride = columns;
+  c.tokens = t, c.hidden = h, c.rank = rank, c.columns = columns, c.block_size = block_size, c.linear_rank = rank / 2;
+  c.dtype = bf16 ? FASTFILL_BF16 : FASTFILL_F32, c.threads = threads, c.isa = isa;
+  c.out = sums.p;
+  if (fastfill_block_scores(&c) != FASTFILL_OK) return false;
+  c.out = y.p;
+  if (fastfill_compensate(&c) != FASTFILL_OK) return false;
+
+  double worst = 0;
+  std::vector<double> p(columns), sum(columns);
+  for (int row = 0; row < t; row++) {
+    std::vector<double> inner(rank, 0.0);
+    for (int r = 0; r < rank; r++)
+      for (int i = 0; i < h; i++) inner[r] += (double)x.f[row * h + i] * w_in.f[r * h + i];
+    double z = 0;
+    for (int i = 0; i < columns; i++) {
+      double logit = bias.f[i], curved = bias.f[i];
+      for (int r = 0; r < rank; r++) {
+        logit += inner[r] * w_out.f[i * rank + r];
+        curved += (r < rank / 2 ? inner[r] : inner[r] / (1 + std::exp(-inner[r]))) * w_out.f[i * rank + r];
+      }
+      z += p[i] = std::exp(logit);
+      const double got = stored(y.p + ((size_t)row * columns + i) * element, bf16);
+      worst = std::fmax(worst, std::fabs(got - curved) / (1 + std::fabs(curved)));
+    }
+    for (int i = 0; i < columns; i++) sum[i] = (row % block_size ? sum[i] : 0) + p[i] / z;
+    for (int i = 0; row % block_size == block_size - 1 && i < columns; i++)
+      worst = std::fmax(worst, std::fabs(sums.p[row / block_size * columns + i] - sum[i]) / sum[i]);
+  }
+  const bool good = worst < (bf16 ? 0.05 : 1e-4);
+  std::printf("%-12s %s scores T %d H %d r %d F %d: worst relative error %.2g%s\n", isa, bf16 ? "bf16" : "fp32", t, h, rank,
+              columns, worst, good ? "" : "  TOO LARGE");
+
+  // Selection from these scores: no score that is left out is larger than one that is kept.
+  bool chosen = true;
+  for (int kept : {0, 1, columns / 2, columns}) {
+    Exact<int32_t> ids(blocks * kept);
+    fastfill_top_k_call k{};
+    k.scores = sums.p, k.ids = ids.p, k.scores_stride = columns, k.rows = blocks, k.neurons = columns, k.kept = kept;
+    k.threads = threads, k.isa = isa;
+    chosen &= fastfill_top_k(&k) == FASTFILL_OK;
+    for (int n = 0; n < blocks; n++) {
+      std::vector<char> is_kept(columns, 0);
+      float least = INFINITY, most = -INFINITY;
+      for (int i = 0; i < kept; i++) {
+        const int32_t id = ids.p[n * kept + i];
+        chosen &= i == 0 || id > ids.p[n * kept + i - 1];
+        is_kept[id] = 1;
+        least = std::fmin(least, sums.p[n * columns + id]);
+      }
+      for (int i = 0; i < columns; i++)
+        if (!is_kept[i]) most = std::fmax(most, sums.p[n * columns + i]);
+      chosen &= least >= most;
+    }
+  }
+  if (!chosen) std::printf("%-12s selection WRONG\n", isa);
+  return good && chosen;
+}
+
 }  // namespace
 
 int main() {
@@ -108,6 +182,10 @@ int main() {
       good &= check(isa, bf16, 70, 1100, {8, 8, 8, 8, 8, 600}, {500, 501, 502, 503, 504, 9}, 2);
       good &= check(isa, bf16, 128, 40, {20, 20, 20, 20, 20}, {20, 21, 22, 23, 24}, 2);  // rows of 512 bytes: packed
       good &= check(isa, bf16, 512, 60, {20, 20, 20, 20, 20}, {20, 21, 22, 23, 24}, 2);
+      good &= check_low_rank(isa, bf16, 3, 7, 33, 5, 77, 2);
+      good &= check_low_rank(isa, bf16, 2, 130, 64, 16, 130, 3);
+      good &= check_low_rank(isa, bf16, 1, 1, 1, 1, 1, 1);
+      good &= check_low_rank(isa, bf16, 2, 14, 512, 3, 12001, 2);  // several strips in a block
     }
   }
   std::puts(good ? "all good" : "FAILED");

@@ -1,5 +1,5 @@
-// C ABI of the native kernel: plain pointers, strides and sizes, so that one library serves every torch.
-// kernels/cpu.py mirrors `fastfill_call` field by field.
+// C ABI of the native kernels: plain pointers, strides and sizes, so that one library serves every torch.
+// kernels/cpu.py mirrors the structures field by field.
 #pragma once
 #include <cstdint>
 
@@ -27,7 +27,31 @@ struct fastfill_call {
   int64_t bad_block;  // out: the block whose ids were refused
 };
 
+// Predictor: out = block sums of softmax(x @ w_in.T @ w_out.T + bias), fp32 (tokens / block_size, columns).
+// Compensator: out = a @ w_out.T + bias, (tokens, columns) in the dtype; a = x @ w_in.T, SiLU on those >= linear_rank.
+// w_in is (rank, hidden), w_out (columns, rank), bias (columns). Strides as above.
+struct fastfill_low_rank_call {
+  const void *x, *w_in, *w_out, *bias;
+  void *out;
+  int64_t x_stride, w_in_stride, w_out_stride, out_stride;
+  int64_t tokens, hidden, rank, columns, block_size, linear_rank;
+  int32_t dtype, threads;
+  const char *isa;
+};
+
+// The `kept` largest of each row of scores (rows, neurons), ids rising; of equal ones the lowest ids; NaN is infinity.
+struct fastfill_top_k_call {
+  const float *scores;
+  int32_t *ids;  // (rows, kept)
+  int64_t scores_stride, rows, neurons, kept;
+  int32_t threads;
+  const char *isa;
+};
+
 FASTFILL_API int32_t fastfill_sparse_ffn(fastfill_call *call);
+FASTFILL_API int32_t fastfill_block_scores(const fastfill_low_rank_call *call);
+FASTFILL_API int32_t fastfill_compensate(const fastfill_low_rank_call *call);
+FASTFILL_API int32_t fastfill_top_k(const fastfill_top_k_call *call);
 FASTFILL_API int32_t fastfill_isa_count();
 FASTFILL_API const char *fastfill_isa_name(int32_t index);       // best first
 FASTFILL_API int32_t fastfill_isa_supported(int32_t index);      // by this processor and operating system

@@ -3,7 +3,9 @@
 #include <immintrin.h>
 
 #include "kernel.h"
+#include "low_rank.h"
 #include "scalar.h"
+#include "top_k.h"
 
 namespace fastfill {
 namespace {
@@ -18,6 +20,9 @@ struct Avx2 : Store {
   static void store(float *p, Vec v) { _mm256_storeu_ps(p, v); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+  static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static Vec all(float f) { return _mm256_set1_ps(f); }
   static Unit load_unit(const uint32_t *p) { return _mm256_loadu_ps((const float *)p); }
   static Vec broadcast(const void *p) {
     float f;
@@ -68,6 +73,7 @@ struct Avx2 : Store {
 };
 
 }  // namespace
-const Loops avx2_f32 = Ffn<Avx2<F32>>::loops();
-const Loops avx2_bf16_via_f32 = Ffn<Avx2<Bf16ViaF32>>::loops();
+const Scheme avx2_f32{Ffn<Avx2<F32>>::loops(), LowRank<Avx2<F32>>::loops()};
+const Scheme avx2_bf16_via_f32{Ffn<Avx2<Bf16ViaF32>>::loops(), LowRank<Avx2<Bf16ViaF32>>::loops()};
+void avx2_top_k(const TopKJob &j, int row, char *scratch) { top_k(j, row, scratch); }
 }  // namespace fastfill

@@ -2,6 +2,7 @@
 // count as zero.
 #include "avx512.h"
 #include "kernel.h"
+#include "low_rank.h"
 
 namespace fastfill {
 namespace {
@@ -59,5 +60,5 @@ struct Avx512Bf16 : Avx512 {
 };
 
 }  // namespace
-const Loops avx512_bf16_bf16 = Ffn<Avx512Bf16>::loops();
+const Scheme avx512_bf16_bf16{Ffn<Avx512Bf16>::loops(), LowRank<Avx512Bf16>::loops()};
 }  // namespace fastfill

@@ -1,6 +1,8 @@
 // Plain C++ for every other processor: vectors of 4 floats as arrays, which compilers turn into SSE2, NEON and so on.
 #include "kernel.h"
+#include "low_rank.h"
 #include "scalar.h"
+#include "top_k.h"
 
 namespace fastfill {
 namespace {
@@ -39,6 +41,19 @@ struct Portable : Store {
     for (int i = 0; i < 4; i++) a.f[i] += b.f[i];
     return a;
   }
+  static Vec sub(Vec a, Vec b) {
+    for (int i = 0; i < 4; i++) a.f[i] -= b.f[i];
+    return a;
+  }
+  static Vec max(Vec a, Vec b) {
+    for (int i = 0; i < 4; i++) a.f[i] = a.f[i] > b.f[i] ? a.f[i] : b.f[i];
+    return a;
+  }
+  static Vec all(float f) { return Vec{{f, f, f, f}}; }
+  static Vec exp(Vec z) {
+    for (int i = 0; i < 4; i++) z.f[i] = expf(z.f[i]);
+    return z;
+  }
   static Vec dot(Vec acc, Unit a, Vec b) {
     for (int i = 0; i < 4; i++) acc.f[i] += a.f[i] * b.f[i];
     return acc;
@@ -53,6 +68,7 @@ struct Portable : Store {
 };
 
 }  // namespace
-const Loops portable_f32 = Ffn<Portable<F32>>::loops();
-const Loops portable_bf16_via_f32 = Ffn<Portable<Bf16ViaF32>>::loops();
+const Scheme portable_f32{Ffn<Portable<F32>>::loops(), LowRank<Portable<F32>>::loops()};
+const Scheme portable_bf16_via_f32{Ffn<Portable<Bf16ViaF32>>::loops(), LowRank<Portable<Bf16ViaF32>>::loops()};
+void portable_top_k(const TopKJob &j, int row, char *scratch) { top_k(j, row, scratch); }
 }  // namespace fastfill

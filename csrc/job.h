@@ -1,5 +1,6 @@
-// What the driver (fastfill.cpp) hands to the loops (kernel.h): plain data only, because the loops are compiled once
-// per instruction set and must not share inline functions with code that runs on every processor.
+// What the drivers (sparse_ffn.cpp, predict.cpp) hand to the loops (kernel.h, low_rank.h, top_k.h): plain data only,
+// because the loops are compiled once per instruction set and must not share inline functions with code that runs on
+// every processor.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -43,14 +44,52 @@ struct Loops {
   void (*down)(const Job &, int task, char *scratch);
 };
 
+// Two small matrices one after the other: what the predictor and the compensator are (low_rank.h).
+struct LowRankJob {
+  const char *x, *w_in, *w_out, *bias;
+  char *out;
+  int64_t x_stride, w_in_stride, w_out_stride, out_stride;  // bytes
+  int64_t tokens;
+  int32_t hidden, rank, columns;
+  int32_t block_size;   // scores: tokens of a block
+  int32_t linear_rank;  // compensate: the first rows of w_in that have no SiLU behind them
+  int32_t strip;        // tokens whose outputs lie in L2 together
+  char *panels;         // packed w_in, then w_out, then bias in fp32
+};
+
+struct LowRankLoops {
+  int32_t rows;  // of a tile
+  size_t (*panel_bytes)(const LowRankJob &);
+  size_t (*scratch_bytes)(const LowRankJob &);  // of one thread
+  int (*pack_tasks)(const LowRankJob &);
+  void (*pack)(const LowRankJob &, int task, float padding);  // padding: bias of the columns that fill the last panel
+  void (*scores)(const LowRankJob &, int block, char *scratch);
+  void (*compensate)(const LowRankJob &, int strip, char *scratch);
+};
+
+struct TopKJob {
+  const float *scores;
+  int64_t stride;  // elements
+  int32_t neurons, kept;
+  int32_t *ids;
+};
+using TopK = void(const TopKJob &, int row, char *scratch);  // scratch: neurons x 4 bytes
+
+struct Scheme {  // everything that is compiled per instruction set and dtype
+  Loops ffn;
+  LowRankLoops low_rank;
+};
+
 struct Isa {
   const char *name;
   bool (*supported)();
-  const Loops *f32, *bf16;
+  const Scheme *f32, *bf16;
+  TopK *top_k;
 };
 
-// One per translation unit; null where the compiler could not build it.
-extern const Loops avx512_bf16_bf16, avx512_f32, avx512_bf16_via_f32, avx2_f32, avx2_bf16_via_f32, portable_f32,
+// One per translation unit.
+extern const Scheme avx512_bf16_bf16, avx512_f32, avx512_bf16_via_f32, avx2_f32, avx2_bf16_via_f32, portable_f32,
     portable_bf16_via_f32;
+extern TopK avx512_top_k, avx2_top_k, portable_top_k;
 
 }  // namespace fastfill

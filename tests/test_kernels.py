@@ -373,7 +373,7 @@ def test_custom_op(name):
 def test_sanitizers(tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer over all instruction sets, in buffers without spare room."""
     flags = ["-std=c++17", "-O0", "-g1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = {"fastfill": [], "check": [], "isa_portable": []}
+    sources = {"driver": [], "sparse_ffn": [], "predict": [], "check": [], "isa_portable": []}
     if platform.machine() in ("x86_64", "AMD64"):
         avx512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
         flags.append("-DFASTFILL_X86")

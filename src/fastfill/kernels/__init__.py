@@ -1,7 +1,7 @@
-"""One op, one signature: the FFN of blocks of tokens, each block with its own selected neurons.
+"""The ops of a sparse FFN layer, in the order they run: `block_scores`, `top_k`, `compensate`, `sparse_ffn`.
 
-`sparse_ffn` is the op. Two kernels compute it: ``native`` (C++, reads the selected rows in place) and ``torch``
-(gather, then multiply; also the reference). Which of them runs is decided in `choose` and nowhere else.
+Two kernels compute each: ``native`` (C++) and ``torch`` (also the reference). Which of them runs is decided in `choose`
+and nowhere else.
 """
 
 from itertools import pairwise
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cpu, torch_ref
 
-__all__ = ["ACTIVATIONS", "available", "choose", "describe", "sparse_ffn"]
+__all__ = ["ACTIVATIONS", "available", "block_scores", "choose", "compensate", "describe", "sparse_ffn", "top_k"]
 
 KERNELS = ("native", "torch")
 ACTIVATIONS = tuple(torch_ref.ACTIVATIONS)
@@ -82,6 +82,125 @@ def _check_ids(ids: Tensor, id_offsets: list[int], n_neurons: int) -> None:
     rising[starts] = True
     if not bool(rising.all()):
         raise ValueError("ids must be sorted and unique within each block")
+
+
+def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_size: int, *, kernel: str = "auto") -> Tensor:
+    """What the predictor says of each block: ``softmax(w_out (w_in x_t) + bias)`` summed over its tokens t.
+
+    Args:
+        x: ``(T, H)``, the tokens of N blocks of ``block_size`` one after the other.
+        w_in, w_out, bias: ``(r, H)``, ``(F, r)`` and ``(F,)``.
+        kernel: ``"auto"``, ``"native"`` or ``"torch"``; see `choose`.
+
+    Returns:
+        ``(N, F)`` fp32. A token with NaN or +inf among its logits makes its block's scores NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    if torch.compiler.is_compiling():  # one opaque node in the graph
+        scores: Tensor = _block_scores_op(x, w_in, w_out, bias, block_size, kernel)
+        return scores
+    _check_low_rank(x, w_in, w_out, bias)
+    if block_size < 1 or x.shape[0] % block_size:
+        raise ValueError(f"{x.shape[0]} tokens do not make blocks of {block_size}")
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out, bias))
+    op = cpu.block_scores if choose(kernel, x, grad) == "native" else torch_ref.block_scores
+    return op(x, w_in, w_out, bias, block_size)
+
+
+def compensate(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank: int, *, kernel: str = "auto") -> Tensor:
+    """What the compensator adds to each token: ``w_out a + bias`` with ``a = w_in x``, SiLU on ``a[linear_rank:]``.
+
+    Args:
+        x: ``(T, H)``.
+        w_in, w_out, bias: ``(r, H)``, ``(H', r)`` and ``(H',)``.
+        kernel: ``"auto"``, ``"native"`` or ``"torch"``; see `choose`.
+
+    Returns:
+        ``(T, H')`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    if torch.compiler.is_compiling():
+        y: Tensor = _compensate_op(x, w_in, w_out, bias, linear_rank, kernel)
+        return y
+    _check_low_rank(x, w_in, w_out, bias)
+    if not 0 <= linear_rank <= w_in.shape[0]:
+        raise ValueError(f"linear_rank must lie in 0 to {w_in.shape[0]}, the rows of w_in, not {linear_rank}")
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out, bias))
+    op = cpu.compensate if choose(kernel, x, grad) == "native" else torch_ref.compensate
+    return op(x, w_in, w_out, bias, linear_rank)
+
+
+def top_k(scores: Tensor, kept: int, *, kernel: str = "auto") -> Tensor:
+    """The ids of the ``kept`` largest scores of each row, rising. Of equal scores the lowest ids are kept; 0 and -0 are
+    equal; NaN counts as infinity.
+
+    Args:
+        scores: ``(N, F)``.
+        kernel: ``"auto"``, ``"native"`` or ``"torch"``; see `choose`.
+
+    Returns:
+        ``(N, K)`` int32.
+
+    Raises:
+        ValueError: scores that are no floating point matrix, ``kept`` outside 0 to F.
+    """
+    if torch.compiler.is_compiling():
+        ids: Tensor = _top_k_op(scores, kept, kernel)
+        return ids
+    if scores.dim() != 2 or not scores.is_floating_point():
+        raise ValueError(f"scores must be a floating point (N, F), not {scores.dtype} {list(scores.shape)}")
+    if not 0 <= kept <= scores.shape[1]:
+        raise ValueError(f"kept must lie in 0 to {scores.shape[1]}, the neurons of a row, not {kept}")
+    op = cpu.top_k if choose(kernel, scores) == "native" else torch_ref.top_k
+    return op(scores, kept)
+
+
+@torch.library.custom_op("fastfill::block_scores", mutates_args=())
+def _block_scores_op(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_size: int, kernel: str) -> Tensor:
+    return block_scores(x, w_in, w_out, bias, block_size, kernel=kernel)
+
+
+@_block_scores_op.register_fake
+def _(x, w_in, w_out, bias, block_size, kernel):
+    return x.new_empty(x.shape[0] // block_size, w_out.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("fastfill::compensate", mutates_args=())
+def _compensate_op(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank: int, kernel: str) -> Tensor:
+    return compensate(x, w_in, w_out, bias, linear_rank, kernel=kernel)
+
+
+@_compensate_op.register_fake
+def _(x, w_in, w_out, bias, linear_rank, kernel):
+    return x.new_empty(x.shape[0], w_out.shape[0])
+
+
+@torch.library.custom_op("fastfill::top_k", mutates_args=())
+def _top_k_op(scores: Tensor, kept: int, kernel: str) -> Tensor:
+    return top_k(scores, kept, kernel=kernel)
+
+
+@_top_k_op.register_fake
+def _(scores, kept, kernel):
+    return scores.new_empty(scores.shape[0], kept, dtype=torch.int32)
+
+
+def _check_low_rank(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor) -> None:
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be a floating point (T, H), not {x.dtype} {list(x.shape)}")
+    if w_in.dim() != 2 or w_in.shape[1] != x.shape[1]:
+        raise ValueError(f"w_in must be (r, {x.shape[1]}), not {list(w_in.shape)}")
+    if w_out.dim() != 2 or w_out.shape[1] != w_in.shape[0]:
+        raise ValueError(f"w_out must have {w_in.shape[0]} columns, the rows of w_in, not {list(w_out.shape)}")
+    if bias.shape != w_out.shape[:1]:
+        raise ValueError(f"bias must be ({w_out.shape[0]},) like the rows of w_out, not {list(bias.shape)}")
+    for label, t in (("w_in", w_in), ("w_out", w_out), ("bias", bias)):
+        if t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(f"{label} is {t.dtype} on {t.device}, but x is {x.dtype} on {x.device}")
 
 
 def sparse_ffn(

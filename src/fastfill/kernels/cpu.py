@@ -1,4 +1,4 @@
-"""Binding of the native CPU kernel: a plain C library called through ctypes, which releases the GIL.
+"""Binding of the native CPU kernels: a plain C library called through ctypes, which releases the GIL.
 
 The library is built by CMakeLists.txt from csrc/ and lies next to this file. It is loaded on first use; where it is
 missing, `usable` is False and `status` says so, and importing this module never fails.
@@ -33,6 +33,29 @@ class _Call(ctypes.Structure):
         *((name, c_int32) for name in ("dtype", "activation", "ids_are_64bit", "threads")),
         ("isa", c_char_p),
         ("bad_block", c_int64),
+    )
+
+
+class _LowRankCall(ctypes.Structure):
+    """`fastfill_low_rank_call` of csrc/fastfill.h, field by field."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "w_in", "w_out", "bias", "out")),
+        *((f"{name}_stride", c_int64) for name in ("x", "w_in", "w_out", "out")),
+        *((name, c_int64) for name in ("tokens", "hidden", "rank", "columns", "block_size", "linear_rank")),
+        *((name, c_int32) for name in ("dtype", "threads")),
+        ("isa", c_char_p),
+    )
+
+
+class _TopKCall(ctypes.Structure):
+    """`fastfill_top_k_call` of csrc/fastfill.h, field by field."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("scores", "ids")),
+        *((name, c_int64) for name in ("scores_stride", "rows", "neurons", "kept")),
+        ("threads", c_int32),
+        ("isa", c_char_p),
     )
 
 
@@ -77,6 +100,9 @@ def _load() -> ctypes.CDLL | str:
     try:
         lib = ctypes.CDLL(str(file))
         lib.fastfill_sparse_ffn.argtypes = [POINTER(_Call)]
+        lib.fastfill_block_scores.argtypes = [POINTER(_LowRankCall)]
+        lib.fastfill_compensate.argtypes = [POINTER(_LowRankCall)]
+        lib.fastfill_top_k.argtypes = [POINTER(_TopKCall)]
         lib.fastfill_isa_name.restype = c_char_p
         lib.fastfill_use_gomp.argtypes = [c_void_p]
         lib.fastfill_use_gomp.restype = None
@@ -148,12 +174,8 @@ def sparse_ffn(
     out: Tensor,
 ) -> None:
     """As `torch_ref.sparse_ffn`. Shapes and dtypes are checked by the caller, the ids here (in C++)."""
-    lib = _load()
-    if isinstance(lib, str):
-        raise RuntimeError(lib)
-    for label, t in (("x", x), ("gate", gate), ("up", up), ("down_t", down_t), ("init", init), ("out", out)):
-        if t is not None and t.data_ptr() % t.element_size():
-            raise ValueError(f"{label} is not aligned to its {t.element_size()}-byte elements: pass {label}.clone()")
+    lib = _library()
+    _check_alignment(x=x, gate=gate, up=up, down_t=down_t, init=init, out=out)
     ids = ids.contiguous()
     x = _unit_rows(x)
     init = None if init is None else _unit_rows(init)
@@ -189,12 +211,86 @@ def sparse_ffn(
         raise ValueError(f"ids must lie in [0, {gate.shape[0]}): those of block {call.bad_block} do not")
     if code == 2:
         raise ValueError(f"ids must be sorted and unique within each block: those of block {call.bad_block} are not")
+    _check_code(code)
+    if target is not out:
+        out.copy_(target)
+
+
+def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_size: int) -> Tensor:
+    """As `torch_ref.block_scores`. Shapes and dtypes are checked by the caller."""
+    out = torch.empty(x.shape[0] // block_size, w_out.shape[0], dtype=torch.float32)
+    _low_rank("fastfill_block_scores", x, w_in, w_out, bias, out, block_size=block_size)
+    return out
+
+
+def compensate(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank: int) -> Tensor:
+    """As `torch_ref.compensate`. Shapes and dtypes are checked by the caller."""
+    out = torch.empty(x.shape[0], w_out.shape[0], dtype=x.dtype)
+    _low_rank("fastfill_compensate", x, w_in, w_out, bias, out, linear_rank=linear_rank)
+    return out
+
+
+def _low_rank(op: str, x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, out: Tensor, **sizes: int) -> None:
+    _check_alignment(x=x, w_in=w_in, w_out=w_out, bias=bias)
+    x, w_in, w_out, bias = _unit_rows(x), _unit_rows(w_in), _unit_rows(w_out), bias.contiguous()
+    call = _LowRankCall(
+        x=x.data_ptr(),
+        w_in=w_in.data_ptr(),
+        w_out=w_out.data_ptr(),
+        bias=bias.data_ptr(),
+        out=out.data_ptr(),
+        x_stride=x.stride(0),
+        w_in_stride=w_in.stride(0),
+        w_out_stride=w_out.stride(0),
+        out_stride=out.shape[1],
+        tokens=x.shape[0],
+        hidden=x.shape[1],
+        rank=w_in.shape[0],
+        columns=w_out.shape[0],
+        dtype=_DTYPE_CODES[x.dtype],
+        threads=torch.get_num_threads(),
+        isa=isa().encode(),
+        **sizes,
+    )
+    _check_code(getattr(_library(), op)(byref(call)))
+
+
+def top_k(scores: Tensor, kept: int) -> Tensor:
+    """As `torch_ref.top_k`. Shapes are checked by the caller."""
+    scores = _unit_rows(scores.float())
+    ids = torch.empty(scores.shape[0], kept, dtype=torch.int32)
+    call = _TopKCall(
+        scores=scores.data_ptr(),
+        ids=ids.data_ptr(),
+        scores_stride=scores.stride(0),
+        rows=scores.shape[0],
+        neurons=scores.shape[1],
+        kept=kept,
+        threads=torch.get_num_threads(),
+        isa=isa().encode(),
+    )
+    _check_code(_library().fastfill_top_k(byref(call)))
+    return ids
+
+
+def _library() -> ctypes.CDLL:
+    lib = _load()
+    if isinstance(lib, str):
+        raise RuntimeError(lib)
+    return lib
+
+
+def _check_alignment(**tensors: Tensor | None) -> None:
+    for label, t in tensors.items():
+        if t is not None and t.data_ptr() % t.element_size():
+            raise ValueError(f"{label} is not aligned to its {t.element_size()}-byte elements: pass {label}.clone()")
+
+
+def _check_code(code: int) -> None:
     if code == 3:
         raise MemoryError("no memory for the native kernel's scratch")
     if code:
         raise RuntimeError(f"the native kernel failed with code {code}")
-    if target is not out:
-        out.copy_(target)
 
 
 def _unit_rows(t: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
-"""The op in plain torch: gather the selected rows of a block, then multiply.
+"""The ops in plain torch.
 
-Readable first: this is what the native kernel is compared with, and what runs where there is no native kernel. It
-copies every selected row (3 K H numbers per block), which is why it loses on small blocks and large layers.
+Readable first: this is what the native kernels are compared with, and what runs where there are none.
+
+The sparse FFN gathers the selected rows of a block, then multiplies: it copies 3 K H numbers per block, which is why it
+loses on small blocks and large layers.
 """
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,3 +44,27 @@ def sparse_ffn(
         h = act(F.linear(xb, gate[kept])) * F.linear(xb, up[kept])
         y = h @ down_t[kept]
         out[tokens] = y if init is None else y + init[tokens]
+
+
+def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_size: int) -> Tensor:
+    """``softmax(w_out (w_in x_t) + bias)`` summed over the tokens of each block: (T, H) -> (N, F) in fp32."""
+    p = F.linear(F.linear(x, w_in), w_out, bias).softmax(-1)
+    return p.view(len(x) // block_size, block_size, len(w_out)).sum(1, dtype=torch.float32)
+
+
+def top_k(scores: Tensor, kept: int) -> Tensor:
+    """Ids of the largest scores of each row, rising; of equal scores the lowest ids first, NaN as infinity."""
+    n, neurons = scores.shape
+    if kept in (0, neurons):
+        return torch.arange(kept, dtype=torch.int32, device=scores.device).repeat(n, 1)
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    limit = scores.topk(kept, dim=1, sorted=False).values.amin(1, keepdim=True)
+    keep, ties = scores > limit, scores == limit
+    keep |= ties & (ties.cumsum(1, dtype=torch.int32) <= kept - keep.sum(1, keepdim=True))
+    return keep.nonzero()[:, 1].view(n, kept).to(torch.int32)
+
+
+def compensate(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank: int) -> Tensor:
+    """``w_out a + bias`` with ``a = w_in x``, SiLU on its entries from ``linear_rank`` on: (T, H) -> (T, H')."""
+    inner = F.linear(x, w_in)
+    return F.linear(torch.cat([inner[:, :linear_rank], F.silu(inner[:, linear_rank:])], dim=1), w_out, bias)

@@ -1,161 +1,16 @@
-// The driver: picks the instruction set, checks the ids, cuts the work into tasks and runs them on the threads.
-#include "fastfill.h"
-
-#include <atomic>
-#include <cstdlib>
-#include <cstring>
-#include <mutex>
-#include <system_error>
-#include <thread>
+// The driver of the sparse FFN: checks the ids, cuts the work into tasks and runs them on the threads.
+#include <new>
 #include <vector>
 
-#if !defined(_WIN32)
-#include <sys/mman.h>
-#endif
-
-#include "job.h"
+#include "driver.h"
+#include "fastfill.h"
 
 namespace fastfill {
 namespace {
 
-#if defined(FASTFILL_X86)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-#endif
-bool always() { return true; }
-
-const Isa kIsas[] = {  // best first
-#if defined(FASTFILL_X86)
-    {"avx512_bf16", has_avx512_bf16, &avx512_f32, &avx512_bf16_bf16},
-    {"avx512", has_avx512, &avx512_f32, &avx512_bf16_via_f32},
-    {"avx2", has_avx2, &avx2_f32, &avx2_bf16_via_f32},
-#endif
-    {"portable", always, &portable_f32, &portable_bf16_via_f32},
-};
-constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
-
-const Isa *find_isa(const char *name) {
-  for (const Isa &isa : kIsas)
-    if ((!name || !*name || !strcmp(name, isa.name)) && isa.supported()) return &isa;
-  return nullptr;
-}
-
-// ---- threads ------------------------------------------------------------------------------------------------------
-
-// torch's threads belong to the OpenMP library it brought along, and they spin for a while after each of its ops: a
-// second pool would fight them for the cores. So the region is opened through that library's own entry point, found by
-// the binding. Without it, plain threads.
-using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
-std::atomic<GompParallel> gomp_parallel{nullptr};
-
-struct Region {
-  void (*body)(void *context, int task, char *scratch);
-  void *context;
-  int tasks;
-  char *scratch;
-  size_t scratch_bytes;
-  std::atomic<int> next_task{0}, next_thread{0};
-};
-
-void work(void *p) {
-  Region &r = *static_cast<Region *>(p);
-  char *scratch = r.scratch + r.scratch_bytes * r.next_thread.fetch_add(1);
-  for (int t; (t = r.next_task.fetch_add(1)) < r.tasks;) r.body(r.context, t, scratch);
-}
-
-// Tasks are handed out as threads become free. Which thread does which task changes no result.
-void parallel(int threads, int tasks, char *scratch, size_t scratch_bytes, void *context,
-              void (*body)(void *, int, char *)) {
-  Region r;
-  r.body = body, r.context = context, r.tasks = tasks, r.scratch = scratch, r.scratch_bytes = scratch_bytes;
-  if (threads > tasks) threads = tasks;
-  if (threads <= 1) return work(&r);
-  if (GompParallel gomp = gomp_parallel.load()) return gomp(work, &r, threads, 0);
-  std::vector<std::thread> others;
-  try {
-    for (int i = 1; i < threads; i++) others.emplace_back(work, &r);
-  } catch (const std::system_error &) {  // no more threads to be had: those that started do the work
-  }
-  work(&r);
-  for (std::thread &t : others) t.join();
-}
-
-// ---- scratch memory -----------------------------------------------------------------------------------------------
-
-// Kept between calls, because fresh pages cost about 0.25 us each: 5 % of a 576 x 1536 layer at 1,024 tokens.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      for (size_t i = 0; i < free_.size(); i++)
-        if (!mine_.data || free_[i].bytes > free_[at_].bytes) mine_ = free_[i], at_ = i;
-      if (mine_.data) free_.erase(free_.begin() + at_);
-    }
-    if (mine_.bytes >= bytes) return;
-    release(mine_.data);
-    const size_t rounded = (bytes + bytes / 8 + kHuge - 1) / kHuge * kHuge;
-    mine_ = {allocate(rounded), rounded};
-  }
-  ~Scratch() {
-    if (!mine_.data) return;
-    std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(mine_);
-  }
-  Scratch(const Scratch &) = delete;
-  char *data() const { return static_cast<char *>(mine_.data); }
-  bool ok() const { return mine_.data != nullptr; }
-
- private:
-  static constexpr size_t kHuge = 2 << 20;
-  struct Buffer {
-    void *data = nullptr;
-    size_t bytes = 0;
-  };
-
-  // Huge pages where the system grants them on request.
-  static void *allocate(size_t bytes) {
-#if defined(_WIN32)
-    return _aligned_malloc(bytes, 64);
-#else
-    void *p = nullptr;
-    if (posix_memalign(&p, kHuge, bytes)) return nullptr;
-#if defined(MADV_HUGEPAGE)
-    madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    return p;
-#endif
-  }
-  static void release(void *p) {
-#if defined(_WIN32)
-    _aligned_free(p);
-#else
-    std::free(p);
-#endif
-  }
-
-  Buffer mine_;
-  size_t at_ = 0;
-  // As many as calls have run at once; never destroyed, because threads may still call while the process ends.
-  static std::mutex &mutex_;
-  static std::vector<Buffer> &free_;
-};
-std::mutex &Scratch::mutex_ = *new std::mutex;
-std::vector<Scratch::Buffer> &Scratch::free_ = *new std::vector<Scratch::Buffer>;
-
-// ---- the call -----------------------------------------------------------------------------------------------------
-
 constexpr int kMaxBlock = 512;        // longer blocks are cut: bounds the packed x that a core holds
 constexpr int kMaxTokens = 2048;      // tokens per pass over the weights: bounds scratch memory
 constexpr int kL2Bytes = 512 * 1024;  // share of a core's L2 that a packed chunk may take
-
-size_t align64(size_t n) { return (n + 63) / 64 * 64; }
-int ceil_div(int64_t a, int64_t b) { return (int)((a + b - 1) / b); }
-int at_least_one(int n) { return n < 1 ? 1 : n; }
 
 template <class Id>
 int copy_ids(const Id *from, int64_t n, int64_t neurons, int32_t *to) {
@@ -224,7 +79,7 @@ struct Pass {
 int32_t run(fastfill_call *call) {
   const Isa *isa = find_isa(call->isa);
   if (!isa) return FASTFILL_BAD_ISA;
-  const Loops *loops = call->dtype == FASTFILL_BF16 ? isa->bf16 : isa->f32;
+  const Loops *loops = call->dtype == FASTFILL_BF16 ? &isa->bf16->ffn : &isa->f32->ffn;
   const Sizes &s = loops->sizes;
   const int element = call->dtype == FASTFILL_BF16 ? 2 : 4;
   const int threads = call->threads < 1 ? 1 : call->threads;
@@ -320,10 +175,4 @@ FASTFILL_API int32_t fastfill_sparse_ffn(fastfill_call *call) {
   } catch (const std::bad_alloc &) {
     return FASTFILL_NO_MEMORY;
   }
-}
-FASTFILL_API int32_t fastfill_isa_count() { return fastfill::kIsaCount; }
-FASTFILL_API const char *fastfill_isa_name(int32_t i) { return fastfill::kIsas[i].name; }
-FASTFILL_API int32_t fastfill_isa_supported(int32_t i) { return fastfill::kIsas[i].supported(); }
-FASTFILL_API void fastfill_use_gomp(void *f) {
-  fastfill::gomp_parallel.store(reinterpret_cast<fastfill::GompParallel>(f));
 }

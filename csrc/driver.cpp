@@ -1,0 +1,156 @@
+// The choice of the instruction set, threads, scratch memory.
+#include "driver.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <sys/mman.h>
+#endif
+
+#include "fastfill.h"
+
+namespace fastfill {
+
+// ---- instruction sets ---------------------------------------------------------------------------------------------
+
+namespace {
+
+#if defined(FASTFILL_X86)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+bool always() { return true; }
+
+const Isa kIsas[] = {  // best first
+#if defined(FASTFILL_X86)
+    {"avx512_bf16", has_avx512_bf16, &avx512_f32, &avx512_bf16_bf16, avx512_top_k},
+    {"avx512", has_avx512, &avx512_f32, &avx512_bf16_via_f32, avx512_top_k},
+    {"avx2", has_avx2, &avx2_f32, &avx2_bf16_via_f32, avx2_top_k},
+#endif
+    {"portable", always, &portable_f32, &portable_bf16_via_f32, portable_top_k},
+};
+constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
+
+}  // namespace
+
+const Isa *find_isa(const char *name) {
+  for (const Isa &isa : kIsas)
+    if ((!name || !*name || !strcmp(name, isa.name)) && isa.supported()) return &isa;
+  return nullptr;
+}
+
+// ---- threads ------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// torch's threads belong to the OpenMP library it brought along, and they spin for a while after each of its ops: a
+// second pool would fight them for the cores. So the region is opened through that library's own entry point, found by
+// the binding. Without it, plain threads.
+using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+std::atomic<GompParallel> gomp_parallel{nullptr};
+
+struct Region {
+  void (*body)(void *context, int task, char *scratch);
+  void *context;
+  int tasks;
+  char *scratch;
+  size_t scratch_bytes;
+  std::atomic<int> next_task{0}, next_thread{0};
+};
+
+void work(void *p) {
+  Region &r = *static_cast<Region *>(p);
+  char *scratch = r.scratch + r.scratch_bytes * r.next_thread.fetch_add(1);
+  for (int t; (t = r.next_task.fetch_add(1)) < r.tasks;) r.body(r.context, t, scratch);
+}
+
+}  // namespace
+
+void parallel(int threads, int tasks, char *scratch, size_t scratch_bytes, void *context,
+              void (*body)(void *, int, char *)) {
+  Region r;
+  r.body = body, r.context = context, r.tasks = tasks, r.scratch = scratch, r.scratch_bytes = scratch_bytes;
+  if (threads > tasks) threads = tasks;
+  if (threads <= 1) return work(&r);
+  if (GompParallel gomp = gomp_parallel.load()) return gomp(work, &r, threads, 0);
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < threads; i++) others.emplace_back(work, &r);
+  } catch (const std::system_error &) {  // no more threads to be had: those that started do the work
+  }
+  work(&r);
+  for (std::thread &t : others) t.join();
+}
+
+// ---- scratch memory -----------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr size_t kHuge = 2 << 20;
+
+// Huge pages where the system grants them on request.
+void *allocate(size_t bytes) {
+#if defined(_WIN32)
+  return _aligned_malloc(bytes, 64);
+#else
+  void *p = nullptr;
+  if (posix_memalign(&p, kHuge, bytes)) return nullptr;
+#if defined(MADV_HUGEPAGE)
+  madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+  return p;
+#endif
+}
+
+void release(void *p) {
+#if defined(_WIN32)
+  _aligned_free(p);
+#else
+  std::free(p);
+#endif
+}
+
+// As many as calls have run at once; never destroyed, because threads may still call while the process ends.
+std::mutex &free_mutex = *new std::mutex;
+std::vector<Scratch::Buffer> &free_buffers = *new std::vector<Scratch::Buffer>;
+
+}  // namespace
+
+Scratch::Scratch(size_t bytes) {
+  {
+    std::lock_guard<std::mutex> lock(free_mutex);
+    size_t at = 0;
+    for (size_t i = 0; i < free_buffers.size(); i++)
+      if (!mine_.data || free_buffers[i].bytes > mine_.bytes) mine_ = free_buffers[i], at = i;
+    if (mine_.data) free_buffers.erase(free_buffers.begin() + at);
+  }
+  if (mine_.bytes >= bytes) return;
+  release(mine_.data);
+  const size_t rounded = (bytes + bytes / 8 + kHuge - 1) / kHuge * kHuge;
+  mine_ = {allocate(rounded), rounded};
+}
+
+Scratch::~Scratch() {
+  if (!mine_.data) return;
+  std::lock_guard<std::mutex> lock(free_mutex);
+  free_buffers.push_back(mine_);
+}
+
+}  // namespace fastfill
+
+FASTFILL_API int32_t fastfill_isa_count() { return fastfill::kIsaCount; }
+FASTFILL_API const char *fastfill_isa_name(int32_t i) { return fastfill::kIsas[i].name; }
+FASTFILL_API int32_t fastfill_isa_supported(int32_t i) { return fastfill::kIsas[i].supported(); }
+FASTFILL_API void fastfill_use_gomp(void *f) {
+  fastfill::gomp_parallel.store(reinterpret_cast<fastfill::GompParallel>(f));
+}
