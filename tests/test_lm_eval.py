@@ -1,0 +1,97 @@
+"""The model class for EleutherAI's harness. Skipped where the harness is not installed (the extra `lm-eval`)."""
+
+import pytest
+import torch
+from conftest import logits, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
+from transformers import DynamicCache
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from fastfill import attach
+from fastfill.engines import transformers as engine
+from fastfill.evaluate.lm_eval import FastfillLM
+
+CONTEXTS = [tiny_text(45, seed=1), tiny_text(60, seed=2)]
+ENDS = [" w9", " w10 w11 w12", " w13 w14"]
+
+
+def made(folder, artifact, **more):
+    return get_model("fastfill")(pretrained=str(folder), artifact=str(artifact), dtype="float32", device="cpu", **more)
+
+
+def instances(kind, arguments):
+    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
+
+
+def pairs():
+    return instances("loglikelihood", [(context, end) for end in ENDS for context in CONTEXTS])
+
+
+@pytest.fixture
+def folder(model_folder):
+    return model_folder
+
+
+def test_it_is_registered():
+    assert get_model("fastfill") is FastfillLM
+
+
+def test_at_sparsity_zero_it_is_the_harness_s_own_model(folder, artifact_folder):
+    sparse = made(folder, artifact_folder, sparsity=0.0)
+    plain = get_model("hf")(pretrained=str(folder), dtype="float32", device="cpu")
+    for (a, greedy_a), (b, greedy_b) in zip(sparse.loglikelihood(pairs()), plain.loglikelihood(pairs()), strict=True):
+        assert a == pytest.approx(b, abs=1e-4) and greedy_a == greedy_b  # fp32, other shapes of the same products
+    text = instances("loglikelihood_rolling", [(CONTEXTS[1],)])
+    assert sparse.loglikelihood_rolling(text) == pytest.approx(plain.loglikelihood_rolling(text), abs=1e-3)
+    asked = instances("generate_until", [(c, {"until": ["w300"], "max_gen_toks": 5}) for c in CONTEXTS])
+    assert sparse.generate_until(asked) == plain.generate_until(asked)
+
+
+def test_context_sparse_continuation_dense(folder, artifact_folder):
+    lm = made(folder, artifact_folder)
+    found = lm.loglikelihood(pairs())
+    stats = lm.attachment.stats
+    # Each context once: 45 tokens have 4 sparse blocks of 8, 60 have 6; then twice 2 and twice 1 token of continuations.
+    assert (stats.sparse_tokens, stats.dense_tokens) == (32 + 48, 13 + 12 + 2 * (2 + 1))
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    for request, (value, _) in zip(pairs(), found, strict=True):
+        context, end = (tokenizer(text, return_tensors="pt")["input_ids"] for text in request.args)
+        cache = DynamicCache(config=model.config)
+        with attach(model, tiny_artifact(model)):
+            rows = [logits(model, context, past_key_values=cache)[0, -1]]
+        rows += [logits(model, token.view(1, 1), past_key_values=cache)[0, 0] for token in end[0, :-1]]
+        expected = torch.stack(rows).log_softmax(-1).gather(1, end[0][:, None]).sum()
+        assert value == pytest.approx(float(expected), abs=1e-4)
+    dense = made(folder, artifact_folder, sparsity=0.0).loglikelihood(pairs())
+    assert all(abs(a - b) > 1e-3 for (a, _), (b, _) in zip(found, dense, strict=True))
+
+
+def test_rolling_reads_the_text_itself_sparsely(folder, artifact_folder):
+    lm = made(folder, artifact_folder)
+    (value,) = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(CONTEXTS[1],)]))
+    ids = tiny_tokenizer()(CONTEXTS[1])["input_ids"]
+    model = tiny_model()
+    with attach(model, tiny_artifact(model)):
+        rows = logits(model, torch.tensor([[lm.prefix_token_id, *ids[:-1]]]))[0].log_softmax(-1)
+    assert value == pytest.approx(float(rows[range(len(ids)), ids].sum()), abs=1e-3)
+    assert lm.attachment.stats.sparse_tokens == 48
+
+
+def test_generation_is_ours(folder, artifact_folder):
+    lm = made(folder, artifact_folder)
+    asked = instances("generate_until", [(c, {"until": ["w300"], "max_gen_toks": 5}) for c in CONTEXTS])
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with attach(model, tiny_artifact(model)):
+        expected = [
+            tokenizer.decode(engine.generate(model, engine.encode(tokenizer, c, chat=False), 5), skip_special_tokens=True)
+            for c in CONTEXTS
+        ]
+    assert [text.strip() for text in lm.generate_until(asked)] == [text.strip() for text in expected]
+
+
+def test_the_result_file_says_what_ran(folder, artifact_folder):
+    info = made(folder, artifact_folder).get_model_info()
+    assert info["sparsity"] == 0.5 and info["block_size"] == 8 and info["artifact"] == str(artifact_folder)
