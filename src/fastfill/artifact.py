@@ -52,14 +52,15 @@ class Artifact:
         target = self.prefill.sparsity if sparsity is None else sparsity
         return schedule.allocate(self.layer_importance, target, self.base_model["intermediate_size"])
 
-    def predictor(self, layer: int, like: torch.Tensor) -> LearnedPredictor:
-        return LearnedPredictor(*(self._weight(layer, f"predictor.{name}", like) for name in ("w_in", "w_out", "bias")))
+    def predictor(self, layer: int, like: torch.Tensor, kernel: str = "auto") -> LearnedPredictor:
+        w_in, w_out, bias = (self._weight(layer, f"predictor.{name}", like) for name in ("w_in", "w_out", "bias"))
+        return LearnedPredictor(w_in, w_out, bias, kernel)
 
-    def compensator(self, layer: int, like: torch.Tensor) -> Compensator | None:
+    def compensator(self, layer: int, like: torch.Tensor, kernel: str = "auto") -> Compensator | None:
         if not self.ranks["linear"] + self.ranks["silu"]:
             return None
         w_in, w_out, bias = (self._weight(layer, f"compensator.{name}", like) for name in ("w_in", "w_out", "bias"))
-        return Compensator(w_in, w_out, bias, self.ranks["linear"])
+        return Compensator(w_in, w_out, bias, self.ranks["linear"], kernel)
 
     def statistics(self, layer: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
         """What baselines need of the calibration text: mean importance (F,) and input RMS (H,)."""

@@ -214,7 +214,7 @@ def attach(
 
     def predictor_for(layer: int, part: families.FFN) -> Predictor:
         if predictor == LEARNED:
-            return artifact.predictor(layer, part.gate)
+            return artifact.predictor(layer, part.gate, kernel)
         return BASELINES[predictor](part, layer, artifact.statistics(layer, part.gate), artifact.ranks["predictor"])
 
     ffns = [
@@ -225,7 +225,7 @@ def attach(
             down_t=part.down.t().contiguous() if kept < anatomy.intermediate else part.down.new_empty(0),
             kept=kept,
             predictor=predictor_for(layer, part),
-            compensator=artifact.compensator(layer, part.gate) if compensator else None,
+            compensator=artifact.compensator(layer, part.gate, kernel) if compensator else None,
             kernel=kernel,
         )
         for layer, (part, kept) in enumerate(zip(anatomy.ffns, artifact.kept(config.sparsity), strict=True))

@@ -35,11 +35,12 @@ class LearnedPredictor(Predictor):
     w_in: (r, H), w_out: (F, r), bias: (F,). One set of weights serves every block size and grouping.
     """
 
-    def __init__(self, w_in: torch.Tensor, w_out: torch.Tensor, bias: torch.Tensor):
-        self.w_in, self.w_out, self.bias = w_in, w_out, bias
+    def __init__(self, w_in: torch.Tensor, w_out: torch.Tensor, bias: torch.Tensor, kernel: str = "auto"):
+        self.w_in, self.w_out, self.bias, self.kernel = w_in, w_out, bias, kernel
 
     def scores(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        return kernels.block_scores(plan.split(x), self.w_in, self.w_out, self.bias, plan.block_size)
+        blocks = plan.split(x)
+        return kernels.block_scores(blocks, self.w_in, self.w_out, self.bias, plan.block_size, kernel=self.kernel)
 
     def macs_per_token(self) -> int:
         return self.w_in.numel() + self.w_out.numel()

@@ -41,7 +41,7 @@ class SparseFFN:
             return self.dense(x)
         flat = x.reshape(-1, x.shape[-1])  # (batch * T, H)
         scores = self.predictor.scores(flat, plan)  # (N, F)
-        ids = select.top_k(scores, self.kept)  # (N, K)
+        ids = select.top_k(scores, self.kept, self.kernel)  # (N, K)
         blocks = plan.split(flat)  # (N * B, H)
         correction = self.compensator(blocks) if self.compensator else None
         sparse = kernels.sparse_ffn(blocks, self.gate, self.up, self.down_t, ids, init=correction, kernel=self.kernel)

@@ -31,7 +31,6 @@ NEEDLES = {  # keys in the text, values of each, keys asked for
 }
 TASKS = (*NEEDLES, "vt", "cwe", "qa")
 NEW_TOKENS = {**dict.fromkeys(NEEDLES, 128), "vt": 30, "cwe": 120, "qa": 32}
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
 HOPS = 4  # of a variable's chain
 COMMON = 10  # words that appear more often than the others
 
