@@ -9,7 +9,7 @@ import torch
 from conftest import logits
 
 from fastfill import artifact as artifacts
-from fastfill import attach, cli, families, models
+from fastfill import attach, families, models
 from fastfill.artifact import Artifact
 from fastfill.calibration.capture import stream_ffn_inputs
 from fastfill.calibration.fit import statistics
@@ -18,7 +18,7 @@ from fastfill.errors import UserError
 
 pytestmark = pytest.mark.real
 TOKENS = 600
-SHIPPED = pathlib.Path(__file__).parent.parent / "artifacts" / cli.DEFAULT_ARTIFACT
+SHIPPED = pathlib.Path(__file__).parent.parent / "artifacts" / artifacts.DEFAULT_ARTIFACT
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
 from fastfill.predictor import LearnedPredictor
 
+DEFAULT_ARTIFACT = "smollm2-135m-instruct"
 KEYS = {"schema_version", "base_model", "prefill", "ranks", "layer_importance", "calibration", "quality"}
 BASE_KEYS = {"name", "model_type", "hidden_size", "intermediate_size", "layers", "fingerprint"}
 RANK_KEYS = {"predictor", "linear", "silu"}
@@ -188,13 +189,25 @@ def save(artifact: Artifact, folder: str | Path, readme: str | None = None) -> N
     replace_folder(Path(folder), files)
 
 
+def folder_of(name: str | Path) -> Path:
+    """The folder that is meant: itself, or for the word 'default' the shipped artifact of the embedded model."""
+    if name != "default":
+        return Path(name)
+    import fastfill
+
+    # Installed beside the code; in a source checkout (PYTHONPATH=src) at its root.
+    places = [Path(place) / "artifacts" / DEFAULT_ARTIFACT for place in fastfill.__path__]
+    places.append(Path(__file__).parents[2] / "artifacts" / DEFAULT_ARTIFACT)
+    return next((place for place in places if place.is_dir()), places[0])
+
+
 def load(folder: str | Path) -> Artifact:
-    """Read and check an artifact folder.
+    """Read and check an artifact folder ('default': the shipped one).
 
     Raises UserError with one sentence if it is missing, truncated, of a newer schema, or holds unknown keys, wrong shapes,
     NaN or infinite weights.
     """
-    folder = Path(folder)
+    folder = folder_of(folder)
     config_file, weights_file = folder / "config.json", folder / "weights.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():

@@ -11,7 +11,6 @@ from typing import Any
 
 from fastfill.errors import UserError
 
-DEFAULT_ARTIFACT = "smollm2-135m-instruct"
 MODEL_HELP = "a Hugging Face id, a local folder, a .gguf file, or 'default' (the embedded SmolLM2-135M-Instruct)"
 
 
@@ -60,7 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
 
     def attach_options(sub: argparse.ArgumentParser, required: bool = True) -> None:
-        sub.add_argument("--artifact", metavar="DIR", required=required, help="artifact folder ('default' for the shipped one)")
+        sub.add_argument(
+            "--artifact",
+            metavar="DIR",
+            required=required,
+            default=None if required else "default",
+            help="folder, or 'default' for the shipped one",
+        )
         sub.add_argument("--sparsity", type=float, help="share of FFN neurons skipped, 0 to 0.95 (default: the artifact's)")
         sub.add_argument("--block-size", type=int, help="tokens per selection (default: the artifact's)")
         sub.add_argument("--min-tokens", type=int, help="shorter prompts stay dense (default: the artifact's)")
@@ -187,18 +192,6 @@ def _configs(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return build(PrefillConfig), build(CalibrationConfig)
 
 
-def artifact_folder(name: str | None) -> Path:
-    """The folder the user named; None or 'default' is the shipped artifact of the embedded model."""
-    if name not in (None, "default"):
-        return Path(str(name))
-    import fastfill
-
-    # Installed beside the code; in a source checkout (PYTHONPATH=src) at its root.
-    places = [Path(p) / "artifacts" / DEFAULT_ARTIFACT for p in fastfill.__path__]
-    places.append(Path(__file__).parents[2] / "artifacts" / DEFAULT_ARTIFACT)
-    return next((place for place in places if place.is_dir()), places[0])
-
-
 def _load(arguments: argparse.Namespace) -> Any:
     import torch
 
@@ -234,7 +227,7 @@ def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
     check_integer("--repeats", arguments.repeats, 1)
     check_integer("--max-new-tokens", arguments.max_new_tokens, 1)
     arguments.json = True  # the demo's last line is always its JSON document
-    artifact = artifacts.load(artifact_folder(arguments.artifact))
+    artifact = artifacts.load(arguments.artifact)
     loaded = _load(arguments)
     document = _read_text(arguments.document) if arguments.document else None
     with _attach(arguments, loaded.model, artifact) as attachment:
@@ -268,7 +261,7 @@ def run_inspect(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import artifact as artifacts
     from fastfill import show
 
-    folder = artifact_folder(arguments.artifact)
+    folder = artifacts.folder_of(arguments.artifact)
     artifact = artifacts.load(folder)
     show.artifact(artifact, folder)
     return show.summary(artifact)
@@ -281,7 +274,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     check_integer("--max-new-tokens", arguments.max_new_tokens, 1)
     prompt = _read_text(arguments.prompt_file)
-    artifact = artifacts.load(artifact_folder(arguments.artifact))
+    artifact = artifacts.load(arguments.artifact)
     loaded = _load(arguments)
     ids = engine.encode(loaded.tokenizer, prompt, arguments.chat)
     with _attach(arguments, loaded.model, artifact) as attachment:
@@ -316,7 +309,7 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--prompt-lengths must be numbers separated by commas, not {arguments.prompt_lengths!r}.") from error
     for length in lengths:
         check_integer("each prompt length", length, 2)
-    artifact = artifacts.load(artifact_folder(arguments.artifact))
+    artifact = artifacts.load(arguments.artifact)
     loaded = _load(arguments)
     with _attach(arguments, loaded.model, artifact) as attachment:
         rows = speed.bench(attachment, lengths, arguments.repeats, arguments.seed)
@@ -341,7 +334,7 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import machine, show
     from fastfill.evaluate import tasks
 
-    folder = artifact_folder(arguments.artifact)
+    folder = artifacts.folder_of(arguments.artifact)
     artifact = artifacts.load(folder)
     task = tasks.prepare(arguments, artifact)
     loaded = _load(arguments)
