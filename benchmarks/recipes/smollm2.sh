@@ -7,23 +7,22 @@
 set -euo pipefail
 : "${DATA:?set DATA to the folder with the text files}"
 OUT=${OUT:-artifacts/smollm2-135m-instruct}
-HELD_OUT="$DATA/longbench_multi_news_part.jsonl[:20]"
+HELD_OUT=("$DATA/longbench_multi_news_part.jsonl[:20]" "$DATA/us_presidential_speeches.jsonl[100:]")
 
 fastfill calibrate default --resume --out "$OUT" --sparsity 0.5 --steps "${STEPS:-500}" --data \
   "$DATA/longbench_multi_news_part.jsonl[20:]" "$DATA/us_presidential_speeches.jsonl[:100]" "$DATA/wikitext2_valid.txt[:60]"
-fastfill evaluate default --artifact "$OUT" --data "$HELD_OUT" --limit 8 --record
-
+evaluate() { fastfill evaluate default --artifact "$OUT" --data "${HELD_OUT[@]}" --limit 8 --json "$@" | tail -n 1; }
 mkdir -p benchmarks/results
-evaluate() { fastfill evaluate default --artifact "$OUT" --data "$HELD_OUT" --limit 8 --json "$@" | tail -n 1; }
 {
-  for predictor in learned oracle static first-block low-rank random; do evaluate --predictor $predictor; done
-  for predictor in learned oracle; do evaluate --predictor $predictor --no-compensator; done
-  evaluate --block-size 64 # what the bench on the torch kernel uses
+  evaluate --record
+  for predictor in static first-block low-rank random oracle; do evaluate --predictor $predictor; done
+  evaluate --no-compensator
+  evaluate --block-size 128 # what the bench on the torch kernel uses
+  evaluate --sparsity 0.3
 } >benchmarks/results/quality.jsonl
-lengths=128,256,512,1024,2048,4096
-fastfill bench default --artifact "$OUT" --prompt-lengths $lengths --repeats 7 --json | tail -n 1 >benchmarks/results/bench-native.json
+bench() { fastfill bench default --artifact "$OUT" --prompt-lengths 128,256,512,1024,2048,4096 --repeats 5 --json "$@" | tail -n 1; }
+bench >benchmarks/results/bench-native.json
 # Without a compiler: plain torch copies the selected rows, which wants larger blocks.
-fastfill bench default --artifact "$OUT" --prompt-lengths $lengths --repeats 7 --kernel torch --block-size 64 --json |
-  tail -n 1 >benchmarks/results/bench-torch.json
+bench --kernel torch --block-size 128 >benchmarks/results/bench-torch.json
 fastfill demo --json | tail -n 1 >benchmarks/results/demo.json
 python benchmarks/report_tables.py

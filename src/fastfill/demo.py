@@ -37,7 +37,7 @@ def run(
     out = show.console()
     config = attachment.config
     out.print(f"{loaded.name}, {ids.shape[1]} prompt tokens, {config.sparsity:.0%} FFN sparsity, blocks of {config.block_size}")
-    out.print(f"kernel: {kernels.describe()}")
+    out.print(kernels.describe())
 
     with stage("time to first token", 2 * (repeats + 1)) as bar:
         row = speed.measure(attachment, ids, repeats, bar.step)
