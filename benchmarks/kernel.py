@@ -1,11 +1,11 @@
-"""Speed of the sparse FFN kernel against the dense FFN: the machine's GEMM ceiling first, then a table.
+"""Speed of the sparse FFN kernel against the dense FFN: per shape the machine's GEMM ceiling, then a table.
 
     python benchmarks/kernel.py [--quick] [--out FILE]
 
 Dense is what torch runs (three F.linear, the activation, the product); "packed" the same with weights packed ahead by
-oneDNN. Every call takes the next layer of a rotation larger than the caches, so weights come from memory; all variants
-of a shape are timed in alternation, and each number is a median. "of GEMM" is the rate on the FLOPs that remain
-against the ceiling. One JSON line per row goes to --out.
+oneDNN; the ceiling is a large GEMM with such weights. Every call takes the next layer of a rotation larger than the
+caches, so weights come from memory; the ceiling and all variants of a shape are timed in alternation, and each number is
+a median. "of GEMM" is the rate on the FLOPs that remain against the ceiling. One JSON line per row goes to --out.
 """
 
 import argparse
@@ -80,21 +80,12 @@ def alternate(calls: list[Callable[[Layer], Tensor]], layers: list[Layer], round
     return [statistics.median(t) for t in times]
 
 
-def gemm_rate(dtype: torch.dtype, quick: bool) -> float:
-    """FLOP/s of a large torch GEMM, weights packed ahead: the ceiling."""
+def large_gemm(dtype: torch.dtype) -> tuple[Callable[[Layer], Tensor], float]:
+    """The ceiling: a large GEMM, weights packed ahead by oneDNN (faster than torch's own call); and its FLOPs."""
     m, n = 1024, 4096
-    x, w = torch.randn(m, n).to(dtype), torch.randn(n, n).to(dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(w, m)
-    times = []
-    for _ in range(8 if quick else 25):
-        for call in (
-            lambda: F.linear(x, w),
-            lambda: packed_linear(x, packed),
-        ):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return 2 * m * n * n / statistics.median(sorted(times)[: len(times) // 2])
+    x = torch.randn(m, n).to(dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(torch.randn(n, n).to(dtype), m)
+    return lambda _: packed_linear(x, packed), 2.0 * m * n * n
 
 
 def main() -> None:
@@ -114,39 +105,38 @@ def main() -> None:
     torch.manual_seed(0)
 
     print(kernels.describe())
-    ceiling = {}
-    for name in args.dtype:
-        ceiling[name] = gemm_rate(getattr(torch, name), args.quick)
-        print(f"GEMM ceiling, {name}, {torch.get_num_threads()} threads: {ceiling[name] / 1e9:.0f} GFLOP/s")
     print(f"T = {tokens}; times in ms; speed-up against dense as torch runs it, and against packed weights\n")
     print(f"{'dtype':8} {'H x F':>10} {'B':>4} {'skip':>5} {'dense':>7} {'packed':>7} {'sparse':>7} "
           f"{'speedup':>7} {'vs pack':>7} {'of GEMM':>7}")  # fmt: skip
     for name in args.dtype:
         dtype = getattr(torch, name)
+        gemm, gemm_flops = large_gemm(dtype)
         for hidden, neurons in shapes:
             layers = make_layers(hidden, neurons, dtype, tokens, True)
             x = torch.randn(tokens, hidden).to(dtype)
             cases = [(b, s) for b in args.block for s in args.sparsity if s > 0 or b == max(args.block)]
-            calls: list[Callable[[Layer], Tensor]] = [lambda w, x=x: dense(x, w), lambda w, x=x: dense_packed(x, w)]
+            calls: list[Callable[[Layer], Tensor]] = [lambda w, x=x: dense(x, w), lambda w, x=x: dense_packed(x, w), gemm]
             for block, sparsity in cases:
                 ids = random_ids(tokens // block, neurons, sparsity)
                 calls.append(lambda w, x=x, ids=ids: kernels.sparse_ffn(x, w.gate, w.up, w.down_t, ids, kernel=args.kernel))
             flops = 6 * tokens * hidden * neurons
-            estimate = flops / ceiling[name] * len(calls)
-            rounds = args.rounds or max(5, min(60, int((4 if args.quick else 14) / estimate)))
-            dense_s, packed_s, *sparse = alternate(calls, layers, rounds)
+            estimate = (flops * len(calls) + gemm_flops) / (5e11 if dtype == torch.bfloat16 else 3e11)
+            rounds = args.rounds or max(7, min(60, int((6 if args.quick else 30) / estimate)))
+            dense_s, packed_s, gemm_s, *sparse = alternate(calls, layers, rounds)
+            ceiling = gemm_flops / gemm_s
+            print(f"GEMM ceiling, {name}, {torch.get_num_threads()} threads: {ceiling / 1e9:.0f} GFLOP/s")
             for (block, sparsity), sparse_s in zip(cases, sparse, strict=True):
                 kept = round((1 - sparsity) * neurons) / neurons
                 rate = flops * kept / sparse_s
                 print(f"{name:8} {f'{hidden}x{neurons}':>10} {block:4} {sparsity:5.0%} {dense_s * 1e3:7.2f} "
                       f"{packed_s * 1e3:7.2f} {sparse_s * 1e3:7.2f} {dense_s / sparse_s:6.2f}x "
-                      f"{packed_s / sparse_s:6.2f}x {rate / ceiling[name]:7.0%}", flush=True)  # fmt: skip
+                      f"{packed_s / sparse_s:6.2f}x {rate / ceiling:7.0%}", flush=True)  # fmt: skip
                 row = {
                     "H": hidden, "F": neurons, "B": block, "T": tokens, "sparsity": sparsity, "dtype": name,
                     "kernel": args.kernel, "isa": cpu.isa() if args.kernel == "native" else None,
                     "threads": torch.get_num_threads(), "dense_s": dense_s, "packed_s": packed_s,
                     "sparse_s": sparse_s, "speedup": dense_s / sparse_s, "speedup_packed": packed_s / sparse_s,
-                    "gflops": rate / 1e9, "gemm_gflops": ceiling[name] / 1e9, "rounds": rounds,
+                    "gflops": rate / 1e9, "gemm_gflops": ceiling / 1e9, "rounds": rounds,
                     "torch": torch.__version__,
                 }  # fmt: skip
                 if args.out:

@@ -116,6 +116,11 @@ def test_grad_mode_does_not_matter(model):
         assert bool(torch.isfinite(grad).all()) and float(grad.abs().max()) > 0
 
 
+def rounding(out):
+    # Three layers, each rounding at eps * sqrt(H + F) of values of order one, amplified by the norms: factor 100.
+    return 100 * 2**-23 * (32 + 96) ** 0.5 * float(out.abs().max())
+
+
 @pytest.mark.parametrize("predictor", ["learned", *BASELINES])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_predictor_runs_with_every_kernel(model, predictor, kernel):
@@ -124,7 +129,8 @@ def test_every_predictor_runs_with_every_kernel(model, predictor, kernel):
     with attach(model, tiny_artifact(model), predictor=predictor, kernel=kernel) as attachment:
         out = logits(model, ids)
     assert bool(torch.isfinite(out).all()) and far(out, dense)
-    assert torch.equal(out[:, :BLOCK], dense[:, :BLOCK])  # the head is dense, and causal attention keeps it so
+    # The head keeps all neurons, and causal attention keeps it so: it differs by rounding alone.
+    torch.testing.assert_close(out[:, :BLOCK], dense[:, :BLOCK], rtol=0, atol=rounding(dense))
     assert attachment.stats.sparse_tokens == 2 * 32
 
 
@@ -135,9 +141,7 @@ def test_the_kernels_agree(model):
     for kernel in ("torch", "native"):
         with attach(model, tiny_artifact(model), kernel=kernel):
             out[kernel] = logits(model, ids)
-    # Three layers, each rounding at eps * sqrt(H + F) of values of order one, amplified by the norms: factor 100.
-    tolerance = 100 * 2**-23 * (32 + 96) ** 0.5
-    torch.testing.assert_close(out["torch"], out["native"], rtol=0, atol=tolerance * float(out["torch"].abs().max()))
+    torch.testing.assert_close(out["torch"], out["native"], rtol=0, atol=rounding(out["torch"]))
 
 
 # --- batches and padding ------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -48,21 +50,39 @@ def test_the_plan_equals_a_token_by_token_reading_of_the_rule(call):
         assert span.first == (span.start // tokens * tokens + first if position == 0 else None)
 
 
-@given(calls())
-def test_split_and_join_put_every_row_back(call):
+@given(calls(), st.integers(0, 5))
+def test_every_row_is_in_one_block_with_its_neurons(call, kept):
     rows, tokens, block, head, least = call
     plan = make_plan(rows, tokens, block, head, least)
     if plan is None:
         return
-    x = torch.arange(len(rows) * tokens * 2.0).view(-1, 2)
-    assert len(plan.split(x)) + len(plan.dense(x)) == len(x)
-    torch.testing.assert_close(plan.join(plan.split(x), plan.dense(x)), x, rtol=0, atol=0)
+    total, neurons = len(rows) * tokens, 5
+    sparse = [any(span.start <= row < span.stop for span in plan.spans) for row in range(total)]
+    selection = torch.stack([torch.randperm(neurons)[:kept].sort().values for _ in range(plan.blocks)])
+    ids, bounds = plan.with_dense(selection, neurons)
+    edges, bounds, taken = plan.rows.tolist(), bounds.tolist(), 0
+    assert edges[0] == 0 and edges[-1] == total and len(edges) == len(bounds) and bounds[-1] == len(ids)
+    for (start, stop), (a, b) in zip(pairwise(edges), pairwise(bounds), strict=True):
+        assert start < stop and len({*sparse[start:stop]}) == 1  # no block mixes the two kinds
+        if sparse[start]:
+            assert stop - start == block and ids[a:b].tolist() == selection[taken].tolist()
+            taken += 1
+        else:
+            assert ids[a:b].tolist() == [*range(neurons)]
+    assert taken == plan.blocks
+    x = torch.arange(1.0, total + 1).view(-1, 1)
+    cleared = plan.clear_dense(x.clone())
+    assert cleared[:, 0].tolist() == [value if keep else 0.0 for value, keep in zip(x[:, 0].tolist(), sparse, strict=True)]
+    assert torch.equal(plan.split(cleared), plan.split(x)) and len(plan.split(x)) == sum(sparse)
 
 
-def test_join_keeps_the_two_kinds_apart():
-    plan = make_plan([(0, 20, 0)], 20, 4, 4, 1)
-    out = plan.join(torch.ones(16, 1), torch.zeros(4, 1))
-    assert out[:, 0].tolist() == [0.0] * 4 + [1.0] * 16
+def test_blocks_of_a_call_by_hand():
+    plan = make_plan([(0, 20, 0), (6, 20, 0)], 20, 4, 4, 1)
+    # Head 0..3, sparse 4..19; then 6 rows of padding with the head 6..9 behind them, sparse 10..17, tail.
+    assert plan.rows.tolist() == [0, 4, 8, 12, 16, 20, 30, 34, 38, 40]
+    ids, bounds = plan.with_dense(torch.tensor([[0, 2]] * 4 + [[1, 2]] * 2), 3)
+    assert ids.tolist() == [0, 1, 2, *[0, 2] * 4, 0, 1, 2, *[1, 2] * 2, 0, 1, 2]
+    assert bounds.tolist() == [0, 3, 5, 7, 9, 11, 14, 16, 18, 21]
 
 
 def test_worked_numbers():

@@ -146,14 +146,22 @@ def test_the_check_fails_on_a_mutant(parts, name):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_dense_rows_are_bit_identical(parts, kernel):
-    """Head, tail and padding go through the dense FFN; a wrong compensator or kernel cannot touch them."""
+def test_nothing_sparse_touches_the_dense_rows(parts, kernel):
+    """Head, tail and padding: the FFN of all neurons, to rounding (`test_equals_the_reference` compares them with fp64 too),
+    whatever the selection and the compensator are, even NaN."""
     model, artifact, x, _ = parts
-    ffn = sparse_ffn(model, artifact, "learned", kernel)
-    got = run(ffn, x).view(-1, HIDDEN)
-    with torch.no_grad():
-        dense_rows = ffn.dense(PLAN.dense(x.view(-1, HIDDEN)))
-    assert torch.equal(PLAN.dense(got), dense_rows)
+    got = run(sparse_ffn(model, artifact, "learned", kernel), x).view(-1, HIDDEN)
+    other = sparse_ffn(model, artifact, "random", kernel)
+    other.compensator = lambda rows: torch.full_like(rows, float("nan"))
+    spoilt = run(other, x).view(-1, HIDDEN)
+    sparse = torch.zeros(len(got), dtype=torch.bool)
+    for sequence, first, last in SPARSE:
+        sparse[sequence * TOKENS + first : sequence * TOKENS + last] = True
+    assert torch.equal(spoilt[~sparse], got[~sparse]) and bool(spoilt[sparse].isnan().all())
+    dense = run(sparse_ffn(model, artifact, "learned", kernel, kept=INTERMEDIATE), x).view(-1, HIDDEN)
+    limit = tolerance(dense.numpy())
+    torch.testing.assert_close(got[~sparse], dense[~sparse], rtol=0, atol=limit)
+    assert float((got - dense)[sparse].abs().max()) > 1000 * limit  # a dense call would not pass for a sparse one
 
 
 def test_without_a_plan_or_at_full_width_it_is_the_dense_ffn(parts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -48,27 +49,38 @@ class Plan:
         parts = [x[span.start : span.stop] for span in self.spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def join(self, sparse: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-        """Put (N * B, H) sparse rows and the dense rows back in order -> (batch * T, H)."""
-        out = sparse.new_empty(self.batch * self.tokens, sparse.shape[1])
-        taken = 0
-        for span in self.spans:
-            out[span.start : span.stop] = sparse[taken : taken + span.stop - span.start]
-            taken += span.stop - span.start
-        taken = 0
-        for start, stop in self.dense_ranges:
-            out[start:stop] = dense[taken : taken + stop - start]
-            taken += stop - start
-        return out
-
-    def dense(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch * T, H) -> the rows that stay dense (padding included), in order."""
-        return torch.cat([x[start:stop] for start, stop in self.dense_ranges] or [x[:0]])
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int, bool], ...]:
+        """(start, stop, sparse) of all rows in order: the spans, and the dense ranges between them (padding included)."""
+        edges = [0, *(edge for span in self.spans for edge in (span.start, span.stop)), self.batch * self.tokens]
+        return tuple((a, b, bool(i % 2)) for i, (a, b) in enumerate(pairwise(edges)) if b > a)
 
     @cached_property
-    def dense_ranges(self) -> tuple[tuple[int, int], ...]:
-        edges = [0, *(edge for span in self.spans for edge in (span.start, span.stop)), self.batch * self.tokens]
-        return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b > a)
+    def rows(self) -> torch.Tensor:
+        """Boundaries of all blocks of the call: B tokens where it is sparse, and each dense range as one block."""
+        edges = [0]
+        for start, stop, sparse in self.segments:
+            edges += range(start + self.block_size, stop + 1, self.block_size) if sparse else [stop]
+        return torch.tensor(edges)
+
+    def with_dense(self, ids: torch.Tensor, neurons: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (N, K) selection of the sparse blocks -> flat ids of all blocks in `rows`, and their boundaries: the dense
+        ranges keep all F = `neurons`."""
+        everything = torch.arange(neurons, dtype=ids.dtype, device=ids.device)
+        parts, sizes, taken = [], [0], 0
+        for start, stop, sparse in self.segments:
+            blocks = (stop - start) // self.block_size if sparse else 1
+            parts.append(ids[taken : taken + blocks].flatten() if sparse else everything)
+            sizes += [ids.shape[1] if sparse else neurons] * blocks
+            taken += blocks * sparse
+        return torch.cat(parts), torch.tensor(sizes).cumsum(0)
+
+    def clear_dense(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch * T, H), its dense rows set to zero in place."""
+        for start, stop, sparse in self.segments:
+            if not sparse:
+                x[start:stop] = 0
+        return x
 
 
 def make_plan(rows: list[tuple[int, int, int]], tokens: int, block_size: int, dense_head: int, min_tokens: int) -> Plan | None:
