@@ -1,110 +1,280 @@
 """Fields and formulas. Nothing here asserts how long anything takes."""
 
 import itertools
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import logits, tiny_artifact, tiny_model, token_ids
+from conftest import HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, logits, tiny_artifact, tiny_config, tiny_model, token_ids
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastfill import attach
+from fastfill import attach, engines, models
+from fastfill.engines import PARTS, Prefill, profile
 from fastfill.engines import transformers as engine
-from fastfill.evaluate import speed
+from fastfill.engines.transformers import TransformersRunner
+from fastfill.errors import UserError
+from fastfill.evaluate import flops, speed
 
 FIELDS = {"prompt_tokens", "ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_dense_s", "ffn_sparse_s", "ffn_share", "ceiling",
-          "ffn_ratio", "sparse_tokens", "dense_tokens", "ttft_dense_quartiles_s", "ttft_sparse_quartiles_s"}  # fmt: skip
-
-
-def test_rows_have_all_fields_and_count_tokens(model):
-    ticks = []
-    with attach(model, tiny_artifact(model)) as attachment:
-        row = speed.measure(attachment, token_ids(1, 45), 2, lambda: ticks.append(1))
-        assert row.keys() == FIELDS and len(ticks) == 2 * 3
-        assert (row["prompt_tokens"], row["sparse_tokens"], row["dense_tokens"]) == (45, 32, 13)
-        rows = speed.bench(attachment, [20, 33], 1)
-        assert [(r["prompt_tokens"], r["sparse_tokens"]) for r in rows] == [(20, 8), (33, 24)]
-        assert attachment.stats.sparse_calls == 3 + 2 * 2 and attachment.stats.dense_calls == 3 + 2 * 2
-
-
-def test_measuring_leaves_no_hooks_and_changes_nothing(model):
-    ids = token_ids(1, 45)
-    with attach(model, tiny_artifact(model)) as attachment:
-        before = logits(model, ids)
-        speed.measure(attachment, ids, 1)
-        assert torch.equal(logits(model, ids), before)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+          "ffn_ratio", "sparse_tokens", "dense_tokens", "ttft_dense_quartiles_s", "ttft_sparse_quartiles_s",
+          "flops_dense", "flops_sparse", "ffn_flops_ratio", "split_dense", "split_sparse",
+          "peak_dense_mb", "peak_sparse_mb"}  # fmt: skip
 
 
 @pytest.fixture
-def clockwork(monkeypatch):
-    """Given times: each dense TTFT 4 s with 3 s in the FFNs, each sparse one 2.5 s with 1.5 s."""
-    runs = itertools.cycle([(4.0, 3.0), (2.5, 1.5)])
-    state = {}
-
-    def time_to_first_token(_model, _ids):
-        total, inside = next(runs)
-        state["clock"].total = inside
-        return total
-
-    original = speed.ffn_clock
-
-    class Watch:
-        def __init__(self, attachment):
-            self.context = original(attachment)
-
-        def __enter__(self):
-            state["clock"] = self.context.__enter__()
-            return state["clock"]
-
-        def __exit__(self, *error):
-            return self.context.__exit__(*error)
-
-    monkeypatch.setattr(speed, "ffn_clock", Watch)
-    monkeypatch.setattr(engine, "time_to_first_token", time_to_first_token)
+def attachment(model):
+    with attach(model, tiny_artifact(model)) as attached:
+        yield attached
 
 
-@pytest.mark.parametrize("sparsity, ceiling", [(0.5, 1 / (1 - 0.5 * 0.75)), (0.25, 1 / (1 - 0.25 * 0.75)), (0.0, 1.0)])
-def test_formulas_on_given_numbers(model, clockwork, sparsity, ceiling):
-    with attach(model, tiny_artifact(model), sparsity=sparsity) as attachment:
-        row = speed.measure(attachment, token_ids(1, 45), 3)
+def test_rows_have_all_fields_and_count_tokens(attachment):
+    ticks = []
+    runner = TransformersRunner(attachment, "tiny")
+    row = speed.measure(runner, token_ids(1, 45), 2, lambda: ticks.append(1))
+    # a warm-up and two timed runs, two profiled ones, one for the memory; dense and sparse
+    assert row.keys() == FIELDS and len(ticks) == speed.prefills(2) == 2 * (3 + 2 + 1)
+    assert (row["prompt_tokens"], row["sparse_tokens"], row["dense_tokens"]) == (45, 32, 13)
+    assert attachment.stats.sparse_calls == attachment.stats.dense_calls == 6
+    rows = speed.bench(runner, [20, 33], 1)
+    assert [(r["prompt_tokens"], r["sparse_tokens"]) for r in rows] == [(20, 8), (33, 24)]
+    assert speed.prefills(1) == 8 and speed.prefills(9) == 2 * (10 + speed.SPLITS + 1)
+
+
+def test_measuring_changes_nothing(attachment):
+    model, ids = attachment.model, token_ids(1, 45)
+    before, parts = logits(model, ids), [(f.predictor, f.compensator) for f in attachment.ffns]
+    speed.measure(TransformersRunner(attachment, "tiny"), ids, 1)
+    assert torch.equal(logits(model, ids), before)
+    assert [(f.predictor, f.compensator) for f in attachment.ffns] == parts
+    attachment.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class GivenTimes:
+    """A runner with known times. Dense: TTFT 4 s; profiled 4.4 s, of which 3.3 s in the FFNs. Sparse: 2.5 s and 2.75 s."""
+
+    def __init__(self, kept, times=((4.0, 2.5),)):
+        self.kept, self.overhead = kept, (0, 0)
+        self.shape = SimpleNamespace(intermediate_size=INTERMEDIATE)
+        self.times = itertools.chain.from_iterable(itertools.cycle(times))
+        self.calls = []
+
+    def prefill(self, ids, sparse):
+        self.calls.append(sparse)
+        return Prefill(next(self.times), 30 if sparse else 0)
+
+    def split(self, ids, sparse):
+        dense = {"attention": 0.6, "ffn": 3.3, "predictor": 0.0, "compensator": 0.0, "rest": 0.5}
+        thin = {"attention": 0.6, "ffn": 1.2, "predictor": 0.3, "compensator": 0.15, "rest": 0.5}
+        return thin if sparse else dense
+
+
+@pytest.mark.parametrize("skipped", [0.5, 0.25, 0.0])
+def test_formulas_on_given_numbers(skipped):
+    runner = GivenTimes([round(INTERMEDIATE * (1 - skipped))] * LAYERS)
+    row = speed.ttft(runner, token_ids(1, 45), 3) | speed.split(runner, token_ids(1, 45), 2)
     assert row["ttft_dense_s"] == 4.0 and row["ttft_sparse_s"] == 2.5 and row["speedup"] == 1.6
-    assert row["ffn_dense_s"] == 3.0 and row["ffn_sparse_s"] == 1.5 and row["ffn_ratio"] == 0.5
-    assert row["ffn_share"] == 0.75 and row["ceiling"] == pytest.approx(ceiling, abs=1e-4)
+    assert (row["sparse_tokens"], row["dense_tokens"]) == (30, 15)
     assert row["ttft_dense_quartiles_s"] == [4.0, 4.0, 4.0]
+    # the FFN's share is that of the profiled run's own TTFT, 3.3 of 4.4 s
+    assert row["ffn_dense_s"] == 3.3 and row["ffn_sparse_s"] == 1.65 and row["ffn_ratio"] == 0.5
+    assert row["ffn_share"] == 0.75 and row["ceiling"] == pytest.approx(1 / (1 - skipped * 0.75), abs=1e-4)
+    assert runner.calls == [False, True] * 4
 
 
-def test_the_first_run_of_each_kind_is_warm_up(model, monkeypatch):
-    times = iter([100.0, 200.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    monkeypatch.setattr(engine, "time_to_first_token", lambda *_: next(times))
-    with attach(model, tiny_artifact(model)) as attachment:
-        # nothing ran inside the FFNs: a clock that stands still
-        monkeypatch.setattr(speed, "ffn_clock", fixed_clock)
-        row = speed.measure(attachment, token_ids(1, 45), 3)
+def test_the_first_run_of_each_kind_is_warm_up():
+    runner = GivenTimes([48] * LAYERS, [(100.0, 200.0), (1.0, 2.0), (3.0, 4.0), (5.0, 6.0)])
+    row = speed.ttft(runner, token_ids(1, 45), 3)
     assert (row["ttft_dense_s"], row["ttft_sparse_s"]) == (3.0, 4.0)
     assert row["ttft_dense_quartiles_s"] == [2.0, 3.0, 4.0]
 
 
-class fixed_clock:
-    def __init__(self, _attachment):
-        self.total = 0.5
+def test_the_split_is_the_median_run_whole():
+    class Runs(GivenTimes):
+        def __init__(self):
+            super().__init__([48] * LAYERS)
+            self.scale = iter([3, 30, 1, 10, 2, 20])  # dense, sparse, dense, ...
 
-    def __enter__(self):
-        return self
+        def split(self, ids, sparse):
+            scale = next(self.scale)
+            return {part: scale * seconds for part, seconds in super().split(ids, False).items()}
 
-    def __exit__(self, *_):
-        return None
-
-
-def test_the_clock_adds_up_calls_inside_the_ffns(model, monkeypatch):
-    ticks = itertools.count()
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(ticks)))
-    with attach(model, tiny_artifact(model)) as attachment, speed.ffn_clock(attachment) as clock:
-        logits(model, token_ids(1, 45))
-    assert clock.total == 3  # three layers, one tick each
+    row = speed.split(Runs(), token_ids(1, 45), 3)
+    assert row["split_dense"] == {"attention": 1.2, "ffn": 6.6, "predictor": 0.0, "compensator": 0.0, "rest": 1.0}
+    assert row["split_sparse"]["ffn"] == 66.0
 
 
 def test_quartiles():
     assert speed.quartiles([2.0]) == (2.0, 2.0, 2.0)
     assert speed.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
+
+
+def test_growth_and_lengths():
+    lengths = [256, 512, 2048]
+    assert speed.growth(lengths, [3e-4 * n**1.25 for n in lengths]) == 1.25
+    assert speed.growth([512], [1.0]) is None and speed.growth([512, 512], [1.0, 2.0]) is None
+    # by hand: logs -1, 0, 1 against 0, 0, 3 have the slope (0 * -1 + 3 * 1) / 2
+    assert speed.growth([1, 2, 4], [1.0, 1.0, 8.0]) == 1.5
+    assert speed.fitting([256, 8192, 16384], 8192) == [256, 8192]
+    assert speed.fitting([256, 16384], 10000) == [256, 10000]
+    assert speed.fitting([256, 16384], None) == [256, 16384]
+
+
+def test_prompts_beyond_the_model_are_refused(attachment):
+    with pytest.raises(UserError, match="600 tokens is more than the 512"):
+        speed.bench(TransformersRunner(attachment, "tiny"), [600], 1)
+
+
+# --- where the time goes ------------------------------------------------------------------------------------------------
+
+
+def test_the_split_adds_up_to_its_own_run_by_a_counted_clock(attachment, monkeypatch):
+    """Every look at the clock takes a second, so each span of a part without parts of its own lasts one second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: float(next(ticks)))
+    runner, ids = TransformersRunner(attachment, "tiny"), token_ids(1, 45)
+    dense = runner.split(ids, False)
+    # two looks around the run, two for each attention and FFN: 1 + 4 * 3 in all
+    assert dense == {"attention": 3, "ffn": 3, "predictor": 0, "compensator": 0, "rest": 13 - 6}
+    sparse = runner.split(ids, True)
+    # within an FFN now four looks more: 5 s, of which one each for predictor and compensator
+    assert sparse == {"attention": 3, "ffn": 9, "predictor": 3, "compensator": 3, "rest": 25 - 18}
+    assert list(dense) == list(sparse) == list(PARTS)
+
+
+def test_a_layer_that_keeps_all_neurons_predicts_nothing(attachment, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: float(next(ticks)))
+    attachment.ffns[1].kept = INTERMEDIATE
+    parts = TransformersRunner(attachment, "tiny").split(token_ids(1, 45), True)
+    assert (parts["predictor"], parts["compensator"]) == (2, 2)
+
+
+def test_clocks_go_after_an_error_and_without_a_compensator(model):
+    with attach(model, tiny_artifact(model), compensator=False) as attachment:
+        parts = [(f.predictor, f.compensator) for f in attachment.ffns]
+        with pytest.raises(RuntimeError, match="stop"), profile.clocks(attachment) as watch:
+            logits(model, token_ids(1, 45))
+            assert watch.seconds("predictor") > 0 and watch.seconds("compensator") == 0
+            assert attachment.ffns[0].predictor.macs_per_token() == parts[0][0].macs_per_token()
+            raise RuntimeError("stop")
+        assert [(f.predictor, f.compensator) for f in attachment.ffns] == parts
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# --- memory -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(profile.peak_mb(torch.device("cpu"), lambda: None) is None, reason="the system does not tell")
+def test_peak_memory_sees_what_is_held_at_once():
+    mb = 2**18  # fp32 values in 1.05 MB
+
+    def run(blocks):
+        kept = [torch.ones(mb) for _ in range(blocks)]
+        del kept
+        torch.ones(mb)
+
+    peaks = [profile.peak_mb(torch.device("cpu"), lambda n=n: run(n)) for n in (96, 32, 96)]
+    # pages of the allocator and of the interpreter come on top; what an earlier run freed must not hide a later one
+    for peak, blocks in zip(peaks, (96, 32, 96), strict=True):
+        assert blocks * 1.048 - 8 < peak < blocks * 1.048 + 24
+
+
+def test_peak_memory_that_the_system_does_not_tell_is_none(monkeypatch):
+    monkeypatch.setattr(profile, "Path", lambda _: SimpleNamespace(write_text=lambda _: (_ for _ in ()).throw(OSError)))
+    assert profile.peak_mb(torch.device("cpu"), lambda: pytest.fail("must not run")) is None
+
+
+# --- FLOPs --------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_by_hand():
+    """H 32, F 96, 3 layers, 4 heads of 8 with 2 for keys, vocabulary 128; 10 tokens, 4 of them sparse."""
+    parts = flops.prefill(tiny_config(), 10, 4, kept=[24, 96, 48], overhead=(100, 7))
+    assert parts == {
+        "projections": 3 * 10 * 2 * (32 * 32 + 32 * 16 + 32 * 16 + 32 * 32),
+        "attention": 3 * 2 * 2 * 32 * 55,  # 1 + 2 + ... + 10 pairs; scores and values
+        "ffn": 2 * 3 * 32 * (3 * 6 * 96 + 4 * (24 + 96 + 48)),
+        "predictor": 2 * 100 * 4 * 2,  # in the two layers that leave neurons out
+        "compensator": 2 * 7 * 4 * 2,
+        "head": 2 * 32 * 128,
+    }
+    assert flops.ffn(parts) == parts["ffn"] + 1600 + 112
+
+
+def test_pairs_in_a_window():
+    for tokens, window in itertools.product((1, 5, 9), (None, 1, 4, 5, 20)):
+        seen = sum(1 for q in range(tokens) for k in range(q + 1) if window is None or q - k < window)
+        assert flops.pairs(tokens, window) == seen
+    assert flops.windows(tiny_config("mistral", sliding_window=16)) == [16] * LAYERS
+    assert flops.windows(tiny_config("llama")) == [None] * LAYERS
+    mixed = tiny_config("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    assert flops.windows(mixed) == [None, 16, 16]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_flops_of_a_dense_prefill_are_those_that_torch_counts(family):
+    model, tokens = tiny_model(family, attn_implementation="eager"), 45
+    with FlopCounterMode(display=False) as counter:
+        logits(model, token_ids(1, tokens), logits_to_keep=1)
+    parts = flops.prefill(model.config, tokens)
+    full = parts["attention"] * 2 * tokens // (tokens + 1)  # eager attention also computes the masked pairs
+    assert counter.get_total_flops() == sum(parts.values()) - parts["attention"] + full
+
+
+def test_flops_of_a_row_count_tokens_as_they_were_read(attachment):
+    """45 tokens: head of 8, four blocks of 8, tail of 5. Ranks 8, 4 and 4: the predictor has 8 (32 + 96) multiply-adds a
+    token, the compensator 2 * 32 * 8."""
+    kept = sum(attachment.kept)
+    row = speed.cost(TransformersRunner(attachment, "tiny"), 45, 32)
+    dense = 6 * HIDDEN * INTERMEDIATE * 45 * LAYERS
+    sparse = 6 * HIDDEN * (INTERMEDIATE * 13 * LAYERS + kept * 32) + 2 * 32 * LAYERS * (8 * (32 + 96) + 2 * 32 * 8)
+    assert row["flops_sparse"] - row["flops_dense"] == sparse - dense
+    assert row["ffn_flops_ratio"] == round(sparse / dense, 4)
+
+
+def test_flops_of_the_sparse_ffns_are_those_that_torch_counts(model):
+    """The torch kernel gathers and multiplies as it says: nothing more, nothing less."""
+    ids, counts = token_ids(1, 45), {}
+    with attach(model, tiny_artifact(model), kernel="torch") as attachment:
+        runner = TransformersRunner(attachment, "tiny")
+        for kind in ("dense", "sparse"):
+            with FlopCounterMode(display=False) as counter:
+                if kind == "dense":
+                    with attachment.dense():
+                        logits(model, ids, logits_to_keep=1)
+                else:
+                    logits(model, ids, logits_to_keep=1)
+            counts[kind] = counter.get_total_flops()
+        row = speed.cost(runner, 45, 32)
+    assert row["flops_sparse"] - row["flops_dense"] == counts["sparse"] - counts["dense"]
+
+
+# --- engines ------------------------------------------------------------------------------------------------------------
+
+
+def test_engines_are_found_by_name(monkeypatch):
+    assert engines.bench_of("transformers") is engine.bench
+    for name in ("vllm", "os", "profile"):
+        with pytest.raises(UserError, match="There is no sparse prefill"):
+            engines.bench_of(name)
+
+
+def test_a_runner_tells_what_is_attached(model, model_folder, artifact_folder):
+    from fastfill import artifact as artifacts
+
+    artifact = artifacts.load(artifact_folder)
+    settings = {"sparsity": 0.25, "block_size": None, "min_tokens": None, "kernel": "torch"}
+    with engine.bench(str(model_folder), artifact, dtype="fp32", device="cpu", **settings) as runner:
+        assert (runner.name, runner.dtype, runner.kernel) == (str(model_folder), "float32", "torch")
+        assert runner.config.sparsity == 0.25 and sum(runner.kept) == round(0.75 * LAYERS * INTERMEDIATE)
+        assert runner.overhead == (8 * (HIDDEN + INTERMEDIATE), 2 * HIDDEN * 8)
+        assert runner.shape.vocab_size == VOCABULARY
+        assert runner.model_mb == pytest.approx(4e-6 * sum(p.numel() for p in model.parameters()))
+        assert runner.prefill(token_ids(1, 45), True).sparse_tokens == 32
+        assert runner.prefill(token_ids(1, 45), False).sparse_tokens == 0
+    assert models.gguf_file(str(model_folder)) is None
 
 
 def test_the_engine_generates_what_transformers_does(tokenizer):
@@ -117,3 +287,4 @@ def test_the_engine_generates_what_transformers_does(tokenizer):
     assert torch.equal(out, current[0, 30:])
     assert engine.encode(tokenizer, "w9 w10", chat=False).tolist() == [[9, 10]]
     assert engine.encode(tokenizer, "w9 w10", chat=True).tolist() == [[5, 9, 10, 6, 7]]
+    assert math.isfinite(engine.time_to_first_token(model, ids))

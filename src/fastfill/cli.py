@@ -124,8 +124,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model_options(bench)
     attach_options(bench)
-    bench.add_argument("--prompt-lengths", default="512,1024,2048,4096", help="tokens, separated by commas")
+    bench.add_argument("--engine", default="transformers", choices=["transformers", "vllm"], help="default: transformers")
+    lengths = "256,512,1024,2048,4096,8192,16384"
+    bench.add_argument("--prompt-lengths", default=lengths, help=f"tokens, cut to what the model holds (default: {lengths})")
     bench.add_argument("--repeats", type=int, default=5, help="measurements of each kind after one warm-up (default: 5)")
+    bench.add_argument("--compare", action="store_true", help="also measure vLLM and llama.cpp, where they are installed")
     bench.add_argument("--seed", type=int, default=0)
 
     evaluate = command(
@@ -192,16 +195,21 @@ def _configs(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return build(PrefillConfig), build(CalibrationConfig)
 
 
-def _load(arguments: argparse.Namespace) -> Any:
+def _threads(arguments: argparse.Namespace) -> None:
     import torch
 
-    from fastfill import models
     from fastfill.config import check_integer
 
     if arguments.threads is not None:
         check_integer("--threads", arguments.threads, 1)
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from fastfill import models
+
+    _threads(arguments)
     return models.load(arguments.model, arguments.dtype, arguments.device)
 
 
@@ -297,10 +305,8 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
-    from fastfill import artifact as artifacts
-    from fastfill import kernels, machine, show
+    from fastfill import show
     from fastfill.config import check_integer
-    from fastfill.evaluate import speed
 
     check_integer("--repeats", arguments.repeats, 1)
     try:
@@ -309,24 +315,74 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--prompt-lengths must be numbers separated by commas, not {arguments.prompt_lengths!r}.") from error
     for length in lengths:
         check_integer("each prompt length", length, 2)
-    artifact = artifacts.load(arguments.artifact)
-    loaded = _load(arguments)
-    with _attach(arguments, loaded.model, artifact) as attachment:
-        rows = speed.bench(attachment, lengths, arguments.repeats, arguments.seed)
-        config = attachment.config
-    result = {
-        "model": loaded.name,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "sparsity": config.sparsity,
-        "block_size": config.block_size,
-        "kernel": kernels.choose(arguments.kernel),
-        "repeats": arguments.repeats,
-        "seed": arguments.seed,
-        "rows": rows,
-        "machine": machine.describe(),
-    }
+    result, vocabulary = _bench(arguments, lengths)
+    if arguments.compare:
+        result["compare"] = _compare(arguments, result, vocabulary)
     show.bench(result)
     return result
+
+
+def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str, Any], int]:
+    """The document of `bench` without its peers, and the model's vocabulary. The model is gone afterwards."""
+    from fastfill import artifact as artifacts
+    from fastfill import engines, machine
+    from fastfill.evaluate import speed
+
+    bench = engines.bench_of(arguments.engine)
+    artifact = artifacts.load(arguments.artifact)
+    _threads(arguments)
+    settings = {key: getattr(arguments, key) for key in ("dtype", "device", "sparsity", "block_size", "min_tokens", "kernel")}
+    with bench(arguments.model, artifact, **settings) as runner:
+        limit = getattr(runner.shape, "max_position_embeddings", None)
+        fitting = speed.fitting(lengths, limit)
+        if max(lengths) > max(fitting):
+            print(f"The model holds {limit} tokens: that is the longest prompt here, not {max(lengths)}.")
+        rows = speed.bench(runner, fitting, arguments.repeats, arguments.seed)
+        tokens = [row["prompt_tokens"] for row in rows]
+        result = {
+            "model": runner.name,
+            "dtype": runner.dtype,
+            "sparsity": runner.config.sparsity,
+            "block_size": runner.config.block_size,
+            "kernel": runner.kernel,
+            "engine": arguments.engine,
+            "repeats": arguments.repeats,
+            "seed": arguments.seed,
+            "rows": rows,
+            "growth_dense": speed.growth(tokens, [row["ttft_dense_s"] for row in rows]),
+            "growth_sparse": speed.growth(tokens, [row["ttft_sparse_s"] for row in rows]),
+            "model_mb": round(runner.model_mb, 1),
+            "attached_mb": round(runner.attached_mb, 1),
+            "compare": [],
+            "machine": machine.describe(),
+        }
+        return result, runner.shape.vocab_size
+
+
+def _compare(arguments: argparse.Namespace, result: dict[str, Any], vocabulary: int) -> list[dict[str, Any]]:
+    import gc
+
+    import torch
+
+    from fastfill import models
+    from fastfill.evaluate import compare
+
+    gc.collect()
+    torch.cuda.empty_cache()  # a peer on the same GPU finds its memory free; does nothing without one
+    gguf = models.gguf_file(arguments.model)
+    return compare.compare(
+        compare.Job(
+            folder=models.resolve(arguments.model),
+            gguf=str(gguf) if gguf else None,
+            dtype=result["dtype"],
+            device=arguments.device,
+            lengths=[row["prompt_tokens"] for row in result["rows"]],
+            repeats=arguments.repeats,
+            threads=result["machine"]["threads"],
+            vocabulary=vocabulary,
+            seed=arguments.seed,
+        )
+    )
 
 
 def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -39,8 +39,9 @@ def run(
     out.print(f"{loaded.name}, {ids.shape[1]} prompt tokens, {config.sparsity:.0%} FFN sparsity, blocks of {config.block_size}")
     out.print(kernels.describe())
 
-    with stage("time to first token", 2 * (repeats + 1)) as bar:
-        row = speed.measure(attachment, ids, repeats, bar.step)
+    runner = engine.TransformersRunner(attachment, loaded.name)
+    with stage("time to first token", 2 * (repeats + 2)) as bar:
+        row = speed.ttft(runner, ids, repeats, bar.step) | speed.split(runner, ids, 1, bar.step)
     if config.sparsity and not row["sparse_tokens"]:
         raise UserError(f"The prompt has {ids.shape[1]} tokens; all of it stays dense (--min-tokens {config.min_tokens}).")
     text = engine.encode(loaded.tokenizer, document.strip(), chat=False)[0]

@@ -108,18 +108,26 @@ def convert_gguf(source: Path, target: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file behind what the user named; None for a folder or a hub id. Raises UserError if there is no such file."""
+    if name == "default":
+        return embedded_gguf()
+    if not name.endswith(".gguf"):
+        return None
+    if not Path(name).is_file():
+        raise UserError(f"There is no file {name}.")
+    return Path(name)
+
+
 def resolve(name: str) -> str:
     """The folder or hub id that ``transformers`` can load for what the user named."""
-    if name == "default":
-        gguf, folder = embedded_gguf(), cache_dir() / "smollm2-135m-instruct"
-    elif name.endswith(".gguf"):
-        gguf = Path(name)
-        if not gguf.is_file():
-            raise UserError(f"There is no file {name}.")
+    gguf = gguf_file(name)
+    if gguf is None:
+        return name
+    folder = cache_dir() / "smollm2-135m-instruct"
+    if name != "default":
         stat = gguf.stat()
         folder = cache_dir() / f"{gguf.stem}-{stat.st_size:x}-{int(stat.st_mtime):x}"
-    else:
-        return name
     if not (folder / "config.json").is_file():
         convert_gguf(gguf, folder)
     return str(folder)

@@ -148,25 +148,93 @@ def recall(result: dict[str, Any]) -> None:
 
 
 def bench(result: dict[str, Any]) -> None:
-    machine = result["machine"]
+    """TTFT; where the time goes; arithmetic and memory; other engines, if they were asked for."""
+    machine, rows, out = result["machine"], result["rows"], console()
     table(
         f"TTFT, {result['model']}, {result['dtype']}, {result['sparsity']:.0%} sparsity, kernel {result['kernel']}",
-        ["prompt", "dense s", "sparse s", "speed-up", "ceiling", "FFN share", "FFN dense s", "FFN sparse s"],
+        ["prompt", "dense s", "quartiles", "sparse s", "quartiles", "speed-up", "ceiling"],
         [
             [
                 str(row["prompt_tokens"]),
-                f"{row['ttft_dense_s']:.3f}",
-                f"{row['ttft_sparse_s']:.3f}",
+                *(cell for kind in ("dense", "sparse") for cell in (f"{row[f'ttft_{kind}_s']:.3f}", _quartiles(row, kind))),
                 f"{row['speedup']:.2f}x",
                 f"{row['ceiling']:.2f}x",
-                f"{row['ffn_share']:.0%}",
-                f"{row['ffn_dense_s']:.3f}",
-                f"{row['ffn_sparse_s']:.3f}",
             ]
-            for row in result["rows"]
+            for row in rows
         ],
     )
-    console().print(
+    out.print(
         f"medians of {result['repeats']}; {machine['cpu']}, {machine['threads']} threads, "
         f"torch {machine['torch']}, transformers {machine['transformers']}"
     )
+    if result["growth_dense"] is not None:
+        tokens = [row["prompt_tokens"] for row in rows]
+        out.print(
+            f"from {min(tokens)} to {max(tokens)} tokens TTFT grows with the prompt length to the power "
+            f"{result['growth_dense']:.2f} dense, {result['growth_sparse']:.2f} sparse (log-log fit)"
+        )
+    parts = ("attention", "ffn", "predictor", "compensator", "rest")
+    table(
+        "\nwhere the time goes, s (profiled runs of their own)",
+        ["prompt", "", "attention", "FFN", "predictor", "compensator", "rest", "FFN share"],
+        [
+            [
+                str(row["prompt_tokens"]) if kind == "dense" else "",
+                kind,
+                *(f"{row[f'split_{kind}'][part]:.3f}" for part in parts),
+                f"{row['ffn_share']:.0%}" if kind == "dense" else "",
+            ]
+            for row in rows
+            for kind in ("dense", "sparse")
+        ],
+    )
+    table(
+        "\narithmetic and peak memory of a prefill",
+        ["prompt", "GFLOP dense", "sparse", "FFN FLOPs", "FFN time", "MB dense", "sparse"],
+        [
+            [
+                str(row["prompt_tokens"]),
+                *(f"{row[f'flops_{kind}'] / 1e9:,.0f}" for kind in ("dense", "sparse")),
+                f"{row['ffn_flops_ratio']:.2f}",
+                f"{row['ffn_ratio']:.2f}",
+                *("-" if row[f"peak_{kind}_mb"] is None else f"{row[f'peak_{kind}_mb']:,.0f}" for kind in ("dense", "sparse")),
+            ]
+            for row in rows
+        ],
+    )
+    out.print(
+        "FFN FLOPs, FFN time: sparse over dense, predictor and compensator included\n"
+        f"MB: above the {result['model_mb']:,.0f} MB of weights and the {result['attached_mb']:,.0f} MB that attaching adds"
+    )
+    if result["compare"]:
+        peers(result)
+
+
+def _quartiles(row: dict[str, Any], kind: str) -> str:
+    low, _, high = row[f"ttft_{kind}_quartiles_s"]
+    return f"{low:.3f}-{high:.3f}"
+
+
+def peers(result: dict[str, Any]) -> None:
+    """Other engines on the same prompt lengths, and why some are missing."""
+    ours = {row["prompt_tokens"]: row for row in result["rows"]}
+    measured = [row for row in result["compare"] if "ttft_s" in row]
+    if measured:
+        table(
+            "\nother engines, TTFT in s",
+            ["engine", "prompt", "TTFT", "here dense", "here sparse"],
+            [
+                [
+                    row["name"],
+                    str(row["prompt_tokens"]),
+                    f"{row['ttft_s']:.3f}",
+                    *(f"{ours[row['prompt_tokens']][f'ttft_{kind}_s']:.3f}" for kind in ("dense", "sparse")),
+                ]
+                for row in measured
+            ],
+        )
+    for line in dict.fromkeys(f"{row['name']} {row['version']}, weights {row['weights']}" for row in measured):
+        console().print(line)
+    for row in result["compare"]:
+        if "skipped" in row:
+            console().print(f"not measured: {row['name']}, {row['skipped']}", markup=False)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+from fastfill import kernels, models
+from fastfill.artifact import Artifact
+from fastfill.attachment import Attachment, attach
+from fastfill.engines import Prefill, profile
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
@@ -47,3 +54,41 @@ def time_to_first_token(model: Any, ids: torch.Tensor) -> float:
 def synchronize(model: Any) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
+
+
+class TransformersRunner:
+    """An attached model for `evaluate.speed`; see `fastfill.engines.Runner`."""
+
+    def __init__(self, attachment: Attachment, name: str):
+        self.attachment, self.name = attachment, name
+        model = attachment.model
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.kernel = kernels.choose(attachment.ffns[0].kernel)
+        self.shape, self.config, self.kept = model.config, attachment.config, attachment.kept
+        first = attachment.ffns[0]
+        self.overhead = (first.predictor.macs_per_token(), first.compensator.macs_per_token() if first.compensator else 0)
+        self.model_mb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+        self.attached_mb = attachment.extra_bytes / 1e6
+
+    def prefill(self, ids: torch.Tensor, sparse: bool) -> Prefill:
+        before = self.attachment.stats.sparse_tokens
+        with self._mode(sparse):
+            seconds = time_to_first_token(self.attachment.model, ids)
+        return Prefill(seconds, self.attachment.stats.sparse_tokens - before)
+
+    def split(self, ids: torch.Tensor, sparse: bool) -> dict[str, float]:
+        return profile.split(self.attachment, lambda: self.prefill(ids, sparse).seconds)
+
+    def peak_mb(self, ids: torch.Tensor, sparse: bool) -> float | None:
+        return profile.peak_mb(self.attachment.model.device, lambda: self.prefill(ids, sparse))
+
+    def _mode(self, sparse: bool) -> AbstractContextManager[None]:
+        return nullcontext() if sparse else self.attachment.dense()
+
+
+@contextmanager
+def bench(model: str, artifact: Artifact, *, dtype: str, device: str, **settings: Any) -> Iterator[TransformersRunner]:
+    """A runner for `fastfill bench`; see `fastfill.engines`. settings: those of `attach`."""
+    loaded = models.load(model, dtype, device)
+    with attach(loaded.model, artifact, **settings) as attachment:
+        yield TransformersRunner(attachment, loaded.name)

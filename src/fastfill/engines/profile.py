@@ -1,0 +1,136 @@
+"""Where the time and the memory of a prefill go. For extra runs only: nothing here touches a run whose TTFT is reported."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastfill import families
+from fastfill.attachment import Attachment
+from fastfill.engines import PARTS
+
+
+class Stopwatch:
+    """Adds up spans of time by part. On CUDA a mark is an event on the current stream, so that nothing waits."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.spans: list[tuple[str, Any, Any]] = []
+        self._open: list[Any] = []
+
+    def start(self) -> None:
+        self._open.append(self._mark())
+
+    def stop(self, part: str) -> None:
+        self.spans.append((part, self._open.pop(), self._mark()))
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self, part: str) -> float:
+        """Call it when the run is over and the device is synchronised."""
+        if self.device.type == "cuda":
+            return sum(begin.elapsed_time(end) for name, begin, end in self.spans if name == part) / 1e3
+        return sum(end - begin for name, begin, end in self.spans if name == part)
+
+
+class _Clocked:
+    """Stands in for a predictor or a compensator and clocks its work; everything else is the original's."""
+
+    def __init__(self, original: Any, part: str, watch: Stopwatch):
+        self._original, self._part, self._watch = original, part, watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def _timed(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._watch.start()
+        result = work(*args, **kwargs)
+        self._watch.stop(self._part)
+        return result
+
+    def scores(self, *args: Any, **kwargs: Any) -> Any:
+        return self._timed(self._original.scores, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._timed(self._original, *args, **kwargs)
+
+
+@contextmanager
+def clocks(attachment: Attachment) -> Iterator[Stopwatch]:
+    """Clocks on attentions, FFNs, predictors and compensators while the block runs; taken off in any case."""
+    anatomy = families.dissect(attachment.model)
+    watch = Stopwatch(attachment.model.device)
+    hooks: list[Any] = []
+    originals = [(ffn, ffn.predictor, ffn.compensator) for ffn in attachment.ffns]
+    try:
+        for part, modules in (("attention", anatomy.attentions), ("ffn", attachment.modules)):
+            for module in modules:
+                hooks.append(module.register_forward_pre_hook(lambda *_: watch.start()))
+                hooks.append(module.register_forward_hook(lambda *_, part=part: watch.stop(part)))
+        for ffn, predictor, compensator in originals:
+            ffn.predictor = _Clocked(predictor, "predictor", watch)  # type: ignore[assignment]
+            ffn.compensator = _Clocked(compensator, "compensator", watch) if compensator else None  # type: ignore[assignment]
+        yield watch
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for ffn, predictor, compensator in originals:
+            ffn.predictor, ffn.compensator = predictor, compensator
+
+
+def split(attachment: Attachment, run: Callable[[], float]) -> dict[str, float]:
+    """Seconds of one prefill by `PARTS`. run: reads the prompt and returns its TTFT.
+
+    attention: the attention modules, projections included. predictor: scoring. compensator: the correction. ffn: what else
+    the FFN modules do, choosing the K best and joining the rows included. rest: all else (embedding, norms, the head,
+    `generate` itself), by subtraction, so that the sum is this run's TTFT.
+    """
+    with clocks(attachment) as watch:
+        total = run()
+    parts = {part: watch.seconds(part) for part in PARTS}
+    parts["rest"] = total - parts["attention"] - parts["ffn"]
+    parts["ffn"] -= parts["predictor"] + parts["compensator"]
+    return parts
+
+
+def peak_mb(device: torch.device, run: Callable[[], Any]) -> float | None:
+    """MB (10^6 bytes) by which `run` raises memory above what was held before, at the highest.
+
+    On CUDA: tensors, by torch.cuda.max_memory_allocated. On a CPU: resident memory of this process, by Linux's high-water
+    mark, which is reset before; freed memory is handed back to the system first, so that earlier runs do not hide it.
+    Activations, KV cache and temporary buffers count; weights and buffers that a library keeps between calls do not.
+    None where the system does not tell.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    except (OSError, AttributeError, TypeError, KeyError):
+        return None
+    run()
+    return max(0, _status("VmHWM") - before) / 1e6
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of /proc/self/status, which counts in units of 1,024."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)[field].split()[0]) * 1024

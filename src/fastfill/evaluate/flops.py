@@ -1,0 +1,53 @@
+"""Floating-point operations of a prefill, from the model's config and the tokens as they were read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def prefill(
+    config: Any, tokens: int, sparse_tokens: int = 0, kept: Sequence[int] = (), overhead: tuple[int, int] = (0, 0)
+) -> dict[str, int]:
+    """FLOPs of one prompt of T = `tokens`, by part, two for each multiply-add.
+
+    config: the model's Hugging Face config. sparse_tokens: those that ran sparsely; head, tail and the rest of the prompt
+    count as dense. kept: K per layer (a layer that keeps all F neurons is dense). overhead: multiply-adds of predictor and
+    compensator per sparse token of a layer.
+
+    projections: q, k, v and o. attention: scores and values, causal: only the T (T + 1) / 2 pairs of a query and a key that
+    it sees (fewer in a sliding window); a kernel that computes the masked half too does up to twice that. ffn, predictor,
+    compensator: as above. head: logits of the last token. Norms, rotary embedding, softmax, activations and the choice of
+    the K best are not counted.
+    """
+    hidden, intermediate, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    thin = [k for k in kept if k < intermediate]  # the layers that have sparse tokens at all
+    skipped = sparse_tokens * sum(intermediate - k for k in thin)
+    return {
+        "projections": 2 * tokens * layers * hidden * (2 * queries + 2 * keys),
+        "attention": 4 * queries * sum(pairs(tokens, window) for window in windows(config)),
+        "ffn": 6 * hidden * (tokens * layers * intermediate - skipped),
+        "predictor": 2 * sparse_tokens * len(thin) * overhead[0],
+        "compensator": 2 * sparse_tokens * len(thin) * overhead[1],
+        "head": 2 * hidden * config.vocab_size,
+    }
+
+
+def pairs(tokens: int, window: int | None) -> int:
+    """Pairs of a query and a key at or before it, at most `window` keys each."""
+    full = min(tokens, window or tokens)
+    return full * (full + 1) // 2 + (tokens - full) * full
+
+
+def windows(config: Any) -> list[int | None]:
+    """The sliding window of each layer; None where it sees the whole prompt."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def ffn(parts: dict[str, int]) -> int:
+    """What the FFNs cost, predictors and compensators included."""
+    return parts["ffn"] + parts["predictor"] + parts["compensator"]
