@@ -2,7 +2,7 @@
 
     python benchmarks/report_tables.py [--check]
 
-NAME is claim, bench or quality. Read are results/bench-*.json (each the JSON document of `fastfill bench --json`) and
+NAME is claim, bench, split or quality. Read are results/bench-*.json (each the JSON document of `fastfill bench --json`) and
 results/quality.jsonl (one line per `fastfill evaluate --json`). Where a result is missing a {{placeholder}} stays.
 --check changes nothing and exits 1 if the README is not what the results say.
 """
@@ -113,8 +113,64 @@ def bench_tables(bench: list[Row]) -> str:
                 f"{row['ffn_ratio']:.2f}",
             )
             lines.append(f"| {' | '.join(cells)} |")
+        if result.get("growth_dense") is not None:  # results of 0.1.0 have neither this nor other engines
+            lines += ["", _growth(result)]
+        if result.get("compare"):
+            lines += ["", _peers(result["compare"])]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def _growth(result: Row) -> str:
+    tokens = [row["prompt_tokens"] for row in result["rows"]]
+    return (
+        f"From {min(tokens):,} to {max(tokens):,} tokens the time grows with the prompt length to the power "
+        f"{result['growth_dense']:.2f} dense and {result['growth_sparse']:.2f} sparse."
+    )
+
+
+def _peers(rows: list[Row]) -> str:
+    """One sentence per other engine, measured or not."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["name"], []).append(row)
+    sentences = []
+    for name, found in groups.items():
+        if "skipped" in found[0]:
+            sentences.append(f"{name} was not measured: {found[0]['skipped']}.")
+            continue
+        times = ", ".join(f"{row['ttft_s']:.3f} s for {row['prompt_tokens']:,}" for row in found)
+        sentences.append(f"{name} {found[0]['version']} ({found[0]['weights']}) takes {times} tokens.")
+    return " ".join(sentences)
+
+
+def split_tables(bench: list[Row]) -> str:
+    """Where the time of a prefill goes, its arithmetic and its memory; one table per bench result that has them."""
+    tables = []
+    for result in bench:
+        if not all("split_dense" in row for row in result["rows"]):
+            continue
+        lines = [
+            f"{_short(result['model'])}, {result['dtype']}, {result['sparsity']:.0%} sparsity, "
+            f"blocks of {result['block_size']}, {result['kernel']} kernel; profiled runs. Memory is what a prefill adds to "
+            f"{result['model_mb']:,.0f} MB of weights and {result['attached_mb']:,.0f} MB that attaching adds.",
+            "",
+            "| prompt tokens | | attention | FFN | predictor | compensator | rest | GFLOP | peak memory |",
+            "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for row in result["rows"]:
+            for kind in ("dense", "sparse"):
+                peak = row[f"peak_{kind}_mb"]
+                cells = (
+                    f"{row['prompt_tokens']:,}",
+                    kind,
+                    *(f"{seconds:.3f} s" for seconds in row[f"split_{kind}"].values()),
+                    f"{row[f'flops_{kind}'] / 1e9:,.0f}",
+                    "" if peak is None else f"{peak:,.0f} MB",
+                )
+                lines.append(f"| {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables) or "{{split: from benchmarks/results/bench-*.json}}"
 
 
 def quality_tables(quality: list[Row]) -> str:
@@ -176,7 +232,12 @@ def _where(machine: Row) -> str:
 def render(readme: str, folder: Path = RESULTS) -> str:
     """The README's text with every marked part written anew. Raises ValueError for a marker of unknown name."""
     bench, quality = load_bench(folder), load_quality(folder)
-    parts = {"claim": claim(bench, quality), "bench": bench_tables(bench), "quality": quality_tables(quality)}
+    parts = {
+        "claim": claim(bench, quality),
+        "bench": bench_tables(bench),
+        "split": split_tables(bench),
+        "quality": quality_tables(quality),
+    }
 
     def replace(match: re.Match[str]) -> str:
         if match[1] not in parts:

@@ -144,7 +144,9 @@ def test_calibrate_inspect_generate_bench_evaluate(capsys, model_folder, texts, 
     bench = answer(capsys, "bench", *common, "--prompt-lengths", "20,45", "--repeats", 1)
     assert [row["prompt_tokens"] for row in bench["rows"]] == [20, 45]
     promised = {"prompt_tokens", "ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_dense_s", "ffn_sparse_s", "ceiling"}
+    promised |= {"flops_dense", "flops_sparse", "split_dense", "split_sparse", "peak_dense_mb", "peak_sparse_mb"}
     assert all(promised <= row.keys() for row in bench["rows"])
+    assert bench["engine"] == "transformers" and bench["compare"] == [] and bench["growth_dense"] is not None
     assert {"cpu", "threads", "torch", "transformers"} <= bench["machine"].keys()
 
     scores = answer(capsys, "evaluate", *common, "--data", f"{texts}[4:]", "--tokens", 64, "--continuation", 16, "--record")
@@ -500,6 +502,7 @@ def test_bad_prompts_and_lengths(capsys, model_folder, artifact_folder, tmp_path
     assert "--prompt-lengths" in refusal(capsys, *bench, "--prompt-lengths", "512,many")
     assert "prompt length" in refusal(capsys, *bench, "--prompt-lengths", "0")
     assert "--repeats" in refusal(capsys, *bench, "--repeats", 0)
+    assert "no sparse prefill for the engine 'vllm' yet" in refusal(capsys, *bench, "--engine", "vllm")
 
 
 def test_a_demo_document_that_is_too_short_or_too_long(capsys, default_is_tiny, artifact_folder, tmp_path):

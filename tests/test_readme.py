@@ -202,6 +202,38 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     assert report.render(page.replace("1.19x", "1.91x"), tmp_path) == page  # an edited number is put right
 
 
+def test_report_of_a_bench_with_split_growth_and_other_engines(tmp_path: Path) -> None:
+    parts = ("attention", "ffn", "predictor", "compensator", "rest")
+    more = {
+        "split_dense": dict.fromkeys(parts, 0.25),
+        "split_sparse": dict(zip(parts, (0.25, 0.5, 0.125, 0.0625, 0.5), strict=True)),
+        **{"flops_dense": 2_500_000_000_000, "flops_sparse": 2_000_000_000_000, "ffn_flops_ratio": 0.6},
+        **{"peak_dense_mb": 70.4, "peak_sparse_mb": None},
+    }
+    result = {
+        **BENCH,
+        "rows": [{**row, **more} for row in BENCH["rows"]],
+        **{"growth_dense": 1.234, "growth_sparse": 1.2, "engine": "transformers", "model_mb": 269.0, "attached_mb": 65.7},
+        "compare": [
+            {"name": "vLLM", "version": None, "skipped": "not installed"},
+            {"name": "llama-bench", "version": "b5163", "weights": "m.gguf", "prompt_tokens": 512, "ttft_s": 0.5},
+            {"name": "llama-bench", "version": "b5163", "weights": "m.gguf", "prompt_tokens": 1024, "ttft_s": 1.25},
+        ],
+    }
+    report = load_report()
+    (tmp_path / "bench-old.json").write_text(json.dumps(BENCH))
+    page = "<!-- results:bench -->\n<!-- /results -->\n<!-- results:split -->\n<!-- /results -->\n"
+    assert "{{split" in report.render(page, tmp_path)
+    (tmp_path / "bench-tiny.json").write_text(json.dumps(result))
+    page = report.render(page, tmp_path)
+    assert "{{" not in page and page.count("| 512 | 2.000 s |") == 2 and page.count("GFLOP") == 1
+    assert "From 128 to 1,024 tokens the time grows with the prompt length to the power 1.23 dense and 1.20 sparse." in page
+    assert "vLLM was not measured: not installed." in page
+    assert "llama-bench b5163 (m.gguf) takes 0.500 s for 512, 1.250 s for 1,024 tokens." in page
+    assert "| 512 | dense | 0.250 s | 0.250 s | 0.250 s | 0.250 s | 0.250 s | 2,500 | 70 MB |" in page
+    assert "| 1,024 | sparse | 0.250 s | 0.500 s | 0.125 s | 0.062 s | 0.500 s | 2,000 |  |" in page
+
+
 def test_report_refuses_documents_that_were_calibrated_on(tmp_path: Path) -> None:
     (tmp_path / "quality.jsonl").write_text(json.dumps({**QUALITY, "calibrated_on": 2}))
     with pytest.raises(ValueError, match="2 of the documents were calibrated on"):

@@ -9,7 +9,7 @@ import torch
 from conftest import HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, logits, tiny_artifact, tiny_config, tiny_model, token_ids
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastfill import attach, engines, models
+from fastfill import attach, engines, models, show
 from fastfill.engines import PARTS, Prefill, profile
 from fastfill.engines import transformers as engine
 from fastfill.engines.transformers import TransformersRunner
@@ -124,6 +124,29 @@ def test_growth_and_lengths():
 def test_prompts_beyond_the_model_are_refused(attachment):
     with pytest.raises(UserError, match="600 tokens is more than the 512"):
         speed.bench(TransformersRunner(attachment, "tiny"), [600], 1)
+
+
+def test_tables_fit_80_columns_and_say_it_in_words(attachment, capsys):
+    row = speed.measure(TransformersRunner(attachment, "tiny"), token_ids(1, 45), 1)
+    row |= {f"ttft_{kind}_s": 123.456 for kind in ("dense", "sparse")} | {"prompt_tokens": 131072, "speedup": 11.26}
+    row |= {f"ttft_{kind}_quartiles_s": [123.0, 123.456, 124.0] for kind in ("dense", "sparse")}
+    row |= {f"split_{kind}": dict.fromkeys(PARTS, 99.999) for kind in ("dense", "sparse")}
+    row |= {"flops_dense": 2 * 10**15, "flops_sparse": 10**15, "peak_dense_mb": 12_345.6, "peak_sparse_mb": None}
+    machine = {"cpu": "AMD EPYC", "threads": 2, "torch": "2.13.0+cpu", "transformers": "5.23.0"}
+    peer = {"name": "llama-cpp-python", "version": "0.3.36", "weights": "m.gguf", "prompt_tokens": 131072, "ttft_s": 300.5}
+    result = {
+        **{"model": "maker/model", "dtype": "bfloat16", "kernel": "native", "sparsity": 0.5, "block_size": 32, "repeats": 5},
+        **{"growth_dense": 1.234, "growth_sparse": 1.1, "model_mb": 269.0, "attached_mb": 65.7, "machine": machine},
+        **{"rows": [row], "compare": [peer, {"name": "vLLM", "version": None, "skipped": "not installed"}]},
+    }
+    show.bench(result)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    words = " ".join(" ".join(lines).split())
+    assert "131072 123.456 123.000-124.000 123.456 123.000-124.000 11.26x" in words
+    assert "to the power 1.23 dense, 1.10 sparse" in words and "269 MB of weights and the 66 MB that attaching adds" in words
+    assert "131072 2,000,000 1,000,000" in words and "12,346 -" in words
+    assert "llama-cpp-python 131072 300.500 123.456 123.456" in words and "not measured: vLLM, not installed" in words
 
 
 # --- where the time goes ------------------------------------------------------------------------------------------------

@@ -150,8 +150,9 @@ def recall(result: dict[str, Any]) -> None:
 def bench(result: dict[str, Any]) -> None:
     """TTFT; where the time goes; arithmetic and memory; other engines, if they were asked for."""
     machine, rows, out = result["machine"], result["rows"], console()
+    out.print(f"{result['model']}, {result['dtype']}, kernel {result['kernel']}", soft_wrap=True)
     table(
-        f"TTFT, {result['model']}, {result['dtype']}, {result['sparsity']:.0%} sparsity, kernel {result['kernel']}",
+        f"TTFT, {result['sparsity']:.0%} sparsity, blocks of {result['block_size']}",
         ["prompt", "dense s", "quartiles", "sparse s", "quartiles", "speed-up", "ceiling"],
         [
             [

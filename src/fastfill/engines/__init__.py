@@ -68,6 +68,4 @@ def bench_of(name: str) -> Callable[..., AbstractContextManager[Runner]]:
         bench = getattr(importlib.import_module(f"{__name__}.{name}"), "bench", None)
         if bench is not None:
             return bench
-    raise UserError(
-        f"There is no sparse prefill for the engine {name!r} yet; use --engine transformers."
-    )
+    raise UserError(f"There is no sparse prefill for the engine {name!r} yet; use --engine transformers.")

@@ -40,9 +40,10 @@ class Stopwatch:
 
     def seconds(self, part: str) -> float:
         """Call it when the run is over and the device is synchronised."""
+        spans = [(begin, end) for name, begin, end in self.spans if name == part]
         if self.device.type == "cuda":
-            return sum(begin.elapsed_time(end) for name, begin, end in self.spans if name == part) / 1e3
-        return sum(end - begin for name, begin, end in self.spans if name == part)
+            return sum((begin.elapsed_time(end) / 1e3 for begin, end in spans), 0.0)
+        return sum((end - begin for begin, end in spans), 0.0)
 
 
 class _Clocked:

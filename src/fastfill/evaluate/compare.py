@@ -77,6 +77,8 @@ def compare(job: Job) -> list[dict[str, Any]]:
                 ]
             except _Skipped as reason:
                 rows.append({"name": name, "version": None, "skipped": str(reason)})
+            except OSError as error:
+                rows.append({"name": name, "version": None, "skipped": f"could not be run ({error})"})
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 rows.append({"name": name, "version": None, "skipped": f"its answer is not understood ({error!r})"})
             bar.step()

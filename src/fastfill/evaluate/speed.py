@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,13 +71,13 @@ def split(runner: Runner, ids: torch.Tensor, runs: int, tick: Tick | None = None
             found[kind].append(runner.split(ids, sparse))
             if tick:
                 tick()
-    dense, sparse = (sorted(found[kind], key=_total)[(runs - 1) // 2] for kind, _ in KINDS)
-    ffn_dense, ffn_sparse = (parts["ffn"] + parts["predictor"] + parts["compensator"] for parts in (dense, sparse))
+    dense, thin = (sorted(found[kind], key=_total)[(runs - 1) // 2] for kind, _ in KINDS)
+    ffn_dense, ffn_sparse = (parts["ffn"] + parts["predictor"] + parts["compensator"] for parts in (dense, thin))
     share = ffn_dense / _total(dense)
     skipped = 1 - sum(runner.kept) / (len(runner.kept) * runner.shape.intermediate_size)
     return {
         "split_dense": {part: round(seconds, 5) for part, seconds in dense.items()},
-        "split_sparse": {part: round(seconds, 5) for part, seconds in sparse.items()},
+        "split_sparse": {part: round(seconds, 5) for part, seconds in thin.items()},
         "ffn_dense_s": round(ffn_dense, 5),
         "ffn_sparse_s": round(ffn_sparse, 5),
         "ffn_ratio": round(ffn_sparse / ffn_dense, 4),
@@ -149,6 +150,5 @@ def bench(runner: Runner, lengths: Sequence[int], repeats: int, seed: int = 0) -
     with stage("GFLOP", sum(work) * prefills(repeats)) as bar:  # a long prompt takes its share of the bar
         for length, share in zip(lengths, work, strict=True):
             ids = torch.randint(0, runner.shape.vocab_size, (1, length), generator=generator)
-            note = f"{length} tokens"
-            rows.append(measure(runner, ids, repeats, lambda share=share, note=note: bar.step(share, note)))
+            rows.append(measure(runner, ids, repeats, partial(bar.step, share, f"{length} tokens")))
     return rows
