@@ -183,9 +183,14 @@ def test_what_fails_is_listed_with_its_last_line(stand_in):
 
 def test_what_takes_too_long_is_ended_with_its_children(stand_in, monkeypatch):
     monkeypatch.setattr(compare, "TIMEOUT_S", 1)
-    child = f"import subprocess, sys, time; p = subprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep(60)']); "
-    child += f"open({str(stand_in.file)!r}, 'w').write(str(p.pid)); time.sleep(60)"
-    stand_in("llama-bench", f"#!{sys.executable}\n{child}\n")
+    child = f"""#!{sys.executable}
+import subprocess, time
+child = subprocess.Popen([{sys.executable!r}, "-c", "import time; time.sleep(60)"], stdout=-3, stderr=-3)
+with open({str(stand_in.file)!r}, "w") as file:
+    file.write(str(child.pid))
+time.sleep(60)
+"""
+    stand_in("llama-bench", child)
     assert reasons(compare.compare(JOB))["llama-bench"] == "took longer than 1 s"
     process = Path("/proc", stand_in.file.read_text())
     for _ in range(100):  # the kernel needs a moment to end it
@@ -194,6 +199,16 @@ def test_what_takes_too_long_is_ended_with_its_children(stand_in, monkeypatch):
         time.sleep(0.05)
     else:
         pytest.fail("the child of a peer that was ended still runs")
+
+
+def test_the_first_prompt_of_each_length_is_warm_up(monkeypatch):
+    clock, lasts = [0.0], iter([100.0, 1.0, 2.0, 200.0, 3.0, 5.0])
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: clock[0])
+
+    def read(_ids):
+        clock[0] += next(lasts)
+
+    assert compare._answer("1.0", "bfloat16", JOB, read)["ttft_s"] == {"20": [1.0, 2.0], "45": [3.0, 5.0]}
 
 
 def test_peers_see_our_device_only(monkeypatch):

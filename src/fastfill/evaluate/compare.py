@@ -159,7 +159,7 @@ def _run(command: Sequence[str], job: Job, text: str = "") -> str:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.wait()
     if process.returncode:
         last = [line.strip() for line in (err.strip() or out.strip()).splitlines()][-1:] or ["no message"]
         raise _Skipped(f"failed with exit code {process.returncode}: {last[0][:200]}")
