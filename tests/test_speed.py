@@ -233,10 +233,12 @@ def test_flops_by_hand():
         "attention": 3 * 2 * 2 * 32 * 55,  # 1 + 2 + ... + 10 pairs; scores and values
         "ffn": 2 * 3 * 32 * (3 * 6 * 96 + 4 * (24 + 96 + 48)),
         "predictor": 2 * 100 * 4 * 2,  # in the two layers that leave neurons out
-        "compensator": 2 * 7 * 4 * 2,
+        "compensator": 2 * 7 * 10 * 2,  # corrects all tokens, and those that are dense are cleared
         "head": 2 * 32 * 128,
     }
-    assert flops.ffn(parts) == parts["ffn"] + 1600 + 112
+    assert flops.ffn(parts) == parts["ffn"] + 1600 + 280
+    # too short for a sparse block: nothing is predicted or corrected
+    assert flops.prefill(tiny_config(), 10, 0, kept=[24, 96, 48], overhead=(100, 7)) == flops.prefill(tiny_config(), 10)
 
 
 def test_pairs_in_a_window():
@@ -265,7 +267,7 @@ def test_flops_of_a_row_count_tokens_as_they_were_read(attachment):
     kept = sum(attachment.kept)
     row = speed.cost(TransformersRunner(attachment, "tiny"), 45, 32)
     dense = 6 * HIDDEN * INTERMEDIATE * 45 * LAYERS
-    sparse = 6 * HIDDEN * (INTERMEDIATE * 13 * LAYERS + kept * 32) + 2 * 32 * LAYERS * (8 * (32 + 96) + 2 * 32 * 8)
+    sparse = 6 * HIDDEN * (INTERMEDIATE * 13 * LAYERS + kept * 32) + 2 * LAYERS * (32 * 8 * (32 + 96) + 45 * 2 * 32 * 8)
     assert row["flops_sparse"] - row["flops_dense"] == sparse - dense
     assert row["ffn_flops_ratio"] == round(sparse / dense, 4)
 

@@ -38,7 +38,7 @@ class Runner(Protocol):
     """A loaded model with an artifact on it, as one engine runs it. ids are (1, T), on the CPU.
 
     name, dtype, kernel: for the record. shape: the model's Hugging Face config. config: the settings in force. kept:
-    neurons kept per layer. overhead: multiply-adds of predictor and compensator per sparse token of a layer.
+    neurons kept per layer. overhead: multiply-adds of predictor and compensator per token of a layer.
     model_mb, attached_mb: memory that is held between prefills, the weights and what the artifact adds (10^6 bytes).
     """
 

@@ -95,7 +95,7 @@ def split(attachment: Attachment, run: Callable[[], float]) -> dict[str, float]:
     """Seconds of one prefill by `PARTS`. run: reads the prompt and returns its TTFT.
 
     attention: the attention modules, projections included. predictor: scoring. compensator: the correction. ffn: what else
-    the FFN modules do, choosing the K best and joining the rows included. rest: all else (embedding, norms, the head,
+    the FFN modules do, choosing the K best included. rest: all else (embedding, norms, the head,
     `generate` itself), by subtraction, so that the sum is this run's TTFT.
     """
     with clocks(attachment) as watch:

@@ -13,24 +13,25 @@ def prefill(
 
     config: the model's Hugging Face config. sparse_tokens: those that ran sparsely; head, tail and the rest of the prompt
     count as dense. kept: K per layer (a layer that keeps all F neurons is dense). overhead: multiply-adds of predictor and
-    compensator per sparse token of a layer.
+    compensator per token of a layer.
 
     projections: q, k, v and o. attention: scores and values, causal: only the T (T + 1) / 2 pairs of a query and a key that
-    it sees (fewer in a sliding window); a kernel that computes the masked half too does up to twice that. ffn, predictor,
-    compensator: as above. head: logits of the last token. Norms, rotary embedding, softmax, activations and the choice of
-    the K best are not counted.
+    it sees (fewer in a sliding window); a kernel that computes the masked half too does up to twice that. predictor: for
+    sparse tokens. compensator: for all tokens of a prompt that has sparse ones, as the forward does it. head: logits of the
+    last token. Norms, rotary embedding, softmax, activations and the choice of the K best are not counted.
     """
     hidden, intermediate, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
     thin = [k for k in kept if k < intermediate]  # the layers that have sparse tokens at all
+    corrected = tokens if sparse_tokens else 0
     skipped = sparse_tokens * sum(intermediate - k for k in thin)
     return {
         "projections": 2 * tokens * layers * hidden * (2 * queries + 2 * keys),
         "attention": 4 * queries * sum(pairs(tokens, window) for window in windows(config)),
         "ffn": 6 * hidden * (tokens * layers * intermediate - skipped),
         "predictor": 2 * sparse_tokens * len(thin) * overhead[0],
-        "compensator": 2 * sparse_tokens * len(thin) * overhead[1],
+        "compensator": 2 * corrected * len(thin) * overhead[1],
         "head": 2 * hidden * config.vocab_size,
     }
 
