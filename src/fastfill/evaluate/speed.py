@@ -15,7 +15,7 @@ from fastfill.errors import UserError
 from fastfill.evaluate import flops
 from fastfill.progress import stage
 
-SPLITS = 3  # at most so many profiled runs of each kind
+SPLITS = 5  # at most so many profiled runs of each kind
 KINDS = (("dense", False), ("sparse", True))
 
 Tick = Callable[[], Any]
@@ -58,10 +58,11 @@ def ttft(runner: Runner, ids: torch.Tensor, repeats: int, tick: Tick | None = No
 
 
 def split(runner: Runner, ids: torch.Tensor, runs: int, tick: Tick | None = None) -> dict[str, Any]:
-    """Where the time of a prefill goes, from `runs` further runs of each kind, with clocks inside: the run with the median
-    TTFT. The parts of a split add up to the TTFT of its own run, which the clocks make a little longer than the headline.
+    """Where the time of a prefill goes, from `runs` further runs of each kind, with clocks inside. A split is that of the run
+    with the median TTFT; its parts add up to the TTFT of that run, which the clocks make a little longer than the headline.
 
-    ffn_dense_s, ffn_sparse_s: time in the FFNs, predictor and compensator included. ffn_share: its part of the dense run.
+    ffn_dense_s, ffn_sparse_s: time in the FFNs, predictor and compensator included, medians of all these runs.
+    ffn_share: the FFN's part of the dense runs, median.
     ceiling: 1 / (1 - sparsity * ffn_share), what would be left if every skipped neuron took its share of the FFN's time
     with it and nothing were added.
     """
@@ -72,8 +73,8 @@ def split(runner: Runner, ids: torch.Tensor, runs: int, tick: Tick | None = None
             if tick:
                 tick()
     dense, thin = (sorted(found[kind], key=_total)[(runs - 1) // 2] for kind, _ in KINDS)
-    ffn_dense, ffn_sparse = (parts["ffn"] + parts["predictor"] + parts["compensator"] for parts in (dense, thin))
-    share = ffn_dense / _total(dense)
+    ffn_dense, ffn_sparse = (statistics.median(map(_ffn, found[kind])) for kind, _ in KINDS)
+    share = statistics.median(_ffn(parts) / _total(parts) for parts in found["dense"])
     skipped = 1 - sum(runner.kept) / (len(runner.kept) * runner.shape.intermediate_size)
     return {
         "split_dense": {part: round(seconds, 5) for part, seconds in dense.items()},
@@ -88,6 +89,10 @@ def split(runner: Runner, ids: torch.Tensor, runs: int, tick: Tick | None = None
 
 def _total(parts: dict[str, float]) -> float:
     return sum(parts.values())
+
+
+def _ffn(parts: dict[str, float]) -> float:
+    return parts["ffn"] + parts["predictor"] + parts["compensator"]
 
 
 def cost(runner: Runner, tokens: int, sparse_tokens: int) -> dict[str, Any]:
