@@ -163,6 +163,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--no-compensator", action="store_true", help="leave the correction out")
     evaluate.add_argument("--record", action="store_true", help="store the result in the artifact (config.json and README.md)")
 
+    report = command(
+        "report",
+        run_report,
+        "Show results as one HTML page with figures.",
+        "fastfill report benchmarks/results artifacts/smollm2-135m-instruct --out report.html",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="stored --json output, a folder of it, or an artifact folder")
+    report.add_argument("--out", default="report.html", metavar="FILE", help="page to write (default: report.html)")
+    report.add_argument("--svg", metavar="DIR", help="write each figure as a file of its own, too")
+
     command("env", run_env, "Show versions, processor and which kernel runs, and why.", "fastfill env")
     return parser
 
@@ -415,6 +425,16 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         artifact.quality = {k: v for k, v in result.items() if k not in ("machine",)}
         artifacts.save(artifact, folder, readme=artifacts.readme(artifact))
         print(f"recorded in {folder}")
+    return result
+
+
+def run_report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fastfill import report
+
+    result = report.write(arguments.runs, arguments.out, arguments.svg)
+    print(f"{result['out']}: {len(result['figures'])} figures from {result['runs']} results")
+    if result["missing"]:
+        print(f"not in these runs: {'; '.join(result['missing'])}")
     return result
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from fastfill.errors import UserError
-from fastfill.report.values import text
+from fastfill.report.values import MISSING, text
 
 WIDTH = 760  # of every figure, in its own units; font sizes are in the same
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
@@ -86,9 +87,9 @@ class Sheet:
         self._settings = matplotlib.rc_context()
         self._settings.__enter__()
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_settings(self.name))
+        settings: Any = matplotlib.rcParams
+        settings.update(_settings(self.name))
         self.figure = Figure(figsize=(WIDTH / 72, self.height / 72), dpi=72, layout="constrained")
-        self.figure.get_layout_engine().set(w_pad=12 / 72, h_pad=10 / 72)  # type: ignore[union-attr]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -120,7 +121,7 @@ class Sheet:
 
 def label(value: Any, limit: int = 36) -> str:
     """Text from a file as a label; matplotlib would hide one that starts with an underscore."""
-    return text(value, limit).lstrip("_") or "–"
+    return text(value, limit).lstrip("_") or MISSING
 
 
 def ticks(axis: Any, places: list[float], names: Callable[[float], str] | list[str]) -> None:
@@ -128,6 +129,34 @@ def ticks(axis: Any, places: list[float], names: Callable[[float], str] | list[s
     labels = names if isinstance(names, list) else [names(place) for place in places]
     axis.set_ticks(places, labels)
     axis.set_ticks([], minor=True)
+
+
+def log_axis(axis: Any, values: Iterable[float], name: Callable[[float], str]) -> None:
+    """A logarithmic axis with plain labels where the positive values spread, a linear one where they are close."""
+    good = [float(value) for value in values if value > 0]
+    if not good or max(good) / min(good) < 2.5:
+        axis.set_major_formatter(lambda value, _: name(float(f"{value:.6g}")))
+        return
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
+    low, high = min(good) / 1.15, max(good) * 1.15
+    for steps in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        places = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(places) <= 8:
+            break
+    ticks(axis, places[:: -(-len(places) // 8) or 1], name)
+
+
+def dots(ax: Any, names: list[str], series: Sequence[tuple[str, list[float], list[tuple[float, float]]]]) -> None:
+    """Rows from top to bottom, a mark per series. series: (label, value per row, interval per row or nothing)."""
+    step = 0.22 if any(intervals for _, _, intervals in series) else 0.0
+    for index, (name, values, intervals) in enumerate(series):
+        at, look = [row + step * index for row in range(len(names))], style(index)
+        ax.plot(values, at, linestyle="", marker=look.marker, color=HEX[look.colour], label=name, gid=f"series-{index}")
+        if intervals:
+            ax.hlines(at, *zip(*intervals, strict=True), color=HEX[look.colour], linewidth=1.6, gid=f"interval-{index}")
+    ticks(ax.yaxis, [row + step * (len(series) - 1) / 2 for row in range(len(names))], [label(name, 48) for name in names])
+    ax.set_ylim(len(names) - 0.4, -0.6)
 
 
 def as_percent(axis: Any) -> None:
@@ -183,6 +212,8 @@ def _settings(name: str) -> dict[str, Any]:
         "xtick.labelcolor": HEX["ink"],
         "ytick.labelcolor": HEX["ink"],
         "figure.facecolor": "none",
+        "figure.constrained_layout.w_pad": 12 / 72,
+        "figure.constrained_layout.h_pad": 10 / 72,
         "savefig.facecolor": "none",
         "legend.frameon": False,
         "legend.fontsize": 13,
@@ -197,7 +228,7 @@ def _finish(raw: bytes, sheet: Sheet) -> str:
     """matplotlib's file -> one <svg> element for any page: named, themed, ids with the figure's prefix."""
     root = ElementTree.fromstring(raw)
     for child in list(root):
-        if child.tag.endswith("metadata"):
+        if child.tag.endswith("metadata") or child.find(f"{{{SVG}}}style") is not None:
             root.remove(child)
     colours = {light: f"var(--ff-{name})" for name, light in HEX.items()}
     colours |= {"#000000": "var(--ff-ink)", "#ffffff": "var(--ff-page)"}
@@ -212,7 +243,7 @@ def _finish(raw: bytes, sheet: Sheet) -> str:
             if element.get(key, "").startswith("#"):
                 element.set("style", f"{key}: {element.attrib.pop(key)}; " + element.get("style", ""))
         for key, value in list(element.attrib.items()):
-            if key == "style" and element.tag != f"{{{SVG}}}style":
+            if key == "style":
                 value = pattern.sub(lambda match: colours[match[0]], value)
                 value = re.sub(r"'DejaVu Sans'[^;]*", FONTS, value)
             elif key == "id":
@@ -224,6 +255,7 @@ def _finish(raw: bytes, sheet: Sheet) -> str:
     box = root.get("viewBox", f"0 0 {WIDTH} {sheet.height:g}").split()
     root.attrib.clear()
     root.attrib |= {"viewBox": " ".join(box), "width": box[2], "height": box[3], "role": "img"}
+    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")  # instead of a rule for the whole page
     root.set("aria-labelledby", f"{sheet.name}-title {sheet.name}-desc")
     for place, (tag, words) in enumerate((("title", sheet.title), ("desc", sheet.description))):
         element = ElementTree.Element(f"{{{SVG}}}{tag}", {"id": f"{sheet.name}-{tag}"})
@@ -235,7 +267,7 @@ def _finish(raw: bytes, sheet: Sheet) -> str:
 
 def _themed_image(image: ElementTree.Element, name: str) -> ElementTree.Element:
     """A grey image as the mask of a rectangle: its white parts show the ink, its black ones the page."""
-    place = {key: image.attrib.pop(key) for key in ("transform", "id") if key in image.attrib}
+    place: dict[str, str] = {key: image.attrib.pop(key) for key in ("transform", "id") if key in image.attrib}
     box = {key: image.get(key, "0") for key in ("x", "y", "width", "height")}
     group = ElementTree.Element(f"{{{SVG}}}g", place)
     mask = ElementTree.SubElement(group, f"{{{SVG}}}mask", {"id": name, "maskUnits": "userSpaceOnUse", **box})

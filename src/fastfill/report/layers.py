@@ -25,7 +25,9 @@ def sparsity(documents: Sequence[Document]) -> str:
             if len(documents) == 1:
                 ax.bar(range(len(values)), values, color=HEX[look.colour], width=0.75, label=name)
             else:
-                ax.plot(values, color=HEX[look.colour], marker=look.marker, linestyle=look.line, label=name, gid=f"series-{index}")
+                ax.plot(
+                    values, color=HEX[look.colour], marker=look.marker, linestyle=look.line, label=name, gid=f"series-{index}"
+                )
             ax.axhline(number(document.get("sparsity")), color=HEX["ink"], linewidth=1.2, linestyle=":", label="mean asked for")
         ax.set_title("share of FFN neurons skipped")
         ax.set_xlabel("layer")
@@ -89,7 +91,9 @@ def picks(document: Document, name: str = "picks") -> str:
         whole_numbers(left.yaxis)
         right.plot(overlap, range(len(overlap)), color=HEX["blue"], marker="o", markersize=5, gid="series-0", label="measured")
         chance = _chance(document)
-        right.plot(chance, range(len(chance)), color=HEX["orange"], linestyle="--", gid="series-1", label="by chance (kept / all)")
+        right.plot(
+            chance, range(len(chance)), color=HEX["orange"], linestyle="--", gid="series-1", label="by chance (kept / all)"
+        )
         right.set_ylim(len(share) - 0.5, -0.5)
         right.set_xlim(0, 1)
         right.set_title("picks shared with the block before")
@@ -115,10 +119,19 @@ def picks_tables(document: Document) -> list[Table]:
     for layer, (values, overlap) in enumerate(zip(document["share"], document["overlap"], strict=False)):
         share = known(number(value) for value in values)
         kept = document["kept"][layer] if layer < len(document["kept"]) else None
-        always, never = (mean(float(test) for test in tests) for tests in ([v >= 0.95 for v in share], [v <= 0.05 for v in share]))
+        always, never = (
+            mean(float(test) for test in tests) for tests in ([v >= 0.95 for v in share], [v <= 0.05 for v in share])
+        )
         chance = _chance(document)[layer] if layer < len(document["kept"]) else NAN
         rows.append([str(layer), plain(kept, 6), *(percent(v) for v in (always, never, overlap, chance))])
-    columns = ["layer", "neurons kept", "picked by 95 % of blocks or more", "by 5 % or less", "shared with block before", "by chance"]
+    columns = [
+        "layer",
+        "neurons kept",
+        "picked by 95 % of blocks or more",
+        "by 5 % or less",
+        "shared with block before",
+        "by chance",
+    ]
     return [Table("Picks by layer (shares of the layer's neurons, then of a block's picks)", columns, rows)]
 
 
@@ -151,7 +164,9 @@ def maps_caption(document: Document) -> str:
     parts = []
     for entry in document["maps"]:
         chosen = picked(entry.get("blocks"), document.get("neurons"))
-        parts.append(f"in layer {text(entry.get('layer'), 8)} {chosen.all(0).sum():,} in every block and {chosen.any(0).sum():,} in any")
+        parts.append(
+            f"in layer {text(entry.get('layer'), 8)} {chosen.all(0).sum():,} in every block and {chosen.any(0).sum():,} in any"
+        )
     neurons = plain(document.get("neurons"), 6)
     return f"Of the {neurons} neurons of a layer, the blocks of one document pick " + "; ".join(parts) + "."
 
@@ -235,7 +250,15 @@ def recall_caption(documents: Sequence[Document]) -> str:
 
 def recall_tables(documents: Sequence[Document]) -> list[Table]:
     keys = ("recall", "by_chance", "held", "held_oracle", "recovery")
-    columns = ["layer", "neurons kept", "oracle's neurons picked", "by chance", "importance held", "held by oracle", "of the oracle's"]
+    columns = [
+        "layer",
+        "neurons kept",
+        "oracle's neurons picked",
+        "by chance",
+        "importance held",
+        "held by oracle",
+        "of the oracle's",
+    ]
     return [
         Table(
             f"Recall by layer, predictor {_recall_name(document)}",

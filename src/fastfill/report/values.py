@@ -1,4 +1,4 @@
-"""Numbers and words from result files: what is not a usable number becomes NaN, and NaN is shown as a dash."""
+"""Numbers and words from result files: what is not a usable number becomes NaN, and NaN is shown as `-`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 NAN = float("nan")
-LARGEST = 1e15  # beyond it no measurement is meant, and drawing overflows
+LARGEST = 1e30  # beyond it no measurement is meant, and drawing overflows
+MISSING = "-"
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -60,7 +61,7 @@ def plain(value: Any, digits: int = 4) -> str:
     """A number to `digits` significant digits, with thousands separated."""
     value = number(value)
     if math.isnan(value):
-        return "–"
+        return MISSING
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
@@ -68,19 +69,48 @@ def plain(value: Any, digits: int = 4) -> str:
 
 def percent(value: Any, digits: int = 1) -> str:
     value = number(value)
-    return "–" if math.isnan(value) else f"{value:.{digits}%}"
+    return MISSING if math.isnan(value) else f"{value:.{digits}%}"
 
 
 def times(value: Any) -> str:
     value = number(value)
-    return "–" if math.isnan(value) else f"{value:,.2f}x"
+    return MISSING if math.isnan(value) else f"{value:,.2f}x"
 
 
 def seconds(value: Any) -> str:
     value = number(value)
-    return "–" if math.isnan(value) else f"{value:,.3f} s" if value < 0.1 else f"{value:,.2f} s"
+    return MISSING if math.isnan(value) else f"{value:,.3f} s" if value < 0.1 else f"{value:,.2f} s"
 
 
 def mean(values: Iterable[float]) -> float:
     values = known(values)
     return sum(values) / len(values) if values else NAN
+
+
+NAMES = {
+    "kernel": "{} kernel",
+    "block_size": "blocks of {}",
+    "threads": "{} threads",
+    "T": "{} tokens",
+}
+
+
+def distinct(documents: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
+    """A short name for each document: what tells it from the others, of `keys`; then its file; then its number."""
+    shown = [key for key in keys if len({str(document.get(key)) for document in documents}) > 1]
+    names = [", ".join(filter(None, (_part(document, key) for key in shown))) for document in documents]
+    for index, document in enumerate(documents):
+        if len(documents) > 1 and names.count(names[index]) > 1 and document.get("file"):
+            names[index] = ", ".join(filter(None, (names[index], text(document["file"], 40))))
+    return [f"{name} ({names[:i].count(name) + 1})" if name and names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _part(document: dict[str, Any], key: str) -> str:
+    value = document.get(key)
+    if key == "sparsity":
+        return f"{percent(value, 0)} sparsity"
+    if key == "compensator":
+        return "" if value else "no compensator"
+    if key == "model":
+        return short(value)
+    return NAMES.get(key, "{}").format(text(value, 30)) if value is not None else ""
