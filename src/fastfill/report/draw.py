@@ -86,10 +86,14 @@ class Sheet:
         _drawing.acquire()
         self._settings = matplotlib.rc_context()
         self._settings.__enter__()
-        matplotlib.rcdefaults()
-        settings: Any = matplotlib.rcParams
-        settings.update(_settings(self.name))
-        self.figure = Figure(figsize=(WIDTH / 72, self.height / 72), dpi=72, layout="constrained")
+        try:
+            matplotlib.rcdefaults()
+            settings: Any = matplotlib.rcParams
+            settings.update(_settings(self.name))
+            self.figure = Figure(figsize=(WIDTH / 72, self.height / 72), dpi=72, layout="constrained")
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

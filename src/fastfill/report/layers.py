@@ -9,7 +9,7 @@ from typing import Any
 
 from fastfill.errors import UserError
 from fastfill.report.draw import HEX, Sheet, as_percent, heat, label, style
-from fastfill.report.values import NAN, Table, known, mean, number, numbers, percent, plain, short, text
+from fastfill.report.values import NAN, Table, count, known, mean, number, numbers, percent, short, text
 
 Document = dict[str, Any]
 COLUMNS = 512  # neurons of a map are averaged into at most as many columns; a screen shows no more
@@ -23,7 +23,8 @@ def sparsity(documents: Sequence[Document]) -> str:
             values = [number(value) for value in document["layer_sparsity"]]
             look, name = style(index), _artifact_name(document, documents)
             if len(documents) == 1:
-                ax.bar(range(len(values)), values, color=HEX[look.colour], width=0.75, label=name)
+                for layer, bar in enumerate(ax.bar(range(len(values)), values, color=HEX[look.colour], width=0.75, label=name)):
+                    bar.set_gid(f"layer-{layer}")
             else:
                 ax.plot(
                     values, color=HEX[look.colour], marker=look.marker, linestyle=look.line, label=name, gid=f"series-{index}"
@@ -56,7 +57,7 @@ def sparsity_tables(documents: Sequence[Document]) -> list[Table]:
             f"Sparsity by layer, {_artifact_name(document, documents)}",
             ["layer", "neurons kept", "neurons skipped (share)"],
             [
-                [str(layer), plain(kept, 6), percent(value, 2)]
+                [str(layer), count(kept), percent(value, 2)]
                 for layer, (kept, value) in enumerate(zip(document["kept"], document["layer_sparsity"], strict=False))
             ],
         )
@@ -123,7 +124,7 @@ def picks_tables(document: Document) -> list[Table]:
             mean(float(test) for test in tests) for tests in ([v >= 0.95 for v in share], [v <= 0.05 for v in share])
         )
         chance = _chance(document)[layer] if layer < len(document["kept"]) else NAN
-        rows.append([str(layer), plain(kept, 6), *(percent(v) for v in (always, never, overlap, chance))])
+        rows.append([str(layer), count(kept), *(percent(v) for v in (always, never, overlap, chance))])
     columns = [
         "layer",
         "neurons kept",
@@ -167,7 +168,7 @@ def maps_caption(document: Document) -> str:
         parts.append(
             f"in layer {text(entry.get('layer'), 8)} {chosen.all(0).sum():,} in every block and {chosen.any(0).sum():,} in any"
         )
-    neurons = plain(document.get("neurons"), 6)
+    neurons = count(document.get("neurons"))
     return f"Of the {neurons} neurons of a layer, the blocks of one document pick " + "; ".join(parts) + "."
 
 
@@ -264,7 +265,7 @@ def recall_tables(documents: Sequence[Document]) -> list[Table]:
             f"Recall by layer, predictor {_recall_name(document)}",
             columns,
             [
-                [text(line.get("layer"), 8), plain(line.get("kept"), 6), *(percent(line.get(key)) for key in keys)]
+                [text(line.get("layer"), 8), count(line.get("kept")), *(percent(line.get(key)) for key in keys)]
                 for line in document["layers"]
             ],
         )

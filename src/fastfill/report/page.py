@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from fastfill.progress import stage
 from fastfill.report import draw, layers, quality, speed
 from fastfill.report.runs import Run
-from fastfill.report.values import MISSING, Table, distinct, known, number, percent, plain, seconds, short, text, times
+from fastfill.report.values import MISSING, Table, count, distinct, known, number, percent, plain, seconds, short, text, times
 
 CLAIM_TOKENS = 1024  # the prompt length of the first lines, or the one nearest to it
 HERE = Path(__file__).parent
@@ -128,7 +128,7 @@ def claims(runs: Sequence[Run]) -> list[str]:
         bench = next((document for document in benches if document.get("kernel") == "native"), benches[0])
         row = min(bench["rows"], key=lambda row: _distance(number(row.get("prompt_tokens"))))
         found.append(
-            f"Speed: a prompt of {plain(row.get('prompt_tokens'), 7)} tokens gives its first token after "
+            f"Speed: a prompt of {count(row.get('prompt_tokens'))} tokens gives its first token after "
             f"{seconds(row.get('ttft_sparse_s'))} instead of {seconds(row.get('ttft_dense_s'))}, {times(row.get('speedup'))} "
             f"(ceiling {times(row.get('ceiling'))}; {percent(bench.get('sparsity'), 0)} of the FFN neurons skipped, "
             f"{text(bench.get('kernel', 'unknown'), 30)} kernel)."

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from fastfill.report.draw import HEX, Sheet, Style, as_percent, dots, label, log_axis, style
-from fastfill.report.values import MISSING, Table, distinct, known, number, numbers, pair, percent, plain, text, times
+from fastfill.report.values import MISSING, Table, count, distinct, known, number, numbers, pair, percent, plain, text, times
 
 Document = dict[str, Any]
 METHODS = ("learned", "oracle", "static", "low-rank", "first-block", "random")  # the same look in every figure
@@ -16,45 +17,49 @@ READINGS = (("strict", "ppl_ratio"), ("continuation", "cont_ppl_ratio"))
 NAMED_BY = ("model", "dtype", "predictor", "compensator", "sparsity", "block_size")
 
 
-def looks(methods: Sequence[str]) -> dict[str, Style]:
-    others = [method for method in dict.fromkeys(methods) if method not in METHODS and method != "dense"]
-    return {"dense": Style("ink", "*", ""), **{method: style(index) for index, method in enumerate([*METHODS, *others])}}
+def looks(methods: Sequence[str]) -> list[Style]:
+    """A style per series; of two with the same method the first has the method's own."""
+    own = {method: style(index) for index, method in enumerate(METHODS)} | {"dense": Style("ink", "*", "")}
+    free = (style(index) for index in itertools.count(len(METHODS)))
+    return [next(free) if method in methods[:i] or method not in own else own[method] for i, method in enumerate(methods)]
 
 
 def pareto(document: Document, name: str = "quality") -> str:
     """Perplexity ratio against TTFT speed-up, strict and continuation. Filled marks were timed; hollow ones (a method without
     a speed of its own, such as the oracle) stand at the learned selection's speed at the same sparsity. document: what
     `evaluate --task pareto` prints. name: prefix of the ids."""
-    methods = [_method(row) for row in document["rows"]]
-    known_looks = looks(methods)
+    methods = list(dict.fromkeys(_method(row) for row in document["rows"]))
+    named = list(enumerate(zip(methods, looks(methods), strict=True)))
     with Sheet(name, "Quality against speed", pareto_caption(document), 400) as sheet:
         panels = sheet.axes(1, 2)
         for ax, (reading, key) in zip(panels, READINGS, strict=True):
-            for method in dict.fromkeys(methods):
+            for index, (method, look) in named:
                 rows = [row for row in document["rows"] if _method(row) == method]
                 rows.sort(key=lambda row: (math.isnan(number(row.get("sparsity"))), number(row.get("sparsity"))))
-                look, timed = known_looks[method], any(known(numbers(rows, "speedup")))
+                timed = bool(known(numbers(rows, "speedup")))
                 at, values = [_speed(row, document) for row in rows], numbers(rows, key)
-                series = {"color": HEX[look.colour], "marker": look.marker, "linestyle": look.line or "-"}
+                series = {"color": HEX[look.colour], "marker": look.marker, "linestyle": look.line}
                 series |= {"markersize": 12} if method == "dense" else {}
                 series |= {} if timed else {"markerfacecolor": HEX["page"], "linewidth": 1.2}
                 ax.plot(
                     at,
                     values,
                     label=label(method) + ("" if timed else " (not timed)"),
-                    gid=f"{reading}-{label(method)}",
+                    gid=f"{reading}-{index}",
                     **series,
                 )
                 if method == "learned":
                     for x, y, row in zip(at, values, rows, strict=True):
                         if known([x, y]) == [x, y]:
-                            place = {"xytext": (7, -5), "textcoords": "offset points", "va": "top", "fontsize": 12}
-                            ax.annotate(percent(row.get("sparsity"), 0), (x, y), **place)
+                            place = {"xytext": (-5, 6), "textcoords": "offset points", "ha": "right", "fontsize": 12}
+                            place |= {"bbox": {"facecolor": HEX["page"], "edgecolor": "none", "pad": 0.5}, "zorder": 9}
+                            ax.annotate(budget(row), (x, y), **place)
             ax.axhline(1, color=HEX["ink"], linewidth=1)
             ax.set_title(f"{reading}: perplexity, sparse / dense")
             ax.set_xlabel("speed-up of TTFT (lower right is better)")
             ax.margins(x=0.14, y=0.1)
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:.2f}x")
+            ax.locator_params(axis="x", nbins=6)
             log_axis(ax.yaxis, [value for line in ax.get_lines() for value in line.get_ydata()], lambda v: f"{v:g}x")
         sheet.legend(panels, columns=4)
     return sheet.svg
@@ -62,6 +67,12 @@ def pareto(document: Document, name: str = "quality") -> str:
 
 def _method(row: Document) -> str:
     return text(row.get("method", "?"), 60)
+
+
+def budget(row: Document) -> str:
+    """The sparsity as a label: 62.5 stays 62.5."""
+    value = number(row.get("sparsity"))
+    return MISSING if math.isnan(value) else f"{100 * value:.3g}%"
 
 
 def _speed(row: Document, document: Document) -> float:
@@ -81,7 +92,7 @@ def pareto_caption(document: Document) -> str:
     asked = number(document.get("sparsity"))
     row = min(learned, key=lambda row: (abs(number(row.get("sparsity")) - asked), -number(row["speedup"])))
     sentence = (
-        f"At {percent(row.get('sparsity'), 0)} sparsity and {plain(document.get('prompt_tokens'), 7)} tokens the learned "
+        f"At {budget(row)} sparsity and {count(document.get('prompt_tokens'))} tokens the learned "
         f"selection reaches the first token {times(row['speedup'])} as fast as dense; perplexity is "
         f"{times(row.get('ppl_ratio'))} the dense one on the sparsely read tokens (strict) and "
         f"{times(row.get('cont_ppl_ratio'))} on what follows (continuation)"
@@ -107,7 +118,7 @@ def pareto_tables(document: Document) -> list[Table]:
     rows = [
         [
             _method(row),
-            percent(row.get("sparsity"), 0),
+            budget(row),
             *(plain(row.get(key)) for key in ("ttft_s", "ttft_dense_s")),
             *(times(row.get(key)) for key in ("speedup", "ppl_ratio")),
             plain(row.get("kl"), 3),
@@ -125,7 +136,7 @@ def peers(document: Document, name: str = "peers") -> str:
     prefix of the ids."""
     rows = _by_ratio(document["rows"])
     with Sheet(name, "Quality at equal FLOPs", peers_caption(document), 120 + 30 * len(rows)) as sheet:
-        _ratios(sheet, [_peer(row) for row in rows], rows)
+        _ratios(sheet, _peers(rows), rows)
     return sheet.svg
 
 
@@ -148,25 +159,35 @@ def _ratios(sheet: Sheet, names: list[str], rows: Sequence[Document]) -> None:
     sheet.legend([ax])
 
 
-def _peer(row: Document) -> str:
-    end = "" if row.get("compensator") else ", no compensator"
-    return f"{label(row.get('method', '?'), 28)}, {percent(row.get('ffn_flops'), 0)} FLOPs{end}"
+def _peers(rows: Sequence[Document]) -> list[str]:
+    """Name, published name, and what is not the same for all."""
+    flops = [percent(row.get("ffn_flops"), 0) for row in rows]
+    names = []
+    for row, share in zip(rows, flops, strict=True):
+        name = label(row.get("method", "?"), 24)
+        name += f" (as {label(row['published_as'], 20)})" if row.get("published_as") else ""
+        name += f", {share} FLOPs" if len(set(flops)) > 1 else ""
+        names.append(name + (" + compensator" if row.get("compensator") else ""))
+    return names
 
 
 def peers_caption(document: Document) -> str:
     rows = [row for row in _by_ratio(document["rows"]) if known([number(row.get("ppl_ratio"))])]
-    if not rows:
+    real = [row for row in rows if _method(row) != "oracle"]  # the oracle knows what no method can
+    if not real:
         return "No method of this run has a perplexity."
-    flops = known(numbers(rows, "ffn_flops"))
-    spread = f" at {percent(min(flops))} to {percent(max(flops))} of the dense FFN's multiply-adds" if flops else ""
-    after = [row for row in rows if known([number(row.get("cont_ppl_ratio"))])]
-    sentence = (
-        f"Of {len(rows)} methods{spread}, the closest to dense on the sparsely read tokens is {_peer(rows[0])} "
-        f"({times(rows[0]['ppl_ratio'])})"
-    )
+    names = dict(zip(map(id, rows), _peers(rows), strict=True))
+    flops = sorted(set(percent(value) for value in known(numbers(real, "ffn_flops"))))
+    spread = f" at {' to '.join(dict.fromkeys((flops[0], flops[-1])))} of the dense FFN's multiply-adds" if flops else ""
+    sentence = f"Of {len(real)} methods{spread}, {names[id(real[0])]} loses least on the sparsely read tokens "
+    sentence += f"({times(real[0]['ppl_ratio'])})"
+    after = [row for row in real if known([number(row.get("cont_ppl_ratio"))])]
     if after:
         best = min(after, key=lambda row: number(row["cont_ppl_ratio"]))
-        sentence += f"; on what follows {_peer(best)} ({times(best['cont_ppl_ratio'])})"
+        sentence += f", and {names[id(best)]} on what follows ({times(best['cont_ppl_ratio'])})"
+    if len(real) < len(rows):
+        oracle = next(row for row in rows if _method(row) == "oracle")
+        sentence += f"; an oracle reaches {times(oracle['ppl_ratio'])} and {times(oracle.get('cont_ppl_ratio'))}"
     return sentence + "."
 
 
@@ -250,12 +271,11 @@ def points(document: Document) -> list[Document]:
 def curve(documents: Sequence[Document]) -> str:
     """Loss along the prompt (strict). Left: losses, dense and sparse. Right: what sparsity adds. From the `curve` of
     `evaluate --task perplexity`."""
-    names, known_looks = _names(documents), looks([text(d.get("predictor", "?"), 60) for d in documents])
+    names, styles = _names(documents), looks([text(d.get("predictor", "?"), 60) for d in documents])
     with Sheet("curve", "Loss along the prompt", curve_caption(documents), 390) as sheet:
         left, right = sheet.axes(1, 2)
         seen: list[list[float]] = []
-        used: dict[Style, int] = {}
-        for index, (document, name) in enumerate(zip(documents, names, strict=True)):
+        for index, (document, name, look) in enumerate(zip(documents, names, styles, strict=True)):
             line = points(document)
             at = [(number(point.get("from")) + number(point.get("to"))) / 2 for point in line]
             dense, sparse = numbers(line, "nll_dense"), numbers(line, "nll_sparse")
@@ -272,9 +292,6 @@ def curve(documents: Sequence[Document]) -> str:
                     gid=f"dense-{index}",
                 )
                 seen.append(dense)
-            look = known_looks[text(document.get("predictor", "?"), 60)]
-            if used.setdefault(look, index) != index:
-                look = style(len(METHODS) + index)
             series = {"color": HEX[look.colour], "marker": look.marker, "linestyle": look.line}
             left.plot(at, sparse, label=label(name), gid=f"sparse-{index}", **series)
             right.plot(at, [s - d for s, d in zip(sparse, dense, strict=True)], gid=f"added-{index}", **series)
@@ -283,6 +300,8 @@ def curve(documents: Sequence[Document]) -> str:
         right.axhline(0, color=HEX["ink"], linewidth=1)
         for ax in (left, right):
             ax.set_xlabel("position in the prompt (tokens)")
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            ax.locator_params(axis="x", nbins=6)
         sheet.legend([left], columns=4)
     return sheet.svg
 
@@ -293,7 +312,8 @@ def curve_caption(documents: Sequence[Document]) -> str:
         added = known(number(point.get("nll_sparse")) - number(point.get("nll_dense")) for point in points(document))
         if added:
             parts.append(f"{name} {added[0]:+.2f} in the first tokens and {added[-1]:+.2f} in the last")
-    return "What sparsity adds to the loss along the prompt, in nats: " + "; ".join(parts) + "."
+    more = f"; {len(parts) - 3} more in the table" if len(parts) > 3 else ""
+    return "What sparsity adds to the loss along the prompt, in nats: " + "; ".join(parts[:3]) + more + "."
 
 
 def curve_tables(documents: Sequence[Document]) -> list[Table]:
@@ -303,8 +323,8 @@ def curve_tables(documents: Sequence[Document]) -> list[Table]:
             ["positions", "tokens", "dense (nats)", "sparse (nats)", "difference"],
             [
                 [
-                    f"{plain(point.get('from'), 7)} to {plain(number(point.get('to')) - 1, 7)}",
-                    plain(point.get("tokens"), 7),
+                    f"{count(point.get('from'))} to {plain(number(point.get('to')) - 1, 7)}",
+                    count(point.get("tokens")),
                     *(plain(point.get(f"nll_{kind}")) for kind in ("dense", "sparse")),
                     plain(number(point.get("nll_sparse")) - number(point.get("nll_dense")), 3),
                 ]
@@ -326,7 +346,8 @@ def recovery(document: Document, name: str = "recovery") -> str:
         ax.axvline(1, color=HEX["ink"], linewidth=1)
         for row, value in enumerate(values):
             if math.isnan(value):
-                ax.text(1, row, "  no recovery: the dense score is 0", va="center", color=HEX["ink"], fontsize=12)
+                words, place = "no recovery: the dense score is 0", ax.get_yaxis_transform()
+                ax.text(0.01, row, words, va="center", fontsize=12, transform=place)
         ax.set_title("sparse score / dense score, 95 % bootstrap interval (100%: as good)")
         as_percent(ax.xaxis)
     return sheet.svg
@@ -348,8 +369,9 @@ def recovery_caption(document: Document) -> str:
     if math.isnan(value):
         start = f"{title}: there is no recovery, because the dense model scores {plain(line.get('dense'))}"
     else:
-        start = f"{title}: the sparse model keeps {percent(value)} of the dense score" + (
-            f" ({interval})" if interval != MISSING else ""
+        start = (
+            f"{'On average' if title == 'average' else title}: the sparse model keeps {percent(value)} of the dense score"
+            + (f" ({interval})" if interval != MISSING else "")
         )
     same, whole = number(document.get("same_answers")), number(document.get("examples"))
     end = f"; {plain(same)} of {plain(whole)} answers are the same word for word" if known([same, whole]) else ""

@@ -11,6 +11,8 @@ from fastfill.report.values import (
     MISSING,
     NAN,
     Table,
+    count,
+    differing,
     distinct,
     known,
     number,
@@ -49,13 +51,13 @@ def ttft(documents: Sequence[Document]) -> str:
             for kind, line, face in (("dense", "--", HEX["page"]), ("sparse", "-", colour)):
                 series = {"color": colour, "marker": look.marker, "markerfacecolor": face, "linestyle": line}
                 left.plot(at, numbers(rows, f"ttft_{kind}_s"), label=kind + name, gid=f"{kind}-{index}", **series)
-                quartiles = [pair(row.get(f"ttft_{kind}_quartiles_s", [None])[::2]) for row in rows]
+                quartiles = [_ends(row.get(f"ttft_{kind}_quartiles_s")) for row in rows]
                 left.vlines(at, *zip(*quartiles, strict=True), color=colour, linewidth=1)
             right.plot(at, numbers(rows, "speedup"), color=colour, marker=look.marker, gid=f"speedup-{index}")
             right.plot(
                 at, numbers(rows, "ceiling"), color=colour, linestyle=":", label="ceiling" + name, gid=f"ceiling-{index}"
             )
-        others = [entry for document in documents for entry in compared(document)]
+        others = [e for document in documents for e in compared(document) if known([number(e.get("ttft_s"))])]
         for index, engine in enumerate(dict.fromkeys(_engine(entry) for entry in others)):
             look = style(2 * len(documents) + 1 + index)
             mine = sorted((e for e in others if _engine(e) == engine), key=lambda e: _order(e.get("prompt_tokens")))
@@ -65,14 +67,16 @@ def ttft(documents: Sequence[Document]) -> str:
         right.axhline(1, color=HEX["ink"], linewidth=1)
         left.set_title("time to first token, seconds (lower is better)")
         right.set_title("speed-up over dense (higher is better)")
-        log_axis(left.yaxis, [value for line in left.get_lines() for value in line.get_ydata()], lambda v: f"{v:g} s")
         right.yaxis.set_major_formatter(lambda value, _: f"{value:.2f}x")
+        left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        left.locator_params(axis="x", nbins=6)
+        places = sorted({length for length in known(lengths) if length > 0})
+        if places:
+            right.set_xscale("log", base=2)
+            ticks(right.xaxis, places[:: -(-len(places) // 7)], lambda v: f"{v:,.0f}")
         for ax in (left, right):
             ax.set_xlabel("prompt tokens")
-            places = sorted({length for length in known(lengths) if length > 0})
-            if places:
-                ax.set_xscale("log", base=2)
-                ticks(ax.xaxis, places[:: -(-len(places) // 7)], lambda v: f"{v:,.0f}")
+        left.set_ylim(bottom=0)
         sheet.legend([left, right])
     return sheet.svg
 
@@ -100,16 +104,20 @@ def ttft_caption(documents: Sequence[Document]) -> str:
         if not rows:
             continue
         best = max(rows, key=lambda row: number(row["speedup"]))
-        lost = [f"{plain(row.get('prompt_tokens'), 7)}" for row in rows if number(row["speedup"]) < 1]
+        lost = [count(row.get("prompt_tokens")) for row in rows if number(row["speedup"]) < 1]
         sentence = (
-            f"the largest gain is at {plain(best.get('prompt_tokens'), 7)} tokens, {seconds(best.get('ttft_dense_s'))} to "
+            f"the largest gain is at {count(best.get('prompt_tokens'))} tokens, {seconds(best.get('ttft_dense_s'))} to "
             f"{seconds(best.get('ttft_sparse_s'))} ({times(best['speedup'])}, ceiling {times(best.get('ceiling'))})"
         )
-        sentence += f"; sparse is slower at {', '.join(lost)}" if lost else "; no length is slower"
+        if len(lost) == len(rows):
+            sentence = f"sparse is slower at every length (at best {times(best['speedup'])})"
+        elif lost:
+            sentence += f"; sparse is slower at {', '.join(lost)}"
         growth = [number(document.get(f"growth_{kind}")) for kind in ("dense", "sparse")]
         if len(known(growth)) == 2:
             sentence += f"; time grows with the length to the power {growth[0]:.2f} dense and {growth[1]:.2f} sparse"
-        sentences.append((f"{name}: {sentence}" if name else sentence[0].upper() + sentence[1:]) + ".")
+        sentence = f"{name}: {sentence}" if name else sentence
+        sentences.append(sentence[0].upper() + sentence[1:] + ".")
     return " ".join(sentences) or "No prompt of these runs was read sparsely and timed."
 
 
@@ -117,7 +125,7 @@ def ttft_tables(documents: Sequence[Document]) -> list[Table]:
     tables = []
     for document, name in zip(documents, distinct(documents, NAMED_BY), strict=True):
         columns = {
-            "prompt tokens": lambda row: plain(row.get("prompt_tokens"), 7),
+            "prompt tokens": lambda row: count(row.get("prompt_tokens")),
             "dense TTFT (s)": lambda row: plain(row.get("ttft_dense_s")),
             "dense quartiles (s)": lambda row: _quartiles(row.get("ttft_dense_quartiles_s")),
             "sparse TTFT (s)": lambda row: plain(row.get("ttft_sparse_s")),
@@ -131,7 +139,7 @@ def ttft_tables(documents: Sequence[Document]) -> list[Table]:
             "FLOPs sparse": lambda row: _flops(row.get("flops_sparse")),
             "peak memory dense (MB)": lambda row: plain(row.get("peak_dense_mb")),
             "peak memory sparse (MB)": lambda row: plain(row.get("peak_sparse_mb")),
-            "tokens read sparsely": lambda row: plain(row.get("sparse_tokens"), 7),
+            "tokens read sparsely": lambda row: count(row.get("sparse_tokens")),
         }
         cells = {title: [cell(row) for row in document["rows"]] for title, cell in columns.items()}
         cells = {title: column for title, column in cells.items() if title == "prompt tokens" or set(column) != {MISSING}}
@@ -142,7 +150,7 @@ def ttft_tables(documents: Sequence[Document]) -> list[Table]:
         lines = [
             [
                 _engine(e),
-                plain(e.get("prompt_tokens"), 7),
+                count(e.get("prompt_tokens")),
                 f"skipped: {text(e['skipped'])}" if "skipped" in e else plain(e.get("ttft_s")),
             ]
             for e in others
@@ -151,8 +159,13 @@ def ttft_tables(documents: Sequence[Document]) -> list[Table]:
     return tables
 
 
+def _ends(value: Any) -> tuple[float, float]:
+    """First and third of three quartiles."""
+    return pair(value[::2] if isinstance(value, (list, tuple)) else None)
+
+
 def _quartiles(value: Any) -> str:
-    low, high = pair(value[::2] if isinstance(value, (list, tuple)) else None)
+    low, high = _ends(value)
     return f"{plain(low)} to {plain(high)}" if known([low, high]) else MISSING
 
 
@@ -180,7 +193,7 @@ def split(document: Document, name: str = "split") -> str:
                     left += 0.0 if math.isnan(share) else share
                 ax.text(left + 0.01, at, seconds(row.get(f"ttft_{kind}_s")), va="center")
                 places.append(at)
-                names.append(f"{plain(row.get('prompt_tokens'), 7)} tokens, {kind}" if kind == "dense" else kind)
+                names.append(f"{count(row.get('prompt_tokens'))} tokens, {kind}" if kind == "dense" else kind)
         ticks(ax.yaxis, places, names)
         ax.invert_yaxis()
         ax.margins(x=0.12)
@@ -208,7 +221,7 @@ def split_caption(document: Document) -> str:
         return percent(sum(number(row[f"split_{kind}"].get(part)) for part in parts) / whole if whole > 0 else NAN, 0)
 
     return (
-        f"At {plain(row.get('prompt_tokens'), 7)} tokens the FFN takes {share('dense', 'ffn')} of the dense time and attention "
+        f"At {count(row.get('prompt_tokens'))} tokens the FFN takes {share('dense', 'ffn')} of the dense time and attention "
         f"{share('dense', 'attention')}; in the sparse run the FFN takes {share('sparse', 'ffn')} of the dense time, predictor "
         f"and compensator {share('sparse', 'predictor', 'compensator')}."
     )
@@ -218,7 +231,7 @@ def split_tables(document: Document) -> list[Table]:
     columns = ["prompt", "TTFT (s)", *(f"{_part(part)} (s)" for part, _, _ in PARTS)]
     lines = [
         [
-            f"{plain(row.get('prompt_tokens'), 7)} tokens, {kind}",
+            f"{count(row.get('prompt_tokens'))} tokens, {kind}",
             plain(row.get(f"ttft_{kind}_s")),
             *(plain(row[f"split_{kind}"].get(part)) for part, _, _ in PARTS),
         ]
@@ -236,7 +249,9 @@ def bars(document: Document, name: str = "bars") -> str:
         (ax,) = sheet.axes()
         for at, (value, colour, hatch) in enumerate(((dense, "grey", "///"), (sparse, "blue", ""))):
             ax.barh(at, value, color=HEX[colour], edgecolor=HEX["page"], hatch=hatch, height=0.7, gid=f"bar-{at}")
-            ax.text((0 if math.isnan(value) else value), at, f" {seconds(value)}", va="center")
+            place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+            box = {"facecolor": HEX["page"], "edgecolor": "none", "pad": 1}
+            ax.annotate(seconds(value), (0 if math.isnan(value) else value, at), bbox=box, **place)
         if ceiling > 0 and dense > 0:
             ax.axvline(dense / ceiling, color=HEX["ink"], linewidth=1.5, linestyle=":", label="what the ceiling allows")
         ticks(ax.yaxis, [0, 1], ["dense", "sparse"])
@@ -293,10 +308,10 @@ def kernel(documents: Sequence[Document]) -> str:
 def _kernel_rows(documents: Sequence[Document]) -> tuple[dict[str, dict[float, float]], list[float]]:
     """Row name -> sparsity -> speed-up, and the sparsities."""
     names = [
-        f"{plain(d.get('H'), 7)} x {plain(d.get('F'), 7)}, {label(d.get('dtype', '?'), 10)}, blocks of {plain(d.get('B'))}"
+        f"{count(d.get('H'))} x {count(d.get('F'))}, {label(d.get('dtype', '?'), 10)}, blocks of {plain(d.get('B'))}"
         for d in documents
     ]
-    more = distinct(documents, ("kernel", "isa", "threads", "T"))
+    more = differing(documents, ("kernel", "isa", "threads", "T"))
     rows: dict[str, dict[float, float]] = {}
     for name, extra, document in zip(names, more, documents, strict=True):
         row = rows.setdefault(name + (f", {extra}" if extra else ""), {})

@@ -67,6 +67,11 @@ def plain(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def count(value: Any) -> str:
+    value = number(value)
+    return MISSING if math.isnan(value) else f"{value:,.0f}"
+
+
 def percent(value: Any, digits: int = 1) -> str:
     value = number(value)
     return MISSING if math.isnan(value) else f"{value:.{digits}%}"
@@ -95,14 +100,19 @@ NAMES = {
 }
 
 
-def distinct(documents: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
-    """A short name for each document: what tells it from the others, of `keys`; then its file; then its number."""
+def differing(documents: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
+    """For each document its values of those keys in which the documents differ, as words."""
     shown = [key for key in keys if len({str(document.get(key)) for document in documents}) > 1]
-    names = [", ".join(filter(None, (_part(document, key) for key in shown))) for document in documents]
+    return [", ".join(filter(None, (_part(document, key) for key in shown))) for document in documents]
+
+
+def distinct(documents: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
+    """`differing`, and where that is not enough the file's name, and then a number: no two are the same."""
+    names = differing(documents, keys)
     for index, document in enumerate(documents):
-        if len(documents) > 1 and names.count(names[index]) > 1 and document.get("file"):
+        if names.count(names[index]) > 1 and document.get("file"):
             names[index] = ", ".join(filter(None, (names[index], text(document["file"], 40))))
-    return [f"{name} ({names[:i].count(name) + 1})" if name and names.count(name) > 1 else name for i, name in enumerate(names)]
+    return [f"{name} ({names[:i].count(name) + 1})".strip() if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _part(document: dict[str, Any], key: str) -> str:
