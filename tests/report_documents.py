@@ -289,6 +289,14 @@ def kernel() -> list[dict[str, Any]]:
     ]
 
 
+def one_of_each() -> list[dict[str, Any]]:
+    """A small document of every kind."""
+    small = bench()
+    small["rows"] = small["rows"][2:4]
+    rest = [pareto(), peers(), recovery(), recovery("ruler"), recall(), picks(3, 96, 5), inspect(), demo(), *kernel()[:2]]
+    return [small, perplexity(), perplexity("oracle"), *rest]
+
+
 def everything() -> list[dict[str, Any]]:
     """Documents for every figure."""
     return [

@@ -13,6 +13,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -28,10 +29,10 @@ PALETTE = {  # name: (light, dark); text has a contrast of 4.5 with its page, ma
     "muted": ("#55606b", "#a3b0bd"),
     "grid": ("#d5dbe1", "#303b46"),
     "blue": ("#0b62a8", "#5ab0f2"),
-    "orange": ("#c64a12", "#ff9a5c"),
+    "orange": ("#b8400c", "#ff9a5c"),
     "green": ("#007a5c", "#34c99a"),
-    "purple": ("#8b3f86", "#dd94d8"),
-    "ochre": ("#8a6a00", "#e3c341"),
+    "purple": ("#8a2f80", "#ee8fe0"),
+    "ochre": ("#a88300", "#f0d35a"),
     "grey": ("#5d6874", "#9ba8b5"),
 }
 HEX = {name: light for name, (light, _) in PALETTE.items()}
@@ -83,44 +84,42 @@ class Sheet:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise UserError("Figures need matplotlib; install it with `pip install 'fastfill[report]'`.") from error
-        _drawing.acquire()
-        self._settings = matplotlib.rc_context()
-        self._settings.__enter__()
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(_drawing)
+            stack.enter_context(matplotlib.rc_context())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # an empty axis; a letter without a glyph, for which the browser has a font
             matplotlib.rcdefaults()
             settings: Any = matplotlib.rcParams
             settings.update(_settings(self.name))
             self.figure = Figure(figsize=(WIDTH / 72, self.height / 72), dpi=72, layout="constrained")
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
+        with self._open:
             if error is None:
                 out = io.BytesIO()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # a letter without a glyph: the browser has its own fonts
-                    self.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+                self.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
                 self.svg = _finish(out.getvalue(), self)
-        finally:
-            self._settings.__exit__(kind, error, trace)
-            _drawing.release()
 
     def axes(self, rows: int = 1, columns: int = 1, **options: Any) -> list[Any]:
         return list(self.figure.subplots(rows, columns, squeeze=False, **options).flat)
 
-    def legend(self, axes: Any, columns: int = 3, **options: Any) -> None:
-        """One legend below everything, each label once."""
+    def legend(self, axes: Any) -> None:
+        """One legend below everything, each label once; in as many columns as fit, on as much more height as it needs."""
         entries: dict[str, Any] = {}
         for ax in axes:
-            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-                entries.setdefault(label, handle)
-        if entries:
-            self.figure.legend(
-                list(entries.values()), list(entries), loc="outside lower left", ncols=columns, handlelength=3.2, **options
-            )
+            for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+                entries.setdefault(name, handle)
+        if not entries:
+            return
+        columns = max(1, int((WIDTH - 24) / (max(map(len, entries)) * 7.5 + 72)))
+        columns = -(-len(entries) // -(-len(entries) // columns))  # evenly filled
+        more_rows = -(-len(entries) // columns) - 1
+        self.figure.set_figheight((self.height + 22 * more_rows) / 72)
+        handles, names = list(entries.values()), list(entries)
+        self.figure.legend(handles, names, loc="outside lower left", ncols=columns, handlelength=3.2, columnspacing=1.4)
 
 
 def label(value: Any, limit: int = 36) -> str:

@@ -36,7 +36,7 @@ def sparsity(documents: Sequence[Document]) -> str:
         ax.grid(axis="x", visible=False)
         as_percent(ax.yaxis)
         whole_numbers(ax.xaxis)
-        sheet.legend([ax], columns=2)
+        sheet.legend([ax])
     return sheet.svg
 
 

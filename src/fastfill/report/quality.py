@@ -50,7 +50,8 @@ def pareto(document: Document, name: str = "quality") -> str:
                 )
                 if method == "learned":
                     for x, y, row in zip(at, values, rows, strict=True):
-                        if known([x, y]) == [x, y]:
+                        shown = row in (rows[0], rows[-1]) or row.get("sparsity") == document.get("sparsity")
+                        if shown and len(known([x, y])) == 2:
                             place = {"xytext": (-5, 6), "textcoords": "offset points", "ha": "right", "fontsize": 12}
                             place |= {"bbox": {"facecolor": HEX["page"], "edgecolor": "none", "pad": 0.5}, "zorder": 9}
                             ax.annotate(budget(row), (x, y), **place)
@@ -61,7 +62,7 @@ def pareto(document: Document, name: str = "quality") -> str:
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:.2f}x")
             ax.locator_params(axis="x", nbins=6)
             log_axis(ax.yaxis, [value for line in ax.get_lines() for value in line.get_ydata()], lambda v: f"{v:g}x")
-        sheet.legend(panels, columns=4)
+        sheet.legend(panels)
     return sheet.svg
 
 
@@ -302,7 +303,7 @@ def curve(documents: Sequence[Document]) -> str:
             ax.set_xlabel("position in the prompt (tokens)")
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             ax.locator_params(axis="x", nbins=6)
-        sheet.legend([left], columns=4)
+        sheet.legend([left])
     return sheet.svg
 
 

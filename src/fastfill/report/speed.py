@@ -50,12 +50,17 @@ def ttft(documents: Sequence[Document]) -> str:
             lengths += at
             for kind, line, face in (("dense", "--", HEX["page"]), ("sparse", "-", colour)):
                 series = {"color": colour, "marker": look.marker, "markerfacecolor": face, "linestyle": line}
-                left.plot(at, numbers(rows, f"ttft_{kind}_s"), label=kind + name, gid=f"{kind}-{index}", **series)
+                left.plot(at, numbers(rows, f"ttft_{kind}_s"), label=label(kind + name, 60), gid=f"{kind}-{index}", **series)
                 quartiles = [_ends(row.get(f"ttft_{kind}_quartiles_s")) for row in rows]
                 left.vlines(at, *zip(*quartiles, strict=True), color=colour, linewidth=1)
             right.plot(at, numbers(rows, "speedup"), color=colour, marker=look.marker, gid=f"speedup-{index}")
             right.plot(
-                at, numbers(rows, "ceiling"), color=colour, linestyle=":", label="ceiling" + name, gid=f"ceiling-{index}"
+                at,
+                numbers(rows, "ceiling"),
+                color=colour,
+                linestyle=":",
+                label=label("ceiling" + name, 60),
+                gid=f"ceiling-{index}",
             )
         others = [e for document in documents for e in compared(document) if known([number(e.get("ttft_s"))])]
         for index, engine in enumerate(dict.fromkeys(_engine(entry) for entry in others)):
@@ -200,7 +205,7 @@ def split(document: Document, name: str = "split") -> str:
         ax.grid(axis="y", visible=False)
         ax.set_title("share of the dense time to first token")
         as_percent(ax.xaxis)
-        sheet.legend([ax], columns=5)
+        sheet.legend([ax])
     return sheet.svg
 
 
@@ -301,7 +306,7 @@ def kernel(documents: Sequence[Document]) -> str:
         ax.axvline(1, color=HEX["ink"], linewidth=1)
         ax.set_title("speed-up over the dense FFN of torch (1.0x: as fast)")
         log_axis(ax.xaxis, [value for _, values, _ in series for value in values], lambda v: f"{v:g}x")
-        sheet.legend([ax], columns=4)
+        sheet.legend([ax])
     return sheet.svg
 
 

@@ -109,8 +109,9 @@ def differing(documents: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[
 def distinct(documents: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[str]:
     """`differing`, and where that is not enough the file's name, and then a number: no two are the same."""
     names = differing(documents, keys)
+    shared = {name for name in names if names.count(name) > 1}
     for index, document in enumerate(documents):
-        if names.count(names[index]) > 1 and document.get("file"):
+        if names[index] in shared and document.get("file"):
             names[index] = ", ".join(filter(None, (names[index], text(document["file"], 40))))
     return [f"{name} ({names[:i].count(name) + 1})".strip() if names.count(name) > 1 else name for i, name in enumerate(names)]
 
