@@ -464,7 +464,7 @@ def test_command_reads_folders_and_artifacts_and_is_deterministic(tmp_path: Path
     first = snapshot(tmp_path / "svg"), (tmp_path / "one.html").read_bytes()
     assert b"tiny" in first[1]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "SOURCE_DATE_EPOCH": "1"}
-    environment["PYTHONPATH"] = str(Path(report.__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(report.__file__).parents[2]), *sys.path])
     subprocess.run([sys.executable, "-m", "fastfill.cli", "report", *names], check=True, env=environment, capture_output=True)
     assert (snapshot(tmp_path / "svg"), (tmp_path / "one.html").read_bytes()) == first
     assert not list(tmp_path.rglob(".*"))  # nothing half-written
@@ -541,6 +541,30 @@ def test_contrast(scheme: int) -> None:
         assert contrast(colours[name], colours["page"]) >= 3, name
     assert len(set(draw.HEX.values())) == len(draw.HEX)  # a colour names one variable
     assert len({look.marker for look in draw.STYLES}) == len(draw.STYLES)
+
+
+# Machado, Oliveira and Fernandes (2009), linear RGB, severity 1.
+PROTANOPIA = ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998))
+DEUTERANOPIA = ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.01182, 0.04294, 0.968881))
+TO_XYZ = ((0.4339, 0.3762, 0.1899), (0.2126, 0.7152, 0.0722), (0.0177, 0.1095, 0.8729))  # over the white point
+
+
+def lab(colour: str, sight: Any) -> np.ndarray:
+    """CIELAB of a colour as seen with a deficiency."""
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    f = np.cbrt(np.array(TO_XYZ) @ np.clip(np.array(sight) @ linear, 0, 1))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("sight", [np.eye(3), PROTANOPIA, DEUTERANOPIA], ids=["full", "protanopia", "deuteranopia"])
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_marks_differ_for_the_colour_blind(scheme: int, sight: Any) -> None:
+    """10 in CIELAB is several just noticeable differences; the usual red and green fail."""
+    assert np.linalg.norm(lab("#d62728", DEUTERANOPIA) - lab("#7a7a00", DEUTERANOPIA)) < 10
+    names = ("blue", "orange", "green", "purple", "ochre", "grey")
+    for a, b in itertools.combinations(names, 2):
+        assert np.linalg.norm(lab(draw.PALETTE[a][scheme], sight) - lab(draw.PALETTE[b][scheme], sight)) >= 10, (a, b)
 
 
 def test_standalone_has_both_schemes_and_a_background() -> None:

@@ -31,7 +31,7 @@ PALETTE = {  # name: (light, dark); text has a contrast of 4.5 with its page, ma
     "blue": ("#0b62a8", "#5ab0f2"),
     "orange": ("#b8400c", "#ff9a5c"),
     "green": ("#007a5c", "#34c99a"),
-    "purple": ("#8a2f80", "#ee8fe0"),
+    "purple": ("#8a2f80", "#f7b7dc"),
     "ochre": ("#a88300", "#f0d35a"),
     "grey": ("#5d6874", "#9ba8b5"),
 }

@@ -153,7 +153,7 @@ def maps(document: Document, name: str = "maps") -> str:
         for ax, (layer, chosen) in zip(sheet.axes(len(found), 1), found, strict=True):
             blocks, neurons = chosen.shape
             heat(ax, _columns(chosen[:, (-chosen.sum(0)).argsort(kind="stable")]), extent=(0, neurons, blocks - 0.5, -0.5))
-            ax.set_title(f"layer {label(layer)}: {round(chosen.sum() / max(blocks, 1)):,} of {neurons:,} neurons a block")
+            ax.set_title(f"layer {count(layer)}: {round(chosen.sum() / max(blocks, 1)):,} of {neurons:,} neurons a block")
             ax.set_ylabel("block")
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             whole_numbers(ax.yaxis)
@@ -166,7 +166,7 @@ def maps_caption(document: Document) -> str:
     for entry in document["maps"]:
         chosen = picked(entry.get("blocks"), document.get("neurons"))
         parts.append(
-            f"in layer {text(entry.get('layer'), 8)} {chosen.all(0).sum():,} in every block and {chosen.any(0).sum():,} in any"
+            f"in layer {count(entry.get('layer'))} {chosen.all(0).sum():,} in every block and {chosen.any(0).sum():,} in any"
         )
     neurons = count(document.get("neurons"))
     return f"Of the {neurons} neurons of a layer, the blocks of one document pick " + "; ".join(parts) + "."
@@ -178,7 +178,7 @@ def maps_tables(document: Document) -> list[Table]:
         chosen = picked(entry.get("blocks"), document.get("neurons"))
         counts = chosen.sum(1) if len(chosen) else [0]
         numbers_ = (len(chosen), min(counts), max(counts), chosen.all(0).sum(), chosen.any(0).sum())
-        rows.append([text(entry.get("layer"), 8), *(f"{value:,}" for value in numbers_)])
+        rows.append([count(entry.get("layer")), *(f"{value:,}" for value in numbers_)])
     columns = ["layer", "blocks", "fewest picked in a block", "most", "picked in every block", "picked in any"]
     return [Table("Neurons picked by the blocks of one document", columns, rows)]
 
@@ -191,7 +191,7 @@ def picked(blocks: Any, neurons: Any) -> Any:
     try:
         raw = [base64.b64decode(block, validate=True) for block in blocks]
     except (binascii.Error, TypeError, ValueError):
-        raw = [b"-"] * (size + 9)  # of no size that fits
+        raw = [b""]  # of no size that fits
     if not size or any(len(block) != -(-size // 8) for block in raw):
         raise UserError(f"A neuron map does not hold {size} bits for each block; run `fastfill evaluate --task picks` again.")
     bits = np.frombuffer(b"".join(raw), dtype=np.uint8).reshape(len(raw), -1)
@@ -242,7 +242,7 @@ def recall_caption(documents: Sequence[Document]) -> str:
     document = documents[0]
     layers = [line for line in document["layers"] if known([number(line.get("recovery"))])]
     worst = min(layers, key=lambda line: number(line["recovery"]), default=None)
-    end = f", least in layer {text(worst.get('layer'), 8)} ({percent(worst['recovery'])})" if worst else ""
+    end = f", least in layer {count(worst.get('layer'))} ({percent(worst['recovery'])})" if worst else ""
     return (
         f"The predictor picks {percent(document.get('recall'))} of the oracle's neurons, and its picks hold "
         f"{percent(document.get('recovery'))} of the importance that the oracle's hold{end}."
@@ -265,7 +265,7 @@ def recall_tables(documents: Sequence[Document]) -> list[Table]:
             f"Recall by layer, predictor {_recall_name(document)}",
             columns,
             [
-                [text(line.get("layer"), 8), count(line.get("kept")), *(percent(line.get(key)) for key in keys)]
+                [count(line.get("layer")), count(line.get("kept")), *(percent(line.get(key)) for key in keys)]
                 for line in document["layers"]
             ],
         )
