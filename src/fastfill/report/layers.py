@@ -165,11 +165,10 @@ def maps_caption(document: Document) -> str:
     parts = []
     for entry in document["maps"]:
         chosen = picked(entry.get("blocks"), document.get("neurons"))
-        parts.append(
-            f"in layer {count(entry.get('layer'))} {chosen.all(0).sum():,} in every block and {chosen.any(0).sum():,} in any"
-        )
+        always, ever = chosen.all(0).sum(), chosen.any(0).sum()
+        parts.append(f"layer {count(entry.get('layer'))}: {always:,} in every block, {ever:,} in any")
     neurons = count(document.get("neurons"))
-    return f"Of the {neurons} neurons of a layer, the blocks of one document pick " + "; ".join(parts) + "."
+    return f"What the blocks of one document pick of the {neurons} neurons. " + "; ".join(parts).capitalize() + "."
 
 
 def maps_tables(document: Document) -> list[Table]:

@@ -135,7 +135,7 @@ def pareto_tables(document: Document) -> list[Table]:
 def peers(document: Document, name: str = "peers") -> str:
     """Ways to skip neurons at equal FLOPs, best strict ratio first. document: what `evaluate --task peers` prints. name:
     prefix of the ids."""
-    rows = _by_ratio(document["rows"])
+    rows = [row for row in _by_ratio(document["rows"]) if _method(row) != "dense"]
     with Sheet(name, "Quality at equal FLOPs", peers_caption(document), 120 + 30 * len(rows)) as sheet:
         _ratios(sheet, _peers(rows), rows)
     return sheet.svg
@@ -166,35 +166,41 @@ def _peers(rows: Sequence[Document]) -> list[str]:
     names = []
     for row, share in zip(rows, flops, strict=True):
         name = label(row.get("method", "?"), 24)
-        name += f" (as {label(row['published_as'], 20)})" if row.get("published_as") else ""
+        name += f" ({label(row['published_as'], 20)})" if row.get("published_as") else ""
         name += f", {share} FLOPs" if len(set(flops)) > 1 else ""
         names.append(name + (" + compensator" if row.get("compensator") else ""))
     return names
 
 
 def peers_caption(document: Document) -> str:
-    rows = [row for row in _by_ratio(document["rows"]) if known([number(row.get("ppl_ratio"))])]
-    real = [row for row in rows if _method(row) != "oracle"]  # the oracle knows what no method can
-    if not real:
-        return "No method of this run has a perplexity."
+    rows = [row for row in _by_ratio(document["rows"]) if _method(row) != "dense"]
     names = dict(zip(map(id, rows), _peers(rows), strict=True))
-    flops = sorted(set(percent(value) for value in known(numbers(real, "ffn_flops"))))
+    real = [row for row in rows if _method(row) != "oracle"]  # the oracle knows what no method can
+    flops = sorted({percent(value, 0) for value in known(numbers(real, "ffn_flops"))})
     spread = f" at {' to '.join(dict.fromkeys((flops[0], flops[-1])))} of the dense FFN's multiply-adds" if flops else ""
-    sentence = f"Of {len(real)} methods{spread}, {names[id(real[0])]} loses least on the sparsely read tokens "
-    sentence += f"({times(real[0]['ppl_ratio'])})"
-    after = [row for row in real if known([number(row.get("cont_ppl_ratio"))])]
-    if after:
-        best = min(after, key=lambda row: number(row["cont_ppl_ratio"]))
-        sentence += f", and {names[id(best)]} on what follows ({times(best['cont_ppl_ratio'])})"
-    if len(real) < len(rows):
-        oracle = next(row for row in rows if _method(row) == "oracle")
-        sentence += f"; an oracle reaches {times(oracle['ppl_ratio'])} and {times(oracle.get('cont_ppl_ratio'))}"
+    best = []
+    for place, key in (("the sparsely read tokens", "ppl_ratio"), ("what follows", "cont_ppl_ratio")):
+        measured = [row for row in real if known([number(row.get(key))])]
+        if measured:
+            row = min(measured, key=lambda row: number(row[key]))
+            best.append(f"{names[id(row)]} loses least on {place} ({times(row[key])})")
+    sentence = f"Of {len(real)} rows{spread}, {', and '.join(best) or 'none has a perplexity'}"
+    oracle = next((row for row in rows if _method(row) == "oracle"), None)
+    if oracle:
+        sentence += f"; an oracle reaches {times(oracle.get('ppl_ratio'))} and {times(oracle.get('cont_ppl_ratio'))}"
     return sentence + "."
 
 
 def peers_tables(document: Document) -> list[Table]:
-    columns = ["method", "published as", "compensator", "sparsity", "FFN FLOPs, share of dense", "strict ratio", "KL (nats)"]
-    columns += ["top-1 agreement", "continuation ratio", "continuation KL", "context kept"]
+    columns = [
+        "method",
+        "published as",
+        "compensator",
+        "sparsity",
+        "FFN FLOPs, share of dense",
+        "prefill FLOPs, share of dense",
+    ]
+    columns += ["strict ratio", "KL (nats)", "top-1 agreement", "continuation ratio", "continuation KL", "context kept", "note"]
     rows = [
         [
             text(row.get("method", "?"), 60),
@@ -202,12 +208,14 @@ def peers_tables(document: Document) -> list[Table]:
             "yes" if row.get("compensator") else "no",
             percent(row.get("sparsity")),
             percent(row.get("ffn_flops")),
+            percent(row.get("prefill_flops")),
             times(row.get("ppl_ratio")),
             plain(row.get("kl"), 3),
             percent(row.get("top1_agreement")),
             times(row.get("cont_ppl_ratio")),
             plain(row.get("cont_kl"), 3),
             percent(row.get("context_kept")),
+            text(row.get("note") or MISSING, 400),
         ]
         for row in _by_ratio(document["rows"])
     ]

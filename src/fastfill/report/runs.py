@@ -24,6 +24,7 @@ LISTS: dict[str, dict[str, type]] = {  # kind: fields that hold a list, and of w
     "demo": {},
     "kernel": {},
 }
+STORE = ("predictions.jsonl", "settings.json")  # of a run that can be resumed, no result
 MARKS = {  # kinds without a task: fields that tell them
     "inspect": {"layer_sparsity", "base_model"},
     "demo": {"ttft_dense_s", "ttft_sparse_s", "answer_dense"},
@@ -42,7 +43,7 @@ class Run:
 
 
 def read(names: Iterable[str | Path]) -> list[Run]:
-    """Runs of .json and .jsonl files, folders of them, and artifact folders ('default': the shipped one).
+    """Runs of .json and .jsonl files, folders of them (folders inside too), and artifact folders ('default': the shipped one).
 
     Raises UserError for what cannot be read, is empty, or is no result of fastfill.
     """
@@ -61,7 +62,7 @@ def _files(path: Path, name: str) -> Sequence[Path]:
         raise UserError(f"{name} does not exist; name result files (.json, .jsonl), folders of them, or an artifact folder.")
     if not path.is_dir() or _is_artifact(path):
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl") and file.is_file())
+    files = sorted(file for file in path.rglob("*.json*") if file.suffix in (".json", ".jsonl") and file.name not in STORE)
     if not files:
         raise UserError(f"{name} holds no .json or .jsonl file and is no artifact; name a folder of results.")
     return files

@@ -98,8 +98,8 @@ def compared(document: Document) -> list[Document]:
 
 
 def _engine(entry: Document) -> str:
-    version = entry.get("version")
-    return label(entry.get("name", "?")) + (f" {label(version, 16)}" if version else "")
+    more = [label(entry[key], 24) for key in ("version", "weights") if entry.get(key)]
+    return ", ".join([label(entry.get("name", "?")), *more])
 
 
 def ttft_caption(documents: Sequence[Document]) -> str:
