@@ -139,12 +139,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model_options(evaluate)
     attach_options(evaluate)
-    evaluate.add_argument("--task", default="perplexity", choices=["perplexity", "longbench", "ruler", "recall"])
+    evaluate.add_argument("--task", default="perplexity", choices=["perplexity", "longbench", "ruler", "recall", "picks"])
     evaluate.add_argument(
         "--data",
         nargs="+",
         metavar="FILE",
-        help="as for calibrate; longbench: .jsonl files or their folder; ruler: rows for qa",
+        help="as for calibrate; longbench: .jsonl files or their folder; ruler: rows for qa; picks: default is the demo's",
     )
     evaluate.add_argument("--limit", type=int, help="at most this many documents, or examples of each dataset (ruler: 10)")
     evaluate.add_argument("--out", metavar="DIR", help="keep predictions here; the same command goes on after a kill")
@@ -420,7 +420,7 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         **scores,
         "machine": machine.describe(),
     }
-    {"perplexity": show.evaluation, "recall": show.recall}.get(arguments.task, show.answers)(result)
+    {"perplexity": show.evaluation, "recall": show.recall, "picks": show.picks}.get(arguments.task, show.answers)(result)
     if arguments.record:
         artifact.quality = {k: v for k, v in result.items() if k not in ("machine",)}
         artifacts.save(artifact, folder, readme=artifacts.readme(artifact))
