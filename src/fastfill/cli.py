@@ -27,9 +27,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        sentence = _surroundings(error)
+        if sentence is None:
+            raise
+        print(f"fastfill: {sentence}", file=sys.stderr)
+        return 2
     if arguments.json:
         print(json.dumps(result))
     return 0
+
+
+def _surroundings(error: Exception) -> str | None:
+    """A sentence for what is wrong with the machine, not with fastfill: files, disk, memory. None for all else."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return "There is not enough memory; take a shorter prompt, a smaller model or a smaller --dtype."
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--question", help="question about the document")
     demo.add_argument("--repeats", type=int, default=5, help="TTFT measurements of each kind (default: 5)")
     demo.add_argument("--max-new-tokens", type=int, default=48, help="length of the answers (default: 48)")
+    demo.add_argument("--web", action="store_true", help="as a page in the browser, for this machine only (127.0.0.1)")
+    demo.add_argument("--port", type=int, default=7860, help="of the page; 0 takes any free one (default: 7860)")
+    demo.add_argument("--no-open", action="store_true", help="do not open a browser")
     demo.set_defaults(model="default")
 
     calibrate = command(
@@ -244,10 +262,19 @@ def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
     check_integer("--repeats", arguments.repeats, 1)
     check_integer("--max-new-tokens", arguments.max_new_tokens, 1)
-    arguments.json = True  # the demo's last line is always its JSON document
-    artifact = artifacts.load(arguments.artifact)
-    loaded = _load(arguments)
     document = _read_text(arguments.document) if arguments.document else None
+    artifact = artifacts.load(arguments.artifact)
+    if arguments.web:
+        from fastfill import web
+        from fastfill.side_by_side import Comparison
+
+        sock = web.listen(arguments.port)
+        loaded = _load(arguments)
+        with _attach(arguments, loaded.model, artifact) as attachment:
+            comparison = Comparison(attachment, loaded, arguments.max_new_tokens)
+            return {"url": web.serve(comparison, sock, document, arguments.question, not arguments.no_open)}
+    arguments.json = True  # the demo's last line is always its JSON document
+    loaded = _load(arguments)
     with _attach(arguments, loaded.model, artifact) as attachment:
         return demo.run(
             attachment, loaded, document, arguments.question, repeats=arguments.repeats, max_new_tokens=arguments.max_new_tokens
