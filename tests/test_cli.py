@@ -528,6 +528,34 @@ def test_a_full_disk_while_saving(capsys, model_folder, artifact_folder, texts, 
 
 
 @pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(5, "Input/output error", "/a/file"), "/a/file cannot be used: Input/output error."),
+        (OSError("odd"), "A file cannot be used: odd."),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "not enough memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "not enough memory"),
+    ],
+    ids=str,
+)
+def test_trouble_with_the_machine_is_one_sentence(capsys, monkeypatch, artifact_folder, error, words):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(artifacts, "load", fail)
+    assert words in refusal(capsys, "inspect", artifact_folder)
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, artifact_folder):
+    def fail(*_):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(artifacts, "load", fail)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run("inspect", artifact_folder)
+
+
+@pytest.mark.parametrize(
     "arguments", [[], ["fly"], ["generate"], ["bench", "m", "--artifact", "a", "--repeats", "two"]], ids=str
 )
 def test_wrong_usage_is_exit_code_2(capsys, arguments):

@@ -27,9 +27,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        sentence = _surroundings(error)
+        if sentence is None:
+            raise
+        print(f"fastfill: {sentence}", file=sys.stderr)
+        return 2
     if arguments.json:
         print(json.dumps(result))
     return 0
+
+
+def _surroundings(error: Exception) -> str | None:
+    """A sentence for what is wrong with the machine, not with fastfill: files, disk, memory. None for all else."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return "There is not enough memory; take a shorter prompt, a smaller model or a smaller --dtype."
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--question", help="question about the document")
     demo.add_argument("--repeats", type=int, default=5, help="TTFT measurements of each kind (default: 5)")
     demo.add_argument("--max-new-tokens", type=int, default=48, help="length of the answers (default: 48)")
+    demo.add_argument("--web", action="store_true", help="as a page in the browser, for this machine only (127.0.0.1)")
+    demo.add_argument("--port", type=int, default=7860, help="of the page; 0 takes any free one (default: 7860)")
+    demo.add_argument("--no-open", action="store_true", help="do not open a browser")
     demo.set_defaults(model="default")
 
     calibrate = command(
@@ -139,12 +157,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model_options(evaluate)
     attach_options(evaluate)
-    evaluate.add_argument("--task", default="perplexity", choices=["perplexity", "longbench", "ruler", "recall"])
+    evaluate.add_argument("--task", default="perplexity", choices=["perplexity", "longbench", "ruler", "recall", "picks"])
     evaluate.add_argument(
         "--data",
         nargs="+",
         metavar="FILE",
-        help="as for calibrate; longbench: .jsonl files or their folder; ruler: rows for qa",
+        help="as for calibrate; longbench: .jsonl files or their folder; ruler: rows for qa; picks: default is the demo's",
     )
     evaluate.add_argument("--limit", type=int, help="at most this many documents, or examples of each dataset (ruler: 10)")
     evaluate.add_argument("--out", metavar="DIR", help="keep predictions here; the same command goes on after a kill")
@@ -162,6 +180,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--predictor", default="learned", help="learned, oracle, static, first-block, low-rank or random")
     evaluate.add_argument("--no-compensator", action="store_true", help="leave the correction out")
     evaluate.add_argument("--record", action="store_true", help="store the result in the artifact (config.json and README.md)")
+
+    report = command(
+        "report",
+        run_report,
+        "Show results as one HTML page with figures.",
+        "fastfill report benchmarks/results artifacts/smollm2-135m-instruct --out report.html",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="stored --json output, a folder of it, or an artifact folder")
+    report.add_argument("--out", default="report.html", metavar="FILE", help="page to write (default: report.html)")
+    report.add_argument("--svg", metavar="DIR", help="write each figure as a file of its own, too")
 
     command("env", run_env, "Show versions, processor and which kernel runs, and why.", "fastfill env")
     return parser
@@ -234,10 +262,19 @@ def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
     check_integer("--repeats", arguments.repeats, 1)
     check_integer("--max-new-tokens", arguments.max_new_tokens, 1)
-    arguments.json = True  # the demo's last line is always its JSON document
-    artifact = artifacts.load(arguments.artifact)
-    loaded = _load(arguments)
     document = _read_text(arguments.document) if arguments.document else None
+    artifact = artifacts.load(arguments.artifact)
+    if arguments.web:
+        from fastfill import web
+        from fastfill.side_by_side import Comparison
+
+        sock = web.listen(arguments.port)
+        loaded = _load(arguments)
+        with _attach(arguments, loaded.model, artifact) as attachment:
+            comparison = Comparison(attachment, loaded, arguments.max_new_tokens)
+            return {"url": web.serve(comparison, sock, document, arguments.question, not arguments.no_open)}
+    arguments.json = True  # the demo's last line is always its JSON document
+    loaded = _load(arguments)
     with _attach(arguments, loaded.model, artifact) as attachment:
         return demo.run(
             attachment, loaded, document, arguments.question, repeats=arguments.repeats, max_new_tokens=arguments.max_new_tokens
@@ -410,11 +447,21 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         **scores,
         "machine": machine.describe(),
     }
-    {"perplexity": show.evaluation, "recall": show.recall}.get(arguments.task, show.answers)(result)
+    {"perplexity": show.evaluation, "recall": show.recall, "picks": show.picks}.get(arguments.task, show.answers)(result)
     if arguments.record:
         artifact.quality = {k: v for k, v in result.items() if k not in ("machine",)}
         artifacts.save(artifact, folder, readme=artifacts.readme(artifact))
         print(f"recorded in {folder}")
+    return result
+
+
+def run_report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fastfill import report
+
+    result = report.write(arguments.runs, arguments.out, arguments.svg)
+    print(f"{result['out']}: {len(result['figures'])} figures from {result['runs']} results")
+    if result["missing"]:
+        print(f"not in these runs: {'; '.join(result['missing'])}")
     return result
 
 

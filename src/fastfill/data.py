@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def load_documents(sources: Sequence[str]) -> list[Document]:
             raise UserError(f"{source} holds no text; give a file with at least one document.")
         documents += found
     return documents
+
+
+def demo_document() -> Document:
+    """The text that comes with the package."""
+    name = "demo_document.txt"
+    return Document((resources.files("fastfill") / name).read_text(encoding="utf-8").strip(), name)
 
 
 def _read(name: str) -> list[Document]:

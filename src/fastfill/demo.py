@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
-from fastfill import kernels, machine, show
+import torch
+
+from fastfill import data, kernels, machine, show
 from fastfill.attachment import Attachment
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
@@ -14,6 +15,24 @@ from fastfill.models import LoadedModel
 from fastfill.progress import stage
 
 QUESTION = "According to the report, what is the name of the ship and who was her captain?"
+
+
+def fill_in(document: str | None, question: str | None) -> tuple[str, str]:
+    """What is not given comes with the package; a document of one's own gets a question that fits any."""
+    question = question or (QUESTION if document is None else "What is this document about?")
+    return (data.demo_document().text if document is None else document), question
+
+
+def prompt(loaded: LoadedModel, document: str, question: str, max_new_tokens: int) -> torch.Tensor:
+    """Document and question as one user turn -> ids (1, T). Raises UserError if the model cannot hold them and the answer."""
+    ids = engine.encode(loaded.tokenizer, f"{document.strip()}\n\nQuestion: {question}", chat=True)
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    if limit and ids.shape[1] + max_new_tokens > limit:
+        raise UserError(
+            f"The prompt has {ids.shape[1]:,} tokens and the answer up to {max_new_tokens}, more than the {limit:,} that the "
+            "model holds; shorten the document."
+        )
+    return ids
 
 
 def run(
@@ -26,14 +45,8 @@ def run(
     max_new_tokens: int,
 ) -> dict[str, Any]:
     """Print the comparison and return its numbers. Raises UserError if the prompt is so short that it would stay dense."""
-    own = document is None
-    if document is None:
-        document = (resources.files("fastfill") / "demo_document.txt").read_text(encoding="utf-8")
-    question = question or (QUESTION if own else "What is this document about?")
-    ids = engine.encode(loaded.tokenizer, f"{document.strip()}\n\nQuestion: {question}", chat=True)
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    if limit and ids.shape[1] + max_new_tokens > limit:
-        raise UserError(f"The document has {ids.shape[1]} tokens, more than the {limit} that the model reads; shorten it.")
+    document, question = fill_in(document, question)
+    ids = prompt(loaded, document, question, max_new_tokens)
     out = show.console()
     config = attachment.config
     out.print(f"{loaded.name}, {ids.shape[1]} prompt tokens, {config.sparsity:.0%} FFN sparsity, blocks of {config.block_size}")

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastfill.errors import UserError
+from fastfill.progress import waiting
 
 DEFAULT_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -129,7 +130,8 @@ def resolve(name: str) -> str:
         stat = gguf.stat()
         folder = cache_dir() / f"{gguf.stem}-{stat.st_size:x}-{int(stat.st_mtime):x}"
     if not (folder / "config.json").is_file():
-        convert_gguf(gguf, folder)
+        with waiting(f"unpacking {gguf.name}, once"):
+            convert_gguf(gguf, folder)
     return str(folder)
 
 
@@ -153,8 +155,9 @@ def load(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"There is no model folder {path}.")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+        with waiting(f"loading {name}"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"The model {name!r} could not be loaded: {_first_line(error)}") from error
     model.eval().to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -42,3 +42,11 @@ def stage(title: str, total: int, done: int = 0) -> Iterator[Stage]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         yield Stage(bar, bar.add_task(title, total=total, completed=done, note=""))
+
+
+@contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """Show that something goes on whose end cannot be told, while the block runs."""
+    console = Console(stderr=True)
+    with console.status(title) if console.is_terminal else nullcontext():
+        yield

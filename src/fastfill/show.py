@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastfill.artifact import Artifact
 
@@ -17,11 +18,12 @@ def console() -> Console:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    out = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
+    out = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        out.add_column(column, justify="left" if index == 0 else "right")
+        out.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        out.add_row(*row)
+        out.add_row(*map(Text, row))  # plain: names of files may have brackets
+    console().print(Text(title, style="bold"))  # not the table's own title, which is cut into lines of the table's width
     console().print(out)
 
 
@@ -142,6 +144,22 @@ def recall(result: dict[str, Any]) -> None:
     table(
         f"importance held, {result['documents']} documents, {result['sparsity']:.0%} sparsity, predictor {result['predictor']}",
         ["layer", "kept", "predictor", "oracle", "recovery", "ids in common", "by chance"],
+        rows,
+    )
+    _read(result)
+
+
+def picks(result: dict[str, Any]) -> None:
+    """Which neurons are picked, per layer."""
+    rows = []
+    for layer, kept in enumerate(result["kept"]):
+        chance = kept / result["neurons"]
+        shares = [result["overlap"][layer], chance, result["always"][layer], result["never"][layer]]
+        rows.append([str(layer), str(kept), *("-" if share is None else f"{share:.1%}" for share in shares)])
+    title = f"{result['document']}: {result['blocks']} blocks, {result['neurons']} neurons a layer, "
+    table(
+        title + f"predictor {result['predictor']}",
+        ["layer", "kept", "as the block before", "by chance", "picked by all blocks", "by none"],
         rows,
     )
     _read(result)

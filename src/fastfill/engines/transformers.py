@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -25,8 +25,31 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     return tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
 
 
-def generate(model: Any, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-    """Greedy continuation of ids (1, T) -> new ids (n,)."""
+class _Receiver:
+    """What `generate` of transformers calls a streamer: it is given the prompt first, then each new id."""
+
+    def __init__(self, receive: Callable[[int, float], None]):
+        self.receive, self.prompt_seen, self.begin = receive, False, time.perf_counter()
+
+    def put(self, ids: torch.Tensor) -> None:
+        if self.prompt_seen:
+            self.receive(int(ids), time.perf_counter() - self.begin)
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def generate(
+    model: Any, ids: torch.Tensor, max_new_tokens: int, receive: Callable[[int, float], None] | None = None
+) -> torch.Tensor:
+    """Greedy continuation of ids (1, T) -> new ids (n,).
+
+    receive(id, seconds since this call): called for each new id as soon as it is there; the first one's seconds are the time
+    to first token. What it raises ends the generation.
+    """
+    synchronize(model)
+    streamer = _Receiver(receive) if receive else None
     ids = ids.to(model.device)
     pad = model.config.eos_token_id if model.config.pad_token_id is None else model.config.pad_token_id
     out = model.generate(
@@ -38,6 +61,7 @@ def generate(model: Any, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor
         top_p=None,
         top_k=None,
         pad_token_id=pad[0] if isinstance(pad, list) else pad,
+        streamer=streamer,
     )
     return out[0, ids.shape[1] :]
 

@@ -18,7 +18,7 @@ from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment
 from fastfill.config import check_integer
 from fastfill.errors import UserError
-from fastfill.evaluate import longbench, metrics, perplexity, recall, resume, ruler, runner
+from fastfill.evaluate import longbench, metrics, perplexity, picks, recall, resume, ruler, runner
 from fastfill.evaluate.resume import Store
 from fastfill.models import LoadedModel
 
@@ -33,7 +33,7 @@ def prepare(options: argparse.Namespace, artifact: Artifact) -> Task:
             check_integer("--" + name.replace("_", "-"), getattr(options, name), 1)
     if options.record and options.task != "perplexity":
         raise UserError("--record stores perplexities; use it with --task perplexity.")
-    if options.task != "ruler" and not options.data:
+    if options.task not in ("ruler", "picks") and not options.data:
         raise UserError(f"--task {options.task} needs --data FILE.")
     return TASKS[options.task](options, artifact)
 
@@ -76,6 +76,17 @@ def _perplexity(options: argparse.Namespace, artifact: Artifact) -> Task:
 
 def _recall(options: argparse.Namespace, artifact: Artifact) -> Task:
     return _documents(options, artifact, recall.evaluate)
+
+
+def _picks(options: argparse.Namespace, artifact: Artifact) -> Task:
+    check_integer("--tokens", options.tokens, 2)
+    document = data.load_documents(options.data)[0] if options.data else data.demo_document()
+
+    def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
+        ids = torch.tensor(data.encode(loaded.tokenizer, document)[: min(options.tokens, _positions(loaded))])
+        return picks.evaluate(attachment, (document.source, ids))
+
+    return run
 
 
 def _longbench(options: argparse.Namespace, artifact: Artifact) -> Task:
@@ -164,4 +175,5 @@ TASKS: dict[str, Callable[[argparse.Namespace, Artifact], Task]] = {
     "longbench": _longbench,
     "ruler": _ruler,
     "recall": _recall,
+    "picks": _picks,
 }

@@ -1,0 +1,10 @@
+"use strict";
+const button = document.getElementById("theme");
+const system = matchMedia("(prefers-color-scheme: dark)");
+const dark = () => (document.documentElement.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
+const show = () => button.setAttribute("aria-pressed", String(dark()));
+button.addEventListener("click", () => { document.documentElement.dataset.theme = dark() ? "light" : "dark"; show(); });
+system.addEventListener("change", show);
+button.hidden = false;
+show();
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((details) => { details.open = true; }));

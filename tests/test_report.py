@@ -1,0 +1,584 @@
+"""fastfill report: each figure's marks stand where the data says, tables hold the same numbers, nothing in a file does harm."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import report_documents as documents
+from conftest import one_sentence, snapshot, tiny_artifact, tiny_model
+
+from fastfill import artifact as artifacts
+from fastfill import cli, report
+from fastfill.errors import UserError
+from fastfill.report import draw, layers, page, quality, runs, speed
+from fastfill.report.values import distinct, number
+
+pytest.importorskip("matplotlib")
+HARMFUL = "<script>alert('x')</script>\"'&]]>--><!-- \x00\x1b\ud800 $\\frac{1}"
+BAD = (None, math.nan, math.inf, "text", -1e300, 1e29, 0, -3)
+
+
+def parts(svg: str, name: str) -> list[ElementTree.Element]:
+    root = ElementTree.fromstring(svg)
+    found = [element for element in root.iter() if element.get("id") == name]
+    assert len(found) == 1, name
+    return list(found[0].iter())
+
+
+def marks(svg: str, name: str) -> np.ndarray:
+    """Where a series' marks are: (points, 2). Of a line without marks, its corners."""
+    found = parts(svg, name)
+    uses = [(float(e.get("x", "")), float(e.get("y", ""))) for e in found if e.tag.endswith("use")]
+    return np.array(uses) if uses else corners(found)
+
+
+def corners(elements: list[ElementTree.Element]) -> np.ndarray:
+    path = next(e for e in elements if e.tag.endswith("path") and e.get("d")).get("d")
+    return np.array([[float(v) for v in pair] for pair in re.findall(r"[ML] (\S+) (\S+)", path)])
+
+
+def width(svg: str, name: str) -> float:
+    return float(np.ptp(corners(parts(svg, name))[:, 0]))
+
+
+def assert_axis(pixels: Any, values: Any, rising: bool = True) -> None:
+    """Pixels are a linear function of the values, to a hundredth of one, and go the right way."""
+    pixels, values = np.asarray(pixels, float), np.asarray(values, float)
+    assert pixels.shape == values.shape and np.ptp(pixels) > 20
+    slope, start = np.polyfit(values, pixels, 1)
+    assert (slope > 0) == rising
+    assert np.abs(slope * values + start - pixels).max() < 0.01
+
+
+def column(rows: list[dict[str, Any]], key: str) -> list[float]:
+    return [row[key] for row in rows]
+
+
+def cells(table: Any, title: str) -> list[str]:
+    return [row[list(table.columns).index(title)] for row in table.rows]
+
+
+def test_ttft_marks_and_table() -> None:
+    document = documents.bench()
+    svg, rows = speed.ttft([document]), document["rows"]
+    ys, times = [], []
+    for kind in ("dense", "sparse"):
+        points = marks(svg, f"ttft-{kind}-0")
+        assert_axis(points[:, 0], column(rows, "prompt_tokens"))
+        ys += list(points[:, 1])
+        times += column(rows, f"ttft_{kind}_s")
+    other = marks(svg, "ttft-engine-0")
+    ys += list(other[:, 1])
+    times += [entry["ttft_s"] for entry in document["compare"] if "ttft_s" in entry]
+    assert_axis(ys, times, rising=False)  # one axis for all of them; y grows downwards
+    ratios = np.concatenate([marks(svg, f"ttft-{kind}-0")[:, 1] for kind in ("speedup", "ceiling")])
+    assert_axis(ratios, column(rows, "speedup") + column(rows, "ceiling"), rising=False)
+    assert_axis(marks(svg, "ttft-speedup-0")[:, 0], np.log2(column(rows, "prompt_tokens")))
+    table, others = speed.ttft_tables([document])
+    assert cells(table, "prompt tokens") == ["128", "256", "512", "1,024", "2,048", "4,096"]
+    assert [float(c) for c in cells(table, "sparse TTFT (s)")] == pytest.approx(column(rows, "ttft_sparse_s"), rel=1e-3)
+    assert cells(table, "speed-up") == [f"{row['speedup']:.2f}x" for row in rows]
+    assert others.rows[-1] == ["onnxruntime", "-", "skipped: not installed"]
+    assert "onnxruntime" not in svg  # nothing to draw
+
+
+def test_ttft_caption_names_gain_and_losses() -> None:
+    rows = [
+        {"prompt_tokens": 512, "ttft_dense_s": 0.4, "ttft_sparse_s": 0.5, "speedup": 0.8, "ceiling": 1.2, "sparse_tokens": 448},
+        {
+            "prompt_tokens": 2048,
+            "ttft_dense_s": 3.0,
+            "ttft_sparse_s": 2.5,
+            "speedup": 1.2,
+            "ceiling": 1.25,
+            "sparse_tokens": 1984,
+        },
+        {"prompt_tokens": 128, "ttft_dense_s": 0.1, "ttft_sparse_s": 0.05, "speedup": 2.0, "ceiling": 1.2, "sparse_tokens": 0},
+    ]
+    assert speed.ttft_caption([{"rows": rows}]) == (
+        "The largest gain is at 2,048 tokens, 3.00 s to 2.50 s (1.20x, ceiling 1.25x); sparse is slower at 512."
+    )  # the prompt that stayed dense is no gain
+    assert "slower at every length (at best 0.80x)" in speed.ttft_caption([{"rows": rows[:1]}])
+
+
+def test_split_bars_are_shares_of_the_dense_time() -> None:
+    document = documents.bench()
+    svg = speed.split(document)
+    for kind in ("dense", "sparse"):
+        for index in (0, 5):
+            row = document["rows"][index]
+            values = row[f"split_{kind}"]
+            scale = width(svg, f"split-dense-attention-{index}") / row["split_dense"]["attention"]
+            for part in ("attention", "ffn", "rest"):
+                assert width(svg, f"split-{kind}-{part}-{index}") == pytest.approx(scale * values[part], abs=0.01)
+    (table,) = speed.split_tables(document)
+    assert table.rows[11][0] == "4,096 tokens, sparse"
+    assert float(table.rows[11][3]) == pytest.approx(document["rows"][5]["split_sparse"]["ffn"], rel=1e-3)
+
+
+def test_bars() -> None:
+    document = documents.demo()
+    svg = speed.bars(document)
+    assert width(svg, "bars-bar-1") / width(svg, "bars-bar-0") == pytest.approx(2.77562 / 3.20144, abs=1e-4)
+    assert speed.bars_tables(document)[0].rows[0] == ["time to first token (s)", "3.201", "2.776"]
+    assert "what the ceiling allows" in svg
+    assert "what the ceiling allows" not in speed.bars({"ttft_dense_s": 1.0, "ttft_sparse_s": 0.9})
+
+
+def test_pareto_marks_and_table() -> None:
+    document = documents.pareto()
+    svg, rows = quality.pareto(document), document["rows"]
+    speeds = {row["sparsity"]: row["speedup"] for row in rows if row["method"] == "learned"}
+    for reading, key, scale in (("strict", "ppl_ratio", np.log), ("continuation", "cont_ppl_ratio", np.asarray)):
+        points, values, at = [], [], []
+        for index, method in enumerate(("dense", "learned", "oracle", "static", "random")):
+            own = [row for row in rows if row["method"] == method]
+            points.append(marks(svg, f"quality-{reading}-{index}"))
+            values += column(own, key)
+            at += [row["speedup"] or speeds[row["sparsity"]] for row in own]  # not timed: at the learned one's speed
+        where = np.concatenate(points)
+        assert_axis(where[:, 0], at)
+        assert_axis(where[:, 1], scale(values), rising=False)
+    (table,) = quality.pareto_tables(document)
+    assert cells(table, "strict ratio") == [f"{row['ppl_ratio']:.2f}x" for row in rows]
+    assert cells(table, "TTFT (s)")[2] == "-"  # the oracle has no speed of its own
+    assert "At 50% sparsity and 1,024 tokens" in quality.pareto_caption(document)
+
+
+@pytest.mark.parametrize("kind", ["peers", "selection"])
+def test_ratios_are_sorted_marks(kind: str) -> None:
+    if kind == "peers":
+        document = documents.peers()
+        svg, rows, (table,) = quality.peers(document), document["rows"], quality.peers_tables(document)
+        shown = cells(table, "strict ratio")
+    else:
+        rows = [documents.perplexity(name) for name in documents.PICKS_BY]
+        svg, (table,) = quality.selection(rows), quality.selection_tables(rows)
+        shown = cells(table, "ratio")
+    assert ">dense<" not in svg  # it loses nothing, by definition
+    last = [row["cont_ppl_ratio"] for row in rows if row["ppl_ratio"] is None]  # stands at the end, with one mark
+    rows = sorted((row for row in rows if row["ppl_ratio"] and row.get("method") != "dense"), key=lambda row: row["ppl_ratio"])
+    points = np.concatenate([marks(svg, f"{kind}-series-{i}") for i in (0, 1)])
+    assert_axis(points[:, 0], np.log(column(rows, "ppl_ratio") + column(rows, "cont_ppl_ratio") + last))
+    assert_axis(points[: len(rows), 1], range(len(rows)))  # the best on top
+    assert shown[-len(last) - len(rows)] == f"{rows[0]['ppl_ratio']:.2f}x"
+
+
+def test_peers_caption_leaves_the_oracle_out() -> None:
+    assert quality.peers_caption(documents.peers()) == (
+        "Of 8 rows at 58% of the dense FFN's multiply-adds, learned + compensator loses least on the sparsely read tokens "
+        "(1.48x), and learned + compensator loses least on what follows (1.02x); an oracle reaches 1.26x and 1.01x."
+    )
+
+
+def test_selection_intervals() -> None:
+    rows = [documents.perplexity("learned"), documents.perplexity("static")]
+    for row in rows:
+        row["ppl_ratio_interval"] = [row["ppl_ratio"] * 0.8, row["ppl_ratio"] * 1.3]
+    svg = quality.selection(rows)
+    ends = np.array(
+        [[float(v) for v in re.findall(r"[ML] (\S+)", e.get("d"))] for e in parts(svg, "selection-interval-0") if e.get("d")]
+    )
+    where = np.concatenate([ends.ravel(), marks(svg, "selection-series-0")[:, 0], marks(svg, "selection-series-1")[:, 0]])
+    values = [
+        *rows[0]["ppl_ratio_interval"],
+        *rows[1]["ppl_ratio_interval"],
+        *column(rows, "ppl_ratio"),
+        *column(rows, "cont_ppl_ratio"),
+    ]
+    assert_axis(where, values)  # close together: a linear axis
+
+
+def test_curve() -> None:
+    rows = [documents.perplexity("learned"), documents.perplexity("oracle")]
+    svg, points = quality.curve(rows), rows[0]["curve"]
+    ys = np.concatenate([marks(svg, f"curve-{name}")[:, 1] for name in ("dense-0", "sparse-0", "sparse-1")])
+    values = column(points, "nll_dense") + column(points, "nll_sparse") + column(rows[1]["curve"], "nll_sparse")
+    assert_axis(ys, values, rising=False)
+    assert_axis(marks(svg, "curve-sparse-0")[:, 0], [128 + 256 * i for i in range(8)])
+    added = [point["nll_sparse"] - point["nll_dense"] for point in points]
+    assert_axis(marks(svg, "curve-added-0")[:, 1], added, rising=False)
+    assert "curve-dense-1" not in svg  # the same dense losses are drawn once
+    assert quality.curve_tables(rows)[0].rows[1][:4] == ["256 to 511", "2,048", "2.89", f"{points[1]['nll_sparse']:.4g}"]
+
+
+def test_recovery_with_a_dataset_that_has_none() -> None:
+    document = documents.recovery("longbench")
+    svg = quality.recovery(document)
+    lines = [*document["datasets"], document["average"]]
+    good = [line for line in lines if line["recovery"] is not None]
+    points = marks(svg, "recovery-series-0")
+    assert_axis(points[:, 0], column(good, "recovery"))
+    assert svg.count("no recovery: the dense score is 0") == 1
+    (table,) = quality.recovery_tables(document)
+    assert table.rows[4] == ["lcc", "20", "0", "0", "-", "-"]
+    assert table.rows[0] == ["narrativeqa", "20", "20", "19.6", "98.0%", "90.0% to 105.0%"]
+    only = {**document, "datasets": document["datasets"][-1:]}
+    assert "no recovery" in quality.recovery_caption(only) and "no recovery" in quality.recovery(only)
+
+
+def test_recall() -> None:
+    document = documents.recall()
+    svg, lines = layers.recall([document]), document["layers"]
+    left = np.concatenate([marks(svg, f"recall-{name}-0")[:, 1] for name in ("series", "chance")])
+    assert_axis(left, column(lines, "recall") + column(lines, "by_chance"), rising=False)
+    right = np.concatenate([marks(svg, f"recall-{name}-0")[:, 1] for name in ("held", "oracle")])
+    assert_axis(right, column(lines, "held") + column(lines, "held_oracle"), rising=False)
+    assert layers.recall_tables([document])[0].rows[0] == ["0", "1,243", "86.0%", "80.9%", "90.0%", "96.0%", "93.8%"]
+
+
+def test_sparsity() -> None:
+    document = documents.inspect()
+    svg = layers.sparsity([document])
+    heights = [float(np.ptp(corners(parts(svg, f"sparsity-layer-{i}"))[:, 1])) for i in range(30)]
+    assert_axis(heights, document["layer_sparsity"])
+    assert heights[0] / document["layer_sparsity"][0] == pytest.approx(heights[9] / document["layer_sparsity"][9], rel=1e-3)
+    two = layers.sparsity([document, {**document, "layer_sparsity": [0.5] * 30}])
+    assert_axis(marks(two, "sparsity-series-0")[:, 1], document["layer_sparsity"], rising=False)
+
+
+def test_picks_and_maps_by_hand() -> None:
+    """Two layers of five neurons, three blocks that keep two."""
+    bits = [[1, 1, 0, 0, 0], [0, 1, 0, 0, 1], [0, 1, 1, 0, 0]]
+    blocks = [base64.b64encode(np.packbits(np.array(row, np.uint8)).tobytes()).decode() for row in bits]
+    entry = {"layer": 1, "blocks": blocks}
+    document = {
+        "neurons": 5,
+        "kept": [2, 2],
+        "share": [[1.0, 0.5, 0.0]] * 2,
+        "overlap": [0.5, 0.25],
+        "maps": [entry],
+        "blocks": 3,
+    }
+    np.testing.assert_array_equal(layers.picked(blocks, 5), np.array(bits, bool))
+    assert layers.maps_tables(document)[0].rows == [["1", "3", "2", "2", "1", "4"]]
+    assert pixels(layers.maps(document), 0).tolist() == [[255, 255, 0, 0, 0], [255, 0, 0, 255, 0], [255, 0, 255, 0, 0]]
+    assert pixels(layers.picks(document), 0).tolist() == [[255, 128, 0]] * 2
+    assert_axis(marks(layers.picks(document), "picks-series-0")[:, 0], [0.5, 0.25])
+    assert layers.picks_tables(document)[0].rows[1] == ["1", "2", "33.3%", "33.3%", "25.0%", "40.0%"]
+    for broken in ([*blocks[:1], "AAAA"], ["?"], [3], None):
+        with pytest.raises(UserError, match="neuron map") as error:
+            layers.maps({**document, "maps": [{"layer": 0, "blocks": broken}]})
+        one_sentence(error)
+
+
+def pixels(svg: str, index: int) -> np.ndarray:
+    """The grey values of a figure's image."""
+    from PIL import Image
+
+    found = [e.get("href", "") for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("image")]
+    raw = base64.b64decode(found[index].removeprefix("data:image/png;base64,"))
+    grey = np.array(Image.open(io.BytesIO(raw)).convert("L"))
+    image = next(e for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("image"))
+    assert "matrix" not in image.get("transform", "")  # the mask has no transform of its own
+    return grey
+
+
+def test_wide_maps_are_averaged() -> None:
+    chosen = np.zeros((2, 1024), bool)
+    chosen[0, ::2] = True
+    np.testing.assert_array_equal(layers._columns(chosen), [[0.5] * 512, [0.0] * 512])
+    assert layers._columns(np.ones((1, 1000), bool)).tolist() == [[1.0] * 512]
+
+
+def test_kernel() -> None:
+    found = documents.kernel()
+    svg = speed.kernel(found)
+    half, more = (marks(svg, f"kernel-series-{i}")[:, 0] for i in (0, 1))
+    assert_axis(np.concatenate([half, more]), [d["speedup"] for s in (0.5, 0.7) for d in found if d["sparsity"] == s])
+    (table,) = speed.kernel_tables(found)
+    assert table.rows[0] == ["576 x 1,536, bfloat16, blocks of 16", *(f"{found[i]['speedup']:.2f}x" for i in (0, 1))]
+    assert len(table.rows) == 6
+
+
+def drawn(found: list[dict[str, Any]]) -> tuple[list[page.Drawn], list[str]]:
+    return page.figures([runs.Run(runs._kind(document, "test"), "test.json", document) for document in found])
+
+
+def test_every_colour_is_a_variable_and_every_id_is_the_figures_own() -> None:
+    figures, missing = drawn(documents.everything())
+    assert (
+        not missing and len({figure.name for figure in figures}) == len(figures) == len(page.FIGURES) + 1
+    )  # two benches split
+    seen: set[str] = set()
+    for figure in figures:
+        root = ElementTree.fromstring(figure.svg)
+        assert not re.findall(r"#[0-9a-fA-F]{6}\b", figure.svg), figure.name
+        assert root.get("role") == "img" and root[0].tag.endswith("title") and root[1].tag.endswith("desc")
+        assert root.get("aria-labelledby") == f"{root[0].get('id')} {root[1].get('id')}"
+        assert root[1].text == figure.caption
+        assert "Date" not in figure.svg and "http://www.w3.org/1999/xlink" not in figure.svg
+        ids = {e.get("id") for e in root.iter() if e.get("id")}
+        assert len(ids) == sum(e.get("id") is not None for e in root.iter()) and not ids & seen
+        used = set(re.findall(r"url\(#([^)]+)\)", figure.svg)) | {
+            e.get("href", "")[1:] for e in root.iter() if e.tag.endswith("use")
+        }
+        assert used <= ids, figure.name
+        seen |= ids
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: str(bad)[:12])
+def test_no_number_crashes_it(bad: Any) -> None:
+    def spoil(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {k: spoil(v, k) for k, v in value.items()}
+        if isinstance(value, list):
+            return [spoil(v, key) for v in value]
+        return bad if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ("neurons",) else value
+
+    figures, missing = drawn([spoil(document) for document in documents.one_of_each()])
+    assert not missing
+    for figure in figures:
+        words = [figure.caption, *(cell for table in figure.tables for row in table.rows for cell in row)]
+        assert not re.search(r"\b(nan|inf|None)\b", " ".join(words)), figure.name
+        assert not re.search(r"[\s\"](nan|inf)\b", re.sub("<image[^>]*>", "", figure.svg)), figure.name
+
+
+def test_what_is_a_number() -> None:
+    assert [number(value) for value in (3, -0.5, 0)] == [3.0, -0.5, 0.0]
+    assert all(math.isnan(number(value)) for value in (None, math.nan, math.inf, -math.inf, "3", True, [], 10**400))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_holes_anywhere_are_refused_or_left_out(seed: int) -> None:
+    """A third of all values are missing: a page, or one sentence."""
+    rng = random.Random(seed)
+
+    def holes(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: holes(v) for k, v in value.items() if k == "task" or rng.random() > 0.3}
+        if isinstance(value, list):
+            return [holes(v) for v in value if rng.random() > 0.1]
+        return value
+
+    for document in documents.one_of_each():
+        try:
+            drawn([holes(document)])
+        except UserError as error:
+            one_sentence(error)
+
+
+class Tags(HTMLParser):
+    def __init__(self, content: str):
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attributes)))
+
+
+def test_text_from_files_is_escaped(tmp_path: Path) -> None:
+    def harm(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {k: harm(v, k) for k, v in value.items()}
+        if isinstance(value, list):
+            return value if key == "blocks" else [harm(v) for v in value]
+        return HARMFUL if isinstance(value, str) and key not in ("task", "method", "predictor") else value
+
+    found = [harm(document) for document in documents.everything()]
+    for document in found:
+        for row in document.get("rows", []):
+            row["method"] = HARMFUL + str(row.get("method", ""))
+    file = tmp_path / "<img src=x onerror=alert(1)>.jsonl"
+    file.write_text("".join(json.dumps(document) + "\n" for document in found))
+    report.write([file], tmp_path / "report.html", tmp_path / "svg")
+    content = (tmp_path / "report.html").read_text(encoding="utf-8")
+    tags = Tags(content).found
+    assert [tag for tag, _ in tags].count("script") == 1 and "img" not in [tag for tag, _ in tags]
+    assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
+    assert "&lt;script&gt;alert(" in content
+    for svg in (tmp_path / "svg").iterdir():
+        assert not [e for e in ElementTree.parse(svg).iter() if e.tag.endswith("script")]
+
+
+def test_page_has_its_parts_in_order(tmp_path: Path) -> None:
+    store(tmp_path / "all.jsonl", *documents.everything())
+    report.write([tmp_path / "all.jsonl"], tmp_path / "report.html")
+    content = (tmp_path / "report.html").read_text(encoding="utf-8")
+    tags = Tags(content).found
+    levels = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in itertools.pairwise(levels))
+    names = [tag for tag, _ in tags]
+    assert names.count("figure") == names.count("figcaption") == names.count("svg") == len(page.FIGURES) + 1
+    assert names.count("table") == names.count("caption") > names.count("figure")
+    assert all(attributes.get("scope") in ("row", "col") for tag, attributes in tags if tag == "th")
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {a["href"] for tag, a in tags if tag == "a"} <= {f"#{name}" for name in ids}
+    assert dict(tags[0][1]) == {"lang": "en"}
+    assert "SmolLM2-135M-Instruct" in content and "AMD EPYC, 2 threads" in content and "not recorded" in content  # the date
+    assert "1.16x (ceiling 1.17x; 50% of the FFN neurons skipped, native kernel)" in content
+    assert "http" not in re.sub(r'xmlns="http://www.w3.org/2000/svg"|http-equiv', "", content)
+    assert "not in these runs" not in content
+
+
+def test_missing_figures_are_named(tmp_path: Path) -> None:
+    plain = documents.bench()
+    for row in plain["rows"]:
+        del row["split_dense"]
+    store(tmp_path / "bench.json", plain)
+    store(tmp_path / "dense.json", {**documents.perplexity(), "curve": []})
+    result = report.write([tmp_path / "bench.json", tmp_path / "dense.json"], tmp_path / "report.html", tmp_path / "svg")
+    assert result["figures"] == ["ttft", "selection"] and result["runs"] == 2
+    assert {"Where the time goes", "Loss along the prompt", "Sparsity by layer"} < set(result["missing"])
+    content = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"not in these runs: {'; '.join(result['missing'])}" in content
+    assert sorted(file.name for file in (tmp_path / "svg").iterdir()) == ["selection.svg", "ttft.svg"]
+
+
+def store(file: Path, *found: dict[str, Any]) -> None:
+    file.write_text("".join(json.dumps(document) + "\n" for document in found))
+
+
+def test_command_reads_folders_and_artifacts_and_is_deterministic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results" / "eval").mkdir(parents=True)
+    (tmp_path / "results" / "eval" / "predictions.jsonl").write_text('{"key": "0/a"}\n')  # of a run that can be resumed
+    store(tmp_path / "results" / "b.jsonl", documents.pareto(), documents.picks(4, 96, 5))
+    store(tmp_path / "results" / "eval" / "a.json", documents.bench())
+    (tmp_path / "results" / "notes.txt").write_text("not a result")
+    artifacts.save(tiny_artifact(tiny_model()), tmp_path / "tiny")
+    names = [
+        str(tmp_path / "results"),
+        str(tmp_path / "tiny"),
+        "--out",
+        str(tmp_path / "one.html"),
+        "--svg",
+        str(tmp_path / "svg"),
+    ]
+    assert cli.main(["report", *names, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["figures"] == ["ttft", "split", "quality", "sparsity", "picks", "maps"] and result["runs"] == 4
+    first = snapshot(tmp_path / "svg"), (tmp_path / "one.html").read_bytes()
+    assert b"tiny" in first[1]
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "SOURCE_DATE_EPOCH": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(report.__file__).parents[2]), *sys.path])
+    subprocess.run([sys.executable, "-m", "fastfill.cli", "report", *names], check=True, env=environment, capture_output=True)
+    assert (snapshot(tmp_path / "svg"), (tmp_path / "one.html").read_bytes()) == first
+    assert not list(tmp_path.rglob(".*"))  # nothing half-written
+
+
+def test_stored_results_of_the_project_make_a_page(tmp_path: Path) -> None:
+    result = report.write([Path(__file__).parents[1] / "benchmarks" / "results", "default"], tmp_path / "report.html")
+    assert {"ttft", "demo", "selection", "curve", "sparsity", "kernel"} <= set(result["figures"])
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('{"task": "chess", "model": "m"}', "task 'chess'"),
+        ("[1, 2]", "no result"),
+        ('{"text": "hello", "new_tokens": 3}', "no result"),
+        ('{"task": "bench", "rows": []}', "no result"),
+        ('{"repeats": 5, "rows": [1]}', "damaged"),
+        ('{"task": "picks", "share": 3}', "damaged"),
+        ("{", "not JSON"),
+        ("", "no results"),
+    ],
+)
+def test_what_is_no_result_is_refused(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "odd.json").write_text(content)
+    with pytest.raises(UserError, match=words) as error:
+        report.write([tmp_path / "odd.json"], tmp_path / "report.html")
+    one_sentence(error)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_places_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist") as error:
+        runs.read([tmp_path / "nothing"])
+    one_sentence(error)
+    with pytest.raises(UserError, match="holds no") as error:
+        runs.read([tmp_path])
+    one_sentence(error)
+    store(tmp_path / "all.json", documents.pareto())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be written") as error:
+        report.write([tmp_path / "all.json"], tmp_path / "file" / "report.html")
+    one_sentence(error)
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"fastfill\[report\]") as error:
+        quality.pareto(documents.pareto())
+    one_sentence(error)
+
+
+def luminance(colour: str) -> float:
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_contrast(scheme: int) -> None:
+    """WCAG 2: 4.5 for text, 3 for marks; black on white is 21."""
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    colours = {name: pair[scheme] for name, pair in draw.PALETTE.items()}
+    for name in ("ink", "muted", "blue"):  # blue is the links'
+        assert contrast(colours[name], colours["page"]) >= 4.5, name
+    for name in ("orange", "green", "purple", "ochre", "grey"):
+        assert contrast(colours[name], colours["page"]) >= 3, name
+    assert len(set(draw.HEX.values())) == len(draw.HEX)  # a colour names one variable
+    assert len({look.marker for look in draw.STYLES}) == len(draw.STYLES)
+
+
+# Machado, Oliveira and Fernandes (2009), linear RGB, severity 1.
+PROTANOPIA = ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998))
+DEUTERANOPIA = ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.01182, 0.04294, 0.968881))
+TO_XYZ = ((0.4339, 0.3762, 0.1899), (0.2126, 0.7152, 0.0722), (0.0177, 0.1095, 0.8729))  # over the white point
+
+
+def lab(colour: str, sight: Any) -> np.ndarray:
+    """CIELAB of a colour as seen with a deficiency."""
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    f = np.cbrt(np.array(TO_XYZ) @ np.clip(np.array(sight) @ linear, 0, 1))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("sight", [np.eye(3), PROTANOPIA, DEUTERANOPIA], ids=["full", "protanopia", "deuteranopia"])
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_marks_differ_for_the_colour_blind(scheme: int, sight: Any) -> None:
+    """10 in CIELAB is several just noticeable differences; the usual red and green fail."""
+    assert np.linalg.norm(lab("#d62728", DEUTERANOPIA) - lab("#7a7a00", DEUTERANOPIA)) < 10
+    names = ("blue", "orange", "green", "purple", "ochre", "grey")
+    for a, b in itertools.combinations(names, 2):
+        assert np.linalg.norm(lab(draw.PALETTE[a][scheme], sight) - lab(draw.PALETTE[b][scheme], sight)) >= 10, (a, b)
+
+
+def test_standalone_has_both_schemes_and_a_background() -> None:
+    svg = draw.standalone(speed.bars(documents.demo()))
+    root = ElementTree.fromstring(svg)
+    assert [child.tag.rsplit("}")[-1] for child in root][:4] == ["title", "desc", "style", "rect"]
+    assert "prefers-color-scheme: dark" in (root[2].text or "")
+    assert root[3].get("style") == "fill: var(--ff-page)"
+
+
+def test_names_tell_documents_apart() -> None:
+    assert distinct([{"kernel": "native"}, {"kernel": "torch"}], ("kernel", "model")) == ["native kernel", "torch kernel"]
+    assert distinct([{"kernel": "native"}], ("kernel",)) == [""]
+    assert distinct([{"file": "a"}, {"file": "b"}, {"file": "b"}], ("kernel",)) == ["a", "b (1)", "b (2)"]

@@ -1,0 +1,197 @@
+"""What the page shows, without the page: the two answers and their picks, one question at a time, stopped at any moment."""
+
+import threading
+
+import pytest
+import torch
+from conftest import BLOCK, LAYERS, logits, one_sentence, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer, token_ids
+
+from fastfill import attach, demo
+from fastfill.engines import transformers as engine
+from fastfill.errors import UserError
+from fastfill.evaluate import picks
+from fastfill.models import LoadedModel
+from fastfill.side_by_side import Comparison, Run, State
+
+DOCUMENT, QUESTION, NEW = tiny_text(90), "w9 w10", 6
+SECONDS = 60  # no wait is longer; without a bug all are short
+
+
+@pytest.fixture
+def comparison(model):
+    with attach(model, tiny_artifact(model)) as attachment:
+        made = Comparison(attachment, LoadedModel(model, tiny_tokenizer(), "tiny"), NEW)
+        yield made
+        made.close()
+
+
+class Gate:
+    """Holds the next forward of the model until `open` is set, and says that it is there."""
+
+    def __init__(self, model):
+        self.reached, self.open = threading.Event(), threading.Event()
+        self.hook = model.model.register_forward_pre_hook(self)
+
+    def __call__(self, *_):
+        self.reached.set()
+        assert self.open.wait(SECONDS)
+        self.hook.remove()
+
+
+def last(run):
+    return list(run.states())[-1]
+
+
+def test_each_token_is_received_as_soon_as_it_is_there(model):
+    calls, received = [], []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    ids = token_ids(1, 20)
+    new = engine.generate(model, ids, 5, lambda token, seconds: received.append((token, seconds, len(calls))))
+    assert [token for token, _, _ in received] == new.tolist() == engine.generate(model, ids, 5).tolist()
+    assert [made for _, _, made in received] == [1, 2, 3, 4, 5]  # the first after the prefill and nothing more
+    seconds = [second for _, second, _ in received]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_both_answers_and_the_picks(model, comparison):
+    attachment, tokenizer = comparison.attachment, comparison.loaded.tokenizer
+    ids = demo.prompt(comparison.loaded, DOCUMENT, QUESTION, NEW)
+    states = list(comparison.ask(DOCUMENT, QUESTION).states())
+    end = states[-1]
+    with attachment.dense():
+        dense = engine.generate(model, ids, NEW)
+    with picks.watch(attachment) as seen:
+        sparse = engine.generate(model, ids, NEW)
+    assert end.dense == tokenizer.decode(dense) and end.sparse == tokenizer.decode(sparse) and end.dense != end.sparse
+    assert (end.status, end.prompt_tokens) == ("Done.", ids.shape[1])
+    assert end.sparse_tokens == ids.shape[1] // BLOCK * BLOCK - BLOCK
+    assert end.ttft_dense_s > 0 and end.ttft_sparse_s > 0
+    assert end.picks == picks.summarize(attachment, seen, range(LAYERS)) and len(end.picks["maps"]) == LAYERS
+    assert all(ffn.observer is None for ffn in attachment.ffns)
+    assert not any(module._forward_pre_hooks for module in attachment.modules)
+
+
+def test_every_state_is_told_if_the_reader_keeps_up(comparison, monkeypatch):
+    """The order on the page: warm-up, then the dense answer token by token, then the sparse one."""
+    seen, show = [], Run.show
+
+    def spy(run, **changes):
+        show(run, **changes)
+        seen.append(run.state)
+
+    monkeypatch.setattr(Run, "show", spy)
+    last(comparison.ask(DOCUMENT, QUESTION))
+    statuses = list(dict.fromkeys(state.status.split()[0] for state in seen))
+    assert statuses == ["Starting.", "Warming", "Reading", "Writing", "Done."]
+    assert [len(state.dense.split()) for state in seen if not state.sparse and state.dense][:NEW] == list(range(1, NEW + 1))
+    assert all(len(state.dense.split()) == NEW for state in seen if state.ttft_sparse_s)
+    seen.clear()
+    last(comparison.ask(DOCUMENT[: len(DOCUMENT) // 2], QUESTION))
+    assert "Warming" not in {state.status.split()[0] for state in seen}  # a shorter prompt is warm already
+
+
+def test_a_second_question_waits(model, comparison):
+    gate = Gate(model)
+    first = comparison.ask(DOCUMENT, QUESTION)
+    assert gate.reached.wait(SECONDS)
+    second = comparison.ask(DOCUMENT, "w11")
+    third = comparison.ask(DOCUMENT, "w12")
+    assert second.state.status == third.state.status == "Waiting for the answer in another tab."
+    third.stop()
+    assert last(third).status == "Stopped."
+    gate.open.set()
+    assert last(first).status == last(second).status == "Done."
+    assert comparison.ask(DOCUMENT, QUESTION).state.status == "Starting."
+
+
+def test_stop_in_the_middle_of_the_prefill(model, comparison):
+    layers = []
+    hooks = [module.register_forward_hook(lambda *_: layers.append(1)) for module in comparison.attachment.modules]
+    gate = Gate(model)
+    run = comparison.ask(DOCUMENT, QUESTION)
+    assert gate.reached.wait(SECONDS)
+    run.stop()
+    gate.open.set()
+    end = last(run)
+    assert (end.status, end.dense, end.ttft_dense_s) == ("Stopped.", "", None) and not layers
+    for hook in hooks:
+        hook.remove()
+    assert last(comparison.ask(DOCUMENT, QUESTION)).status == "Done."  # nothing was left behind
+
+
+def test_a_reader_that_goes_away_stops_the_run(model, comparison):
+    gate = Gate(model)
+    run = comparison.ask(DOCUMENT, QUESTION)
+    states = run.states()
+    next(states)
+    states.close()  # what happens to the generator of a closed tab
+    assert run.stopped.is_set()
+    gate.open.set()
+    assert last(comparison.ask(DOCUMENT, QUESTION)).status == "Done."
+
+
+def test_stop_keeps_what_was_written(comparison, monkeypatch):
+    show = Run.show
+
+    def after_two(self, **changes):
+        show(self, **changes)
+        if len(self.state.dense.split()) == 2:
+            self.stopped.set()
+
+    monkeypatch.setattr(Run, "show", after_two)
+    end = last(comparison.ask(DOCUMENT, QUESTION))
+    assert end.status == "Stopped." and len(end.dense.split()) == 2 and end.ttft_dense_s and end.ttft_sparse_s is None
+
+
+def test_an_error_in_the_model_is_raised_where_it_is_read(model, comparison, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(picks, "summarize", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            last(comparison.ask(DOCUMENT, QUESTION))
+    assert last(comparison.ask(DOCUMENT, QUESTION)).status == "Done."
+    before = logits(model, token_ids(1, 40))
+    comparison.attachment.detach()
+    assert not torch.equal(before, logits(model, token_ids(1, 40)))  # the answers above were still sparse
+
+
+@pytest.mark.parametrize(
+    "document, words", [("", "no document"), (" \n", "no document"), (tiny_text(600), "more than the 512 that the model holds")]
+)
+def test_documents_that_cannot_be_read(comparison, document, words):
+    with pytest.raises(UserError) as error:
+        comparison.ask(document, QUESTION)
+    assert words in one_sentence(error)
+
+
+def test_too_long_says_how_many_tokens(comparison):
+    with pytest.raises(UserError, match=r"The prompt has 607 tokens and the answer up to 6, more than the 512"):
+        comparison.ask(tiny_text(600), "w9 w10 w11")  # 600, "Question:", 3, and 3 of the chat template
+
+
+def test_what_stays_dense_says_so(model):
+    for settings, words in ({"min_tokens": 400}, "under 400 tokens"), ({"sparsity": 0.0}, "the sparsity is 0"):
+        with attach(model, tiny_artifact(model), **settings) as attachment:
+            made = Comparison(attachment, LoadedModel(model, tiny_tokenizer(), "tiny"), NEW)
+            end = last(made.ask(DOCUMENT, QUESTION))
+            made.close()
+        assert end.status.startswith("Done. Both runs were dense") and words in end.status
+        assert (end.sparse_tokens, end.picks, end.dense) == (0, None, end.sparse)
+
+
+def test_an_empty_question_gets_one(comparison):
+    end = last(comparison.ask(DOCUMENT, ""))
+    assert isinstance(end, State) and end.status == "Done."
+    expected = demo.prompt(comparison.loaded, DOCUMENT, "What is this document about?", NEW)
+    assert end.prompt_tokens == expected.shape[1]
+
+
+def test_close_ends_what_runs_and_what_waits():
+    model = tiny_model()
+    with attach(model, tiny_artifact(model)) as attachment:
+        made = Comparison(attachment, LoadedModel(model, tiny_tokenizer(), "tiny"), NEW)
+        gate = Gate(model)
+        runs = [made.ask(DOCUMENT, QUESTION), made.ask(DOCUMENT, QUESTION)]
+        assert gate.reached.wait(SECONDS)
+        gate.open.set()
+        made.close()
+        assert {last(run).status for run in runs} <= {"Stopped.", "Done."}
