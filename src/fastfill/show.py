@@ -156,16 +156,16 @@ def peers(result: dict[str, Any]) -> None:
     table(
         f"at equal FFN arithmetic, {result['documents']} documents of {result['prompt_tokens']} tokens, "
         f"blocks of {result['block_size']}",
-        ["method", "compensator", "skipped", "FFN", "ppl", "KL", "ppl after", "KL after", "context"],
+        ["method", "comp.", "skipped", "FFN", "ppl", "KL", "ppl after", "KL after", "context"],
         [
             [
                 row["published_as"] or row["method"],
                 "yes" if row["compensator"] else "-",
                 f"{row['sparsity']:.0%}",
                 f"{row['ffn_flops']:.1%}",
-                f"{row['ppl_ratio']:.2f}x",
-                f"{row['kl']:.3f}",
-                f"{row['cont_ppl_ratio']:.3f}x",
+                _cell(row["ppl_ratio"], ".2f"),
+                _cell(row["kl"], ".3f"),
+                f"{row['cont_ppl_ratio']:.3f}",
                 f"{row['cont_kl']:.3f}",
                 _cell(row["context_kept"], ".0%"),
             ]
@@ -173,8 +173,10 @@ def peers(result: dict[str, Any]) -> None:
         ],
     )
     console().print(
-        "FFN: share of the dense prefill FFN's multiply-adds. NAME-like: re-implemented\n"
-        "from the description; what differs is in the JSON. Thresholds are from\n"
+        "comp.: with our compensators. FFN: share of the dense prefill FFN's\n"
+        "multiply-adds. ppl: over dense, on sparsely read tokens and after them.\n"
+        "NAME-like: re-implemented from the description; notes are in the JSON.\n"
+        "Thresholds are from "
         f"{', '.join(result['calibration'])}."
     )
 
