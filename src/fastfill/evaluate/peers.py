@@ -261,11 +261,16 @@ def thresholded(attachment: Attachment, rule: Rule, levels: Sequence[Levels], ta
             plan = current_plan.get()
             if plan is None or x.shape[:-1] != (plan.batch, plan.tokens):
                 return dense(x)
-            flat = x.reshape(-1, x.shape[-1])
-            out, used = rule(plan.split(flat), part, own)
-            tally.used += used
+            flat, parts = x.reshape(-1, x.shape[-1]), []
+            for start, stop, sparse in plan.segments:
+                if not sparse:
+                    parts.append(dense(flat[start:stop]))
+                    continue
+                out, used = rule(flat[start:stop], part, own)
+                parts.append(out)
+                tally.used += used
             tally.dense += 3 * part.gate.numel() * plan.sparse_tokens
-            return plan.join(out, dense(plan.dense(flat))).view_as(x)
+            return torch.cat(parts).view_as(x)
 
         return run
 
