@@ -261,16 +261,16 @@ def thresholded(attachment: Attachment, rule: Rule, levels: Sequence[Levels], ta
             plan = current_plan.get()
             if plan is None or x.shape[:-1] != (plan.batch, plan.tokens):
                 return dense(x)
-            flat, parts = x.reshape(-1, x.shape[-1]), []
+            flat, pieces = x.reshape(-1, x.shape[-1]), []
             for start, stop, sparse in plan.segments:
                 if not sparse:
-                    parts.append(dense(flat[start:stop]))
+                    pieces.append(dense(flat[start:stop]))
                     continue
                 out, used = rule(flat[start:stop], part, own)
-                parts.append(out)
+                pieces.append(out)
                 tally.used += used
             tally.dense += 3 * part.gate.numel() * plan.sparse_tokens
-            return torch.cat(parts).view_as(x)
+            return torch.cat(pieces).view_as(x)
 
         return run
 
