@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,16 +28,26 @@ def states(module):
 # --- costs --------------------------------------------------------------------------------------------------------------
 
 
+CONFIG = SimpleNamespace(
+    hidden_size=4,
+    intermediate_size=6,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=2,
+    vocab_size=50,
+)
+
+
 def test_worked_costs():
-    cost = peers.Cost(tokens=3, sparse=2, layers=2, hidden=4, intermediate=6, wide=4, narrow=2)
-    assert cost.ffn(3) == 3 * 4 * 6 * 3 == 216
-    # Queries and output 2 x 4 x 4 a token; the tokens see 1, 2 and 3, each pair 4 for the score and 4 for the value.
-    assert cost.mixing(3) == 96 + 8 * (1 + 2 + 3) == 144 and cost.mixing(2) == 64 + 8 * 3
-    assert cost.layer == 216 + 144 + 2 * 4 * 2 * 3 == 408
+    """Multiply-adds of one layer, 3 tokens: FFN 3 x 4 x 6 x 3 = 216; queries and output 2 x 4 x 4 x 3 = 96, keys and values
+    half of that; the tokens see 1, 2 and 3, each pair 4 for the score and 4 for the value: 48. In all 408."""
+    cost = peers.Cost(CONFIG, tokens=3, sparse=2)
     assert cost.ffn_share(0.5) == pytest.approx((2 * 0.5 + 1) / 3)
-    assert cost.whole_share(0.5) == pytest.approx((108 + 144 + 48) / 408)
-    # One layer of two: the first two of three tokens save their FFN (144) and mixing (88), not their keys and values.
-    assert cost.dropped(1) == pytest.approx((1 - 144 / 432, 1 - (144 + 88) / 816))
+    assert cost.per_token(cost.ffn_share(0.37)) == pytest.approx(0.37)
+    assert cost.whole_share(0.5) == pytest.approx((108 + 96 + 48 + 48) / 408)
+    # One layer of two: the first two tokens save their FFN (144), queries and output (64), scores and values (8 x 3).
+    assert cost.dropped(1) == pytest.approx((1 - 144 / 432, 1 - (144 + 64 + 24) / 816))
     assert cost.dropped(0) == (1, 1)
     assert [cost.layers_to_drop(share) for share in (1, 0.9, 0.8, 0.5, 0)] == [0, 0, 1, 2, 2]
 
@@ -46,35 +57,39 @@ def test_cost_of_a_model():
     with attach(model, tiny_artifact(model)) as attachment:
         cost = peers.Cost.of(attachment, 60)
         assert peers.Cost.of(attachment, 15).sparse == 0
-    assert cost == peers.Cost(60, 48, LAYERS, HIDDEN, INTERMEDIATE, wide=32, narrow=16)
+    assert (cost.tokens, cost.sparse) == (60, 48) and cost.config is model.config
 
 
 @pytest.mark.parametrize("compensator", [True, False])
 @pytest.mark.parametrize("name", peers.BLOCKWISE)
 def test_blockwise_methods_cost_the_same_to_a_neuron(name, compensator):
+    """In layers' FFNs of the prompt; the compensator is computed for its 60 tokens, all else for the 48 sparse ones."""
     model = tiny_model()
     artifact = tiny_artifact(model, ranks=(4, 2, 2))
-    budget = 0.5 + (4 * (HIDDEN + INTERMEDIATE) + 2 * HIDDEN * 4) / (3 * HIDDEN * INTERMEDIATE)
+    dense = 3 * HIDDEN * INTERMEDIATE
+    budget = (48 * (0.5 + 4 * (HIDDEN + INTERMEDIATE) / dense) + 12 + 60 * 2 * HIDDEN * 4 / dense) / 60
     with attach(model, artifact) as ours:
-        assert peers.spent(ours) == (pytest.approx(budget), 0.5)
-    sparsity = peers.matched_sparsity(artifact, name, compensator, budget)
+        cost = peers.Cost.of(ours, 60)
+        assert (cost.attached(ours), peers.skipped(ours)) == (pytest.approx(budget), 0.5)
+    sparsity = cost.matched_sparsity(artifact, name, compensator, budget)
     with attach(model, artifact, predictor=name, compensator=compensator, sparsity=sparsity) as attachment:
-        cost, skipped = peers.spent(attachment)
-    assert cost == pytest.approx(budget, abs=0.5 / (LAYERS * INTERMEDIATE) + 1e-9)
-    price = {"learned": 4, "low-rank": 8}.get(name, 0) * (HIDDEN + INTERMEDIATE) + compensator * 2 * HIDDEN * 4
-    assert skipped == pytest.approx(1 - budget + price / (3 * HIDDEN * INTERMEDIATE), abs=0.5 / (LAYERS * INTERMEDIATE) + 1e-9)
+        share, without = cost.attached(attachment), peers.skipped(attachment)
+    neuron = 0.5 / (LAYERS * INTERMEDIATE) + 1e-9
+    assert share == pytest.approx(budget, abs=neuron)
+    price = 48 * {"learned": 4, "low-rank": 8}.get(name, 0) * (HIDDEN + INTERMEDIATE) + 60 * compensator * 2 * HIDDEN * 4
+    assert 48 * without == pytest.approx(60 * (1 - budget) + price / dense, abs=48 * neuron)
 
 
 def test_what_cannot_be_matched_is_the_nearest_there_is():
-    artifact = tiny_artifact(tiny_model())
-    assert peers.matched_sparsity(artifact, "oracle", False, 1.2) == 0
-    assert peers.matched_sparsity(artifact, "low-rank", True, 0.1) == 0.95
+    artifact, cost = tiny_artifact(tiny_model()), peers.Cost(CONFIG, 60, 48)
+    assert cost.matched_sparsity(artifact, "oracle", False, 1.2) == 0
+    assert cost.matched_sparsity(artifact, "low-rank", True, 0.1) == 0.95
 
 
 def test_a_layer_that_keeps_all_asks_nobody():
     model = tiny_model()
     with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
-        assert peers.spent(attachment) == (1, 0)
+        assert (peers.Cost.of(attachment, 60).attached(attachment), peers.skipped(attachment)) == (1, 0)
 
 
 # --- thresholds ---------------------------------------------------------------------------------------------------------
@@ -293,8 +308,10 @@ def test_rows_are_what_perplexity_measures_at_equal_arithmetic(monkeypatch):
     rows = {(row["method"], row["compensator"]): row for row in found["rows"]}
     assert len(rows) == len(found["rows"]) == 1 + 2 * 6 + 3 and found["rows"][0]["method"] == "dense"
     ours = rows["learned", True]
-    budget = 0.5 + (2 * (HIDDEN + INTERMEDIATE) + 4 * HIDDEN) / (3 * HIDDEN * INTERMEDIATE)
-    assert ours["ffn_flops"] == pytest.approx((48 * budget + 12) / 60, abs=1e-6) and ours["sparsity"] == 0.5
+    per_token = 0.5 + 2 * (HIDDEN + INTERMEDIATE) / (3 * HIDDEN * INTERMEDIATE)
+    budget = (48 * per_token + 12 + 60 * 4 * HIDDEN / (3 * HIDDEN * INTERMEDIATE)) / 60
+    assert ours["ffn_flops"] == pytest.approx(budget, abs=1e-6) and ours["sparsity"] == 0.5
+    cost = peers.Cost(model.config, 60, 48)
     for name in peers.BLOCKWISE:
         for compensator in (True, False):
             assert rows[name, compensator]["ffn_flops"] == pytest.approx(
@@ -302,7 +319,7 @@ def test_rows_are_what_perplexity_measures_at_equal_arithmetic(monkeypatch):
             )
     for name, compensator in (("learned", True), ("oracle", False), ("random", True)):
         row = rows[name, compensator]
-        sparsity = 0.5 if name == "learned" else peers.matched_sparsity(artifact, name, compensator, budget)
+        sparsity = 0.5 if name == "learned" else cost.matched_sparsity(artifact, name, compensator, budget)
         with attach(model, artifact, predictor=name, compensator=compensator, sparsity=sparsity) as attachment:
             alone = perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION)
         assert {key: row[key] for key in peers.QUALITY} == {key: alone[key] for key in peers.QUALITY}
@@ -313,7 +330,6 @@ def test_rows_are_what_perplexity_measures_at_equal_arithmetic(monkeypatch):
     assert threshold["ffn_flops"] == pytest.approx((48 * (1 - threshold["sparsity"]) + 12) / 60, abs=2e-6)
     for row in (gate, threshold):
         assert row["ffn_flops"] == pytest.approx(ours["ffn_flops"], abs=0.03)
-    cost = peers.Cost(60, 48, LAYERS, HIDDEN, INTERMEDIATE, wide=32, narrow=16)
     assert drop["sparsity"] == pytest.approx(1 / 3, abs=1e-6)  # the nearest number of three layers
     assert drop["ppl_ratio"] is drop["kl"] is None  # its prompt tokens predict nothing
     assert drop["cont_kl"] == 0  # the last layer gives nothing to any cache: leaving it out is free

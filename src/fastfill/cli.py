@@ -421,7 +421,7 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         **scores,
         "machine": machine.describe(),
     }
-    shown = {"perplexity": show.evaluation, "recall": show.recall, "peers": show.peers, "pareto": show.pareto}
+    shown = {"perplexity": show.evaluation, "recall": show.recall, "peers": show.methods, "pareto": show.pareto}
     shown.get(arguments.task, show.answers)(result)
     if arguments.record:
         artifact.quality = {k: v for k, v in result.items() if k not in ("machine",)}

@@ -151,8 +151,8 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def peers(result: dict[str, Any]) -> None:
-    """Methods at equal arithmetic."""
+def methods(result: dict[str, Any]) -> None:
+    """`evaluate --task peers`: methods at equal arithmetic."""
     table(
         f"at equal FFN arithmetic, {result['documents']} documents of {result['prompt_tokens']} tokens, "
         f"blocks of {result['block_size']}",

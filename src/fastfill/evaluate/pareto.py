@@ -10,6 +10,7 @@ import torch
 
 from fastfill.artifact import Artifact
 from fastfill.attachment import LEARNED, Attachment
+from fastfill.engines.transformers import TransformersRunner
 from fastfill.evaluate import peers, perplexity, speed
 from fastfill.evaluate.resume import Store
 from fastfill.progress import stage
@@ -53,13 +54,13 @@ def evaluate(
             missing = [index for index, key in enumerate(group) if key not in store]
             if missing or (timed and timed not in store):
                 with again(method, compensator, sparsity) as attached:
-                    share = cost.ffn_share(peers.spent(attached)[0])
+                    share = cost.attached(attached)
                     for index in missing:
                         sums = perplexity.read_sparse(attached, texts.reading(index, attached))
                         store.add(group[index], {**sums, "ffn_flops": share})
                         bar.step(note=f"{method} {sparsity:.0%}")
                     if timed:  # comes last: where something is missing, it is missing too
-                        row = speed.measure(attached, prompt, repeats)
+                        row = speed.ttft(TransformersRunner(attached, artifact.base_model["name"]), prompt, repeats)
                         store.add(timed, {key: row[key] for key in ("ttft_sparse_s", "ttft_dense_s", "speedup")})
                         bar.step(note=f"{method} {sparsity:.0%}")
             found = [store.rows[key] for key in group]

@@ -19,7 +19,7 @@ from fastfill import blocks, families
 from fastfill.artifact import Artifact
 from fastfill.attachment import LEARNED, Attachment, attach
 from fastfill.config import MAX_SPARSITY, PrefillConfig
-from fastfill.evaluate import perplexity
+from fastfill.evaluate import flops, perplexity
 from fastfill.evaluate.resume import Store
 from fastfill.families import FFN
 from fastfill.progress import stage
@@ -76,86 +76,71 @@ BLOCKWISE = (LEARNED, "oracle", "static", "low-rank", "first-block", "random")  
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of a prefill of T tokens, as shares of the dense one's. Embedding and head are not counted.
+    """FLOPs of a prefill of T tokens as `flops.prefill` counts them, as shares of the dense one's; the head is left out.
 
-    sparse: tokens in sparse blocks. wide, narrow: width of the queries, and of the keys or values.
+    config: the model's Hugging Face config. sparse: how many of the tokens are in sparse blocks.
     """
 
+    config: Any
     tokens: int
     sparse: int
-    layers: int
-    hidden: int
-    intermediate: int
-    wide: int
-    narrow: int
 
     @classmethod
     def of(cls, attachment: Attachment, tokens: int) -> Cost:
-        config, anatomy = attachment.config, families.dissect(attachment.model)
-        model = attachment.model.config
-        head = getattr(model, "head_dim", None) or anatomy.hidden // model.num_attention_heads
+        config = attachment.config
         plan = blocks.make_plan([(0, tokens, 0)], tokens, config.block_size, config.dense_head, config.min_tokens)
-        return cls(
-            tokens=tokens,
-            sparse=plan.sparse_tokens if plan else 0,
-            layers=len(anatomy.layers),
-            hidden=anatomy.hidden,
-            intermediate=anatomy.intermediate,
-            wide=head * model.num_attention_heads,
-            narrow=head * model.num_key_value_heads,
-        )
+        return cls(attachment.model.config, tokens, plan.sparse_tokens if plan else 0)
 
-    def ffn(self, tokens: int) -> int:
-        """One layer's FFN."""
-        return 3 * self.hidden * self.intermediate * tokens
+    def _dense(self, tokens: int) -> dict[str, int]:
+        return {**flops.prefill(self.config, tokens), "head": 0}
 
-    def mixing(self, tokens: int) -> int:
-        """One layer's queries, output, and causal scores and values of the first `tokens` tokens."""
-        return 2 * self.hidden * self.wide * tokens + self.wide * tokens * (tokens + 1)
-
-    @property
-    def layer(self) -> int:
-        return self.ffn(self.tokens) + self.mixing(self.tokens) + 2 * self.hidden * self.narrow * self.tokens
+    def attached(self, attachment: Attachment) -> float:
+        """Of the FFNs, predictors and compensators included: an attached model."""
+        first = attachment.ffns[0]
+        overhead = first.predictor.macs_per_token(), first.compensator.macs_per_token() if first.compensator else 0
+        parts = flops.prefill(self.config, self.tokens, self.sparse, attachment.kept, overhead)
+        return flops.ffn(parts) / flops.ffn(self._dense(self.tokens))
 
     def ffn_share(self, per_token: float) -> float:
         """Of the FFNs, if a sparse token costs `per_token` of a dense one; head and tail are dense."""
         return (self.sparse * per_token + self.tokens - self.sparse) / self.tokens
 
+    def per_token(self, ffn_share: float) -> float:
+        """The inverse of `ffn_share`."""
+        return 1 - (1 - ffn_share) * self.tokens / self.sparse
+
     def whole_share(self, ffn_share: float) -> float:
         """Of all layers, if the FFNs cost `ffn_share` and the rest is untouched."""
-        return 1 - (1 - ffn_share) * self.ffn(self.tokens) / self.layer
+        dense = self._dense(self.tokens)
+        return 1 - (1 - ffn_share) * dense["ffn"] / sum(dense.values())
 
     def dropped(self, count: int) -> tuple[float, float]:
         """(of the FFNs, of all layers), if in `count` layers all tokens but the last have keys and values only."""
-        before = self.tokens - 1
-        ffn, whole = self.ffn(before) / self.ffn(self.tokens), (self.ffn(before) + self.mixing(before)) / self.layer
-        return 1 - count / self.layers * ffn, 1 - count / self.layers * whole
+        dense, saved, share = self._dense(self.tokens), self._dense(self.tokens - 1), count / self.config.num_hidden_layers
+        mixing = saved["projections"] * self.config.num_attention_heads
+        mixing /= (
+            self.config.num_attention_heads + self.config.num_key_value_heads
+        )  # queries and output, without keys and values
+        whole = saved["ffn"] + mixing + saved["attention"]
+        return 1 - share * saved["ffn"] / dense["ffn"], 1 - share * whole / sum(dense.values())
 
     def layers_to_drop(self, whole_share: float) -> int:
-        """How many layers come nearest to this share of all multiply-adds."""
-        return min(range(self.layers + 1), key=lambda count: abs(self.dropped(count)[1] - whole_share))
+        """How many layers come nearest to this share of all FLOPs."""
+        counts = range(self.config.num_hidden_layers + 1)
+        return min(counts, key=lambda count: abs(self.dropped(count)[1] - whole_share))
+
+    def matched_sparsity(self, artifact: Artifact, name: str, compensator: bool, ffn_share: float) -> float:
+        """The sparsity at which the FFNs of a blockwise method cost `ffn_share`, own predictor (for sparse tokens) and
+        compensator (for all) counted; the nearest there is where that cannot be."""
+        shares = artifact.flops()
+        predictor = {LEARNED: shares["predictor"], "low-rank": 2 * shares["predictor"]}.get(name, 0.0)
+        correction = shares["compensator"] * self.tokens / self.sparse if compensator else 0.0
+        return min(max(1 - self.per_token(ffn_share) + predictor + correction, 0.0), MAX_SPARSITY)
 
 
-def spent(attachment: Attachment) -> tuple[float, float]:
-    """(multiply-adds of a sparse token as a share of the dense FFNs', share of neurons skipped) of an attached model."""
-    used = neurons = dense = 0
-    for ffn in attachment.ffns:
-        intermediate, hidden = ffn.gate.shape
-        dense += 3 * hidden * intermediate
-        neurons += ffn.kept
-        used += 3 * hidden * ffn.kept
-        if ffn.kept < intermediate:  # else the layer is dense and asks nobody
-            used += ffn.predictor.macs_per_token() + (ffn.compensator.macs_per_token() if ffn.compensator else 0)
-    return used / dense, 1 - neurons / (len(attachment.ffns) * attachment.ffns[0].gate.shape[0])
-
-
-def matched_sparsity(artifact: Artifact, name: str, compensator: bool, budget: float) -> float:
-    """The sparsity at which a blockwise method costs `budget` per sparse token, own predictor and compensator counted; the
-    nearest there is where that cannot be."""
-    shares = artifact.flops()
-    predictor = {LEARNED: shares["predictor"], "low-rank": 2 * shares["predictor"]}.get(name, 0.0)
-    kept = budget - predictor - (shares["compensator"] if compensator else 0.0)
-    return min(max(1 - kept, 0.0), MAX_SPARSITY)
+def skipped(attachment: Attachment) -> float:
+    """Share of neurons that an attached model skips."""
+    return 1 - sum(attachment.kept) / (len(attachment.kept) * attachment.ffns[0].gate.shape[0])
 
 
 # --- published methods, as contexts over an attached model --------------------------------------------------------------
@@ -356,35 +341,36 @@ def evaluate(
     """One row per method at the arithmetic of ours (`attachment`, which is detached): quality as `perplexity.evaluate` has it.
 
     documents: [(source, ids (T,))], all of one length. calibration: (S, T) other text, for thresholds. Rows have `ffn_flops`,
-    the share of the dense prefill FFNs' multiply-adds, and `prefill_flops`, that of all layers; both are of a prompt of T
+    the share of the dense prefill FFNs' FLOPs, and `prefill_flops`, that of all layers; both are of a prompt of T
     tokens, dense head and tail, predictor and compensator counted. Blockwise methods match `ffn_flops` to a neuron, the
     others as well as they can.
     """
     store = store or Store(None, {})
     again, texts = Attacher(attachment, artifact), Documents(documents, continuation)
     config, tokens = attachment.config, len(documents[0][1])
-    cost, budget = Cost.of(attachment, tokens), spent(attachment)[0]
+    cost = Cost.of(attachment, tokens)
+    budget = cost.attached(attachment)
     levels: list[Levels] = []
 
     @contextmanager
     def opened(name: str, compensator: bool) -> Iterator[tuple[Attachment, Sparse, Price]]:
         if name in BLOCKWISE:
             ours = name == LEARNED and compensator
-            sparsity = config.sparsity if ours else matched_sparsity(artifact, name, compensator, budget)
+            sparsity = config.sparsity if ours else cost.matched_sparsity(artifact, name, compensator, budget)
             with again(name, compensator, sparsity) as attached:
-                per_token, skipped = spent(attached)
-                share = cost.ffn_share(per_token)
-                yield attached, nullcontext, lambda: (share, cost.whole_share(share), skipped)
+                share = cost.attached(attached)
+                yield attached, nullcontext, lambda: (share, cost.whole_share(share), skipped(attached))
             return
         with again(LEARNED, True, config.sparsity) as attached:
             if name == POP:
-                count = cost.layers_to_drop(cost.whole_share(cost.ffn_share(budget)))
+                count = cost.layers_to_drop(cost.whole_share(budget))
                 ffn, whole = cost.dropped(count)
-                yield attached, lambda: dropped(attached, count), lambda: (ffn, whole, count / cost.layers)
+                yield attached, lambda: dropped(attached, count), lambda: (ffn, whole, count / cost.config.num_hidden_layers)
                 return
             if not levels:
-                gate_share = min(max(1 - 1.5 * (budget - 1 / 3), 0.0), MAX_SPARSITY)  # 1/3 for the gate, 2/3 for what it keeps
-                levels.extend(calibrate_levels(attached, calibration, gate_share, max(1 - budget, 0.0)))
+                left = cost.per_token(budget)
+                gate_share = min(max(1 - 1.5 * (left - 1 / 3), 0.0), MAX_SPARSITY)  # 1/3 for the gate, 2/3 for what it keeps
+                levels.extend(calibrate_levels(attached, calibration, gate_share, max(1 - left, 0.0)))
             rule, tally = by_gate if name == CATS else by_input, Tally()
 
             def price() -> tuple[float, float, float]:
