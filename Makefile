@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 OLDEST_TRANSFORMERS := 5.0.0
 SOURCES := $(shell find src csrc artifacts -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-oldest lint bench bench-kernel clean
+.PHONY: demo test test-oldest lint bench bench-kernel eval clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastfill demo
@@ -26,6 +26,10 @@ bench: $(VENV)/.installed
 
 bench-kernel: $(VENV)/.installed
 	$(BIN)/python benchmarks/kernel.py
+
+# All results for the embedded model and a report on them: 45 minutes. DATA names a folder of text (benchmarks/eval.py).
+eval: $(VENV)/.installed
+	$(BIN)/python benchmarks/eval.py
 
 # torch first and pinned: an open range could bring gigabytes of CUDA packages.
 $(VENV)/.installed: $(SOURCES)

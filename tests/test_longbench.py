@@ -86,6 +86,18 @@ def test_files_folders_slices_limits_and_suffixes(tmp_path):
     assert [row.label for row in longbench.read([str(tmp_path)], ["lsht", "trec"])] == ["lsht", "trec:made"]
 
 
+def test_longbench_e_is_another_set(tmp_path):
+    """data.zip has qasper.jsonl and qasper_e.jsonl, in which rows (and what they call themselves) are partly the same."""
+    write(tmp_path / "qasper.jsonl", [fields("qasper", i) for i in range(3)])
+    write(tmp_path / "qasper_e.jsonl", [fields("qasper", i) for i in range(2)])
+    write(tmp_path / "lcc_e.jsonl", [fields("lcc", 0)])
+    rows = longbench.read([str(tmp_path)])
+    assert [row.label for row in rows] == ["lcc_e", "qasper", "qasper", "qasper"]
+    named = longbench.read([str(tmp_path / "qasper_e.jsonl"), str(tmp_path / "qasper.jsonl")])
+    assert [row.label for row in named] == ["qasper_e"] * 2 + ["qasper"] * 3
+    assert {row.dataset for row in named} == {"qasper"}
+
+
 @pytest.mark.parametrize(
     "content, words",
     [

@@ -40,6 +40,14 @@ def test_rouge_l_of_several_sentences_takes_the_union():
     assert metrics.rouge_l("c e a b", "a b c d") == pytest.approx(2 * 2 / 8)
 
 
+def test_rouge_l_counts_a_blank_sentence_as_an_empty_word():
+    # "a b. " has the different words a, b and "": 2 common of 3 and of 2.
+    assert metrics.rouge_l("a b. ", "a b.") == pytest.approx(2 * 2 / 5)
+    # Both end in a blank: 3 of 3 and of 4.
+    assert metrics.rouge_l("a b. ", "a b c.\n") == pytest.approx(2 * 3 / 7)
+    assert metrics.rouge_l("a b.", "a b") == 1  # nothing follows: no sentence
+
+
 @pytest.mark.parametrize("empty", ["", " ", ".", " . . "])
 def test_rouge_l_of_nothing(empty):
     assert metrics.rouge_l(empty, "a b") == metrics.rouge_l("a b", empty) == 0
@@ -93,6 +101,11 @@ def test_chinese_by_character(no_jieba):
     # 北京市 and 北京: 2 common of 3 and of 2: 2 * 2 / 5. The full-width stop is no word.
     assert metrics.qa_f1_zh("北京市。", "北京") == pytest.approx(4 / 5)
     assert metrics.qa_f1_zh("\uff04【北】", "北") == 1
+    # Titles: the closing bracket is taken out, the opening one is a word: 2 * 1 / 3.
+    assert metrics.qa_f1_zh("\u300a北\u300b", "北") == pytest.approx(2 / 3)
+    assert metrics.qa_f1_zh("\u3001\u2014\uff5e\u201c北\u201d", "北") == 1
+    # The full-width stop stays, as a word.
+    assert metrics.qa_f1_zh("北\uff0e", "北") == pytest.approx(2 / 3)
     # 我 爱 北 京 and 我 在 北 京: LCS of 3; 4 and 4 different words.
     assert metrics.rouge_l_zh("我爱北京", "我在北京") == pytest.approx(3 / 4)
 

@@ -101,6 +101,21 @@ def _picks():
     }
 
 
+def _methods():
+    row = {"sparsity": 1.0, "ffn_flops": 1.0, "ppl_ratio": 34.12, "kl": 3.435, "cont_ppl_ratio": 1.234, "cont_kl": 0.36}
+    row |= {"compensator": True, "context_kept": 0.34, "ttft_s": 123.456, "speedup": 1.22}
+    nothing = {"ppl_ratio": None, "kl": None, "context_kept": None, "ttft_s": None, "speedup": None, "compensator": False}
+    rows = [{**row, "method": "first-block", "published_as": "GRIFFIN-like"}]
+    rows.append({**row, "method": "layer-drop", "published_as": "POP-like", **nothing})
+    return {**COMMON, "documents": 1000, "prompt_tokens": 131_072, "rows": rows, "calibration": ["demo_document.txt"]}
+
+
+def _pareto():
+    result = _methods()
+    result["rows"] = [{**row, "method": "first-block", "ppl_ratio": 34.12, "kl": 3.435} for row in result["rows"]]
+    return result
+
+
 SAMPLES = {  # function of show -> its arguments
     "artifact": _artifact,
     "evaluation": lambda: (_quality(),),
@@ -119,6 +134,8 @@ SAMPLES = {  # function of show -> its arguments
     "picks": lambda: (_picks(),),
     "bench": lambda: (_bench(),),
     "peers": lambda: (_bench(),),
+    "methods": lambda: (_methods(),),
+    "pareto": lambda: (_pareto(),),
 }
 
 

@@ -157,7 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model_options(evaluate)
     attach_options(evaluate)
-    evaluate.add_argument("--task", default="perplexity", choices=["perplexity", "longbench", "ruler", "recall", "picks"])
+    evaluate.add_argument(
+        "--task", default="perplexity", choices=["perplexity", "longbench", "ruler", "recall", "picks", "peers", "pareto"]
+    )
     evaluate.add_argument(
         "--data",
         nargs="+",
@@ -179,6 +181,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--no-chat", action="store_true", help="never use the chat template (base models)")
     evaluate.add_argument("--predictor", default="learned", help="learned, oracle, static, first-block, low-rank or random")
     evaluate.add_argument("--no-compensator", action="store_true", help="leave the correction out")
+    evaluate.add_argument(
+        "--calibration", nargs="+", metavar="FILE", help="peers: text for thresholds (default: the package's demo document)"
+    )
+    evaluate.add_argument(
+        "--sparsities", default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8", help="pareto: separated by commas (default: 0.1 to 0.8)"
+    )
+    evaluate.add_argument("--methods", default="learned,oracle,static", help="pareto: predictors, separated by commas")
+    evaluate.add_argument("--prompt-tokens", type=int, default=2048, help="pareto: of the TTFT (default: 2048)")
+    evaluate.add_argument("--repeats", type=int, default=3, help="pareto: TTFT measurements after one warm-up (default: 3)")
     evaluate.add_argument("--record", action="store_true", help="store the result in the artifact (config.json and README.md)")
 
     report = command(
@@ -447,7 +458,14 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         **scores,
         "machine": machine.describe(),
     }
-    {"perplexity": show.evaluation, "recall": show.recall, "picks": show.picks}.get(arguments.task, show.answers)(result)
+    shown = {
+        "perplexity": show.evaluation,
+        "recall": show.recall,
+        "picks": show.picks,
+        "peers": show.methods,
+        "pareto": show.pareto,
+    }
+    shown.get(arguments.task, show.answers)(result)
     if arguments.record:
         artifact.quality = {k: v for k, v in result.items() if k not in ("machine",)}
         artifacts.save(artifact, folder, readme=artifacts.readme(artifact))

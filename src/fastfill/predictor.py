@@ -24,7 +24,7 @@ class Predictor(ABC):
         """x: (batch * T, H), the FFN's input in this call. Returns (N, F); larger means kept first."""
 
     def macs_per_token(self) -> int:
-        """Multiply-adds that scoring adds to each sparse token (0 for baselines: they are quality references)."""
+        """Multiply-adds that scoring adds to each sparse token; 0 for the oracle and for those that do not look at it."""
         return 0
 
 
@@ -105,6 +105,9 @@ class LowRank(Predictor):
             torch.manual_seed(0)
             u, s, v = torch.svd_lowrank(weight.float() * scale, q=min(rank, *weight.shape), niter=4)
         return (u * s).to(weight.dtype), (v.T / scale).to(weight.dtype)
+
+    def macs_per_token(self) -> int:
+        return sum(factor.numel() for pair in self.factors for factor in pair)
 
     def scores(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         rows = plan.split(x)

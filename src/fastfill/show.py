@@ -165,6 +165,62 @@ def picks(result: dict[str, Any]) -> None:
     _read(result)
 
 
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def methods(result: dict[str, Any]) -> None:
+    """`evaluate --task peers`: methods at equal arithmetic."""
+    table(
+        f"at equal FFN arithmetic, {result['documents']} documents of {result['prompt_tokens']} tokens, "
+        f"blocks of {result['block_size']}",
+        ["method", "comp.", "skipped", "FFN", "ppl", "KL", "ppl after", "KL after", "context"],
+        [
+            [
+                row["published_as"] or row["method"],
+                "yes" if row["compensator"] else "-",
+                f"{row['sparsity']:.0%}",
+                f"{row['ffn_flops']:.1%}",
+                _cell(row["ppl_ratio"], ".2f"),
+                _cell(row["kl"], ".3f"),
+                f"{row['cont_ppl_ratio']:.3f}",
+                f"{row['cont_kl']:.3f}",
+                _cell(row["context_kept"], ".0%"),
+            ]
+            for row in result["rows"]
+        ],
+    )
+    console().print(
+        "comp.: with our compensators. FFN: share of the dense prefill FFN's\n"
+        "multiply-adds. ppl: over dense, on sparsely read tokens and after them.\n"
+        "NAME-like: re-implemented from the description; notes are in the JSON.\n"
+        "Thresholds are from "
+        f"{', '.join(result['calibration'])}."
+    )
+
+
+def pareto(result: dict[str, Any]) -> None:
+    """Quality and time by sparsity."""
+    table(
+        f"{result['model']}, {result['documents']} documents; TTFT of {result['prompt_tokens']} tokens",
+        ["method", "sparsity", "FFN", "ppl", "KL", "ppl after", "context", "TTFT s", "speed-up"],
+        [
+            [
+                row["method"],
+                f"{row['sparsity']:.0%}",
+                f"{row['ffn_flops']:.0%}",
+                f"{row['ppl_ratio']:.2f}x",
+                f"{row['kl']:.3f}",
+                f"{row['cont_ppl_ratio']:.3f}x",
+                _cell(row["context_kept"], ".0%"),
+                _cell(row["ttft_s"], ".3f"),
+                _cell(row["speedup"], ".2f"),
+            ]
+            for row in result["rows"]
+        ],
+    )
+
+
 def bench(result: dict[str, Any]) -> None:
     """TTFT; where the time goes; arithmetic and memory; other engines, if they were asked for."""
     machine, rows, out = result["machine"], result["rows"], console()

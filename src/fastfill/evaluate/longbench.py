@@ -84,7 +84,8 @@ def read(sources: Sequence[str], datasets: Sequence[str] | None = None, limit: i
     """Rows of the wanted datasets (default: the 16 English and code ones), at most `limit` of each.
 
     sources: .jsonl files, a slice such as [20:100] may follow, or folders of them. A dataset is what a row's `dataset` says: a
-    LongBench name, also with `_e` (LongBench-E), or with a suffix after a colon, which keeps the rules and is listed apart.
+    LongBench name, also with `_e` (LongBench-E; so are all rows of a file NAME_e.jsonl, which folders leave out beside a
+    NAME.jsonl), or with a suffix after a colon, which keeps the rules and is listed apart.
 
     Raises UserError for what cannot be read, an unknown dataset, a row without its fields, or nothing left to do.
     """
@@ -114,6 +115,8 @@ def _file_rows(source: str) -> list[Row]:
     path = Path(name)
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
+        stems = {file.stem for file in files}  # LongBench's data.zip has both sets, and some rows are in both
+        files = [file for file in files if not file.stem.endswith("_e") or file.stem[:-2] not in stems]
         if not files:
             raise UserError(f"The folder {name} has no .jsonl files; unpack LongBench's data.zip into it.")
         return [row for file in files for row in _parse(file)][window]
@@ -142,8 +145,10 @@ def _parse(path: Path) -> list[Row]:
 def _checked(fields: Any, path: Path, index: int, where: str) -> Row:
     if not isinstance(fields, dict):
         raise UserError(f"{where} is not a JSON object.")
-    label = fields.get("dataset", path.stem)
-    base = re.sub(r"_e$", "", str(label).split(":")[0])
+    label = str(fields.get("dataset", path.stem))
+    if path.stem == f"{label}_e":
+        label = path.stem
+    base = re.sub(r"_e$", "", label.split(":")[0])
     if base not in RULES:
         raise UserError(f"{where} is of no LongBench dataset ({label!r}); it has {', '.join(RULES)}.")
     answers, classes = fields.get("answers"), fields.get("all_classes")
@@ -156,7 +161,7 @@ def _checked(fields: Any, path: Path, index: int, where: str) -> Row:
         for answer in answers:
             if not re.search(r"(?:Paragraph |段落)\d+", answer):
                 raise UserError(f"{where} must have an answer such as 'Paragraph 7', not {answer!r}.")
-    return Row(base, str(label), f"{path.name}#{index}", fields)
+    return Row(base, label, f"{path.name}#{index}", fields)
 
 
 def _texts(value: Any) -> bool:

@@ -9,13 +9,19 @@ import difflib
 import importlib.util
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PIECES = re.compile(r"[a-z0-9]+|\S", re.IGNORECASE)
+# Punctuation as LongBench's `normalize_zh_answer` lists it: ASCII, its full-width forms but the stop, and these ranges.
+_MARKS = {*string.punctuation, *(chr(ord(mark) + 0xFEE0) for mark in string.punctuation if mark != ".")}
+for _first, _last in (
+    *((0x2013, 0x2014), (0x2018, 0x2019), (0x201B, 0x201F), (0x2026, 0x2027), (0x3001, 0x3003), (0x300B, 0x3011)),
+    *((0x3014, 0x301F), (0x3030, 0x3030), (0x303E, 0x303F), (0xFE4F, 0xFE4F), (0xFF5F, 0xFF64)),
+):
+    _MARKS.update(map(chr, range(_first, _last + 1)))
 _CODE_MARKS = ("`", "#", "//")  # a line with one of them is a comment or a fence, not the completion
 
 
@@ -57,9 +63,10 @@ def rouge_l(prediction: str, reference: str, classes: Sequence[str] = ()) -> flo
     """Summary-level ROUGE-L F1 as LongBench takes it (the definition of PyPI's `rouge` 1.0.1).
 
     Sentences end at full stops; words are split at blanks, case and punctuation kept. Of every pair of sentences the longest
-    common subsequence is taken; recall and precision are the *different* words in any of them, over those of either text.
+    common subsequence is taken; recall and precision are the *different* words in any of them, over those of either text. A
+    sentence of blanks alone, such as what follows the last full stop, counts there as one empty word.
     """
-    texts = [[part.split() for part in text.split(".") if part.strip()] for text in (prediction, reference)]
+    texts = [[part.split() or [""] for part in text.split(".") if part] for text in (prediction, reference)]
     mine, theirs = ({word for sentence in sentences for word in sentence} for sentences in texts)
     if not mine or not theirs:
         return 0.0
@@ -85,18 +92,14 @@ def chinese_words(text: str) -> list[str]:
 
 
 def qa_f1_zh(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
-    """`qa_f1` over Chinese words, without punctuation of either script."""
+    """`qa_f1` over Chinese words, without the marks that LongBench takes out: of the brackets of titles the closing one only,
+    so that the opening one is a word there and here."""
 
     def words(text: str) -> list[str]:
-        bare = ("".join(c for c in word.lower() if not _is_mark(c)) for word in chinese_words(text))
+        bare = ("".join(c for c in word.lower() if c not in _MARKS and not c.isspace()) for word in chinese_words(text))
         return [word for word in bare if word]
 
     return _f1(words(prediction), words(reference))
-
-
-def _is_mark(character: str) -> bool:
-    plain = unicodedata.normalize("NFKC", character)  # full-width signs to ASCII
-    return character.isspace() or unicodedata.category(character)[0] == "P" or plain in string.punctuation
 
 
 def rouge_l_zh(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -109,15 +111,29 @@ def evaluate(
     store = store or Store(None, {})
     keys = [f"{index}/{source}" for index, (source, _) in enumerate(documents)]
     resumed = sum(key in store for key in keys)
-    strict, after, alone = _Sums(), _Sums(), _Sums()
     with stage("perplexity", len(keys), resumed) as bar:
         for key, (source, row) in zip(keys, documents, strict=True):
             if key not in store:
-                store.add(key, _document(attachment, source, row, continuation))
+                before = attachment.stats.sparse_tokens, attachment.stats.dense_tokens
+                sums = read_sparse(attachment, read_dense(attachment, source, row, continuation))
+                sparse, dense = attachment.stats.sparse_tokens - before[0], attachment.stats.dense_tokens - before[1]
+                store.add(key, {**sums, "sparse_tokens": sparse, "dense_tokens": dense})
                 bar.step()
-            for sums, name in ((strict, "strict"), (after, "after"), (alone, "alone")):
-                sums.merge(store.rows[key][name])
     rows = [store.rows[key] for key in keys]
+    return {
+        **summarize(rows, seed),
+        "documents": len(documents),
+        "resumed": resumed,
+        **{key: sum(row[key] for row in rows) for key in ("sparse_tokens", "dense_tokens")},
+    }
+
+
+def summarize(rows: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """The readings of documents whose sums `read_sparse` gave, pooled."""
+    strict, after, alone = _Sums(), _Sums(), _Sums()
+    for row in rows:
+        for sums, name in ((strict, "strict"), (after, "after"), (alone, "alone")):
+            sums.merge(row[name])
     worth = alone.nll_dense - after.nll_dense
     return {
         **strict.result(""),
@@ -127,20 +143,31 @@ def evaluate(
         "no_context_ppl": alone.result("")["ppl_dense"],
         "context_kept": round((alone.nll_dense - after.nll_sparse) / worth, 4) if worth > 0 else None,
         "curve": strict.curve(),
-        "documents": len(documents),
-        "resumed": resumed,
         "tokens": strict.tokens,
         "cont_tokens": after.tokens,
-        **{key: sum(row[key] for row in rows) for key in ("sparse_tokens", "dense_tokens")},
     }
 
 
-def _document(attachment: Attachment, source: str, row: torch.Tensor, continuation: int) -> dict[str, Any]:
-    """The sums of all readings of one document (T,), as JSON."""
+@dataclass(frozen=True)
+class Reading:
+    """A document (1, T), read densely: what any number of sparse readings are compared with.
+
+    [first, stop): the positions of the strict reading; the continuation begins at `part`. hidden: (T, H) last hidden states.
+    alone: sums of the continuation read with nothing before it.
+    """
+
+    ids: torch.Tensor
+    first: int
+    stop: int
+    part: int
+    hidden: torch.Tensor
+    alone: dict[str, Any]
+
+
+@torch.no_grad()
+def read_dense(attachment: Attachment, source: str, row: torch.Tensor, continuation: int) -> Reading:
+    """Read a document (T,) densely. Raises UserError if nothing of it would be sparse."""
     model, config = attachment.model, attachment.config
-    base = model.base_model
-    before = attachment.stats.sparse_tokens, attachment.stats.dense_tokens
-    strict, after, alone = _Sums(), _Sums(), _Sums()
     ids = row[None].to(model.device)
     tokens = ids.shape[1]
     first = -(-config.dense_head // config.block_size) * config.block_size
@@ -148,24 +175,34 @@ def _document(attachment: Attachment, source: str, row: torch.Tensor, continuati
     part = tokens - continuation
     if last <= first or part < max(config.min_tokens, first + config.block_size):
         raise UserError(f"{source} has {tokens} tokens, too few for a sparse part and {continuation} after it.")
-    stop = min(last, tokens - 1)
     with attachment.dense():
-        dense = base(input_ids=ids, use_cache=False)[0][0]
-        read_alone = base(input_ids=ids[:, part:], use_cache=False)[0][0, :-1]
-    sparse = base(input_ids=ids, use_cache=False)[0][0]
-    strict.add(model, dense[first:stop], sparse[first:stop], ids[0, first + 1 : stop + 1], first)
-    cache = base(input_ids=ids[:, :part], use_cache=True).past_key_values
+        hidden = model.base_model(input_ids=ids, use_cache=False)[0][0]
+        bare = model.base_model(input_ids=ids[:, part:], use_cache=False)[0][0, :-1]
+    alone = _Sums()
+    alone.add(model, bare, bare, ids[0, part + 1 :])
+    return Reading(ids, first, min(last, tokens - 1), part, hidden, alone.to_json())
+
+
+@torch.no_grad()
+def read_sparse(
+    attachment: Attachment, dense: Reading, sparse: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> dict[str, Any]:
+    """The sums of all readings of one document, as JSON: its prompt tokens read sparsely, the continuation densely.
+
+    sparse: entered around every sparse prefill; it may make the model sparse in another way than the attachment does.
+    """
+    model, ids = attachment.model, dense.ids
+    strict, after = _Sums(), _Sums()
+    with sparse():
+        hidden = model.base_model(input_ids=ids, use_cache=False)[0][0]
+        cache = model.base_model(input_ids=ids[:, : dense.part], use_cache=True).past_key_values
     with attachment.dense():
         # Each model's own last prompt token predicts the first; it is left out, so all counted tokens are read densely.
-        from_sparse = base(input_ids=ids[:, part:], past_key_values=cache, use_cache=True)[0][0, :-1]
-    targets = ids[0, part + 1 :]
-    after.add(model, dense[part:-1], from_sparse, targets, part)
-    alone.add(model, read_alone, read_alone, targets)
-    return {
-        **{name: sums.to_json() for name, sums in (("strict", strict), ("after", after), ("alone", alone))},
-        "sparse_tokens": attachment.stats.sparse_tokens - before[0],
-        "dense_tokens": attachment.stats.dense_tokens - before[1],
-    }
+        follows = model.base_model(input_ids=ids[:, dense.part :], past_key_values=cache, use_cache=True)[0][0, :-1]
+    counted = slice(dense.first, dense.stop)
+    strict.add(model, dense.hidden[counted], hidden[counted], ids[0, dense.first + 1 : dense.stop + 1], dense.first)
+    after.add(model, dense.hidden[dense.part : -1], follows, ids[0, dense.part + 1 :], dense.part)
+    return {"strict": strict.to_json(), "after": after.to_json(), "alone": dense.alone}
 
 
 def _interval(rows: Sequence[dict[str, Any]], name: str, seed: int) -> list[float] | None:

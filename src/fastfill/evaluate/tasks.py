@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import torch
 
 from fastfill import data
 from fastfill.artifact import Artifact
-from fastfill.attachment import Attachment
-from fastfill.config import check_integer
+from fastfill.attachment import LEARNED, Attachment
+from fastfill.config import check_integer, check_sparsity
+from fastfill.data import Document
 from fastfill.errors import UserError
-from fastfill.evaluate import longbench, metrics, perplexity, picks, recall, resume, ruler, runner
+from fastfill.evaluate import longbench, metrics, pareto, peers, perplexity, picks, recall, resume, ruler, runner
 from fastfill.evaluate.resume import Store
 from fastfill.models import LoadedModel
+from fastfill.predictor import BASELINES
 
 Task = Callable[[Attachment, LoadedModel], dict[str, Any]]
+Score = Callable[[Attachment, LoadedModel, list[tuple[str, torch.Tensor]], Store], dict[str, Any]]
 RULER_EXAMPLES = 10  # of each task and length, unless --limit says otherwise
 
 
@@ -48,19 +52,25 @@ def _calibrated_on(sources: set[str], artifact: Artifact) -> int:
 def _documents(
     options: argparse.Namespace,
     artifact: Artifact,
-    score: Callable[[Attachment, list[Any], Store], dict[str, Any]],
+    score: Score,
+    apart: Sequence[Document] = (),
     **more: Any,
 ) -> Task:
-    """A task over the first tokens of documents."""
+    """A task over the first tokens of documents. apart: text that must not be among them."""
     check_integer("--tokens", options.tokens, 2)
     documents = data.load_documents(options.data)
+    other = {document.text for document in apart}
+    for document in documents:
+        if document.text in other:
+            raise UserError(f"{document.source} is in --data and in --calibration; thresholds must come from other text.")
     shared = _calibrated_on({document.source for document in documents}, artifact)
 
     def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
         rows = data.first_tokens(loaded.tokenizer, documents, options.tokens, options.limit)
         texts = [[source, data.digest(ids)] for source, ids in rows]
         store = Store(options.out, resume.settings(options.task, attachment, artifact, texts, **more))
-        return {**score(attachment, rows, store), "calibrated_on": shared, "sources": [source for source, _ in rows]}
+        scores = score(attachment, loaded, rows, store)
+        return {**scores, "calibrated_on": shared, "sources": [source for source, _ in rows]}
 
     return run
 
@@ -68,14 +78,80 @@ def _documents(
 def _perplexity(options: argparse.Namespace, artifact: Artifact) -> Task:
     check_integer("--continuation", options.continuation, 2)
 
-    def score(attachment: Attachment, rows: list[tuple[str, torch.Tensor]], store: Store) -> dict[str, Any]:
+    def score(attachment: Attachment, _: LoadedModel, rows: list[tuple[str, torch.Tensor]], store: Store) -> dict[str, Any]:
         return perplexity.evaluate(attachment, rows, continuation=options.continuation, store=store, seed=options.seed)
 
     return _documents(options, artifact, score, continuation=options.continuation)
 
 
 def _recall(options: argparse.Namespace, artifact: Artifact) -> Task:
-    return _documents(options, artifact, recall.evaluate)
+    return _documents(options, artifact, lambda attachment, _, rows, store: recall.evaluate(attachment, rows, store))
+
+
+def _peers(options: argparse.Namespace, artifact: Artifact) -> Task:
+    check_integer("--continuation", options.continuation, 2)
+    if options.predictor != LEARNED or options.no_compensator:
+        raise UserError("--task peers compares all predictors, with and without compensator; leave those options out.")
+    if options.calibration:
+        other = data.load_documents(options.calibration)
+    else:
+        with resources.as_file(resources.files("fastfill") / "demo_document.txt") as file:
+            other = data.load_documents([str(file)])
+
+    def score(
+        attachment: Attachment, loaded: LoadedModel, rows: list[tuple[str, torch.Tensor]], store: Store
+    ) -> dict[str, Any]:
+        if not peers.Cost.of(attachment, options.tokens).sparse or not attachment.config.sparsity:
+            raise UserError("--task peers needs a sparsity above 0 and documents long enough to be sparse (--tokens).")
+        length = min(peers.SEQUENCE_LENGTH, options.tokens)
+        sequences = data.sequences(loaded.tokenizer, other, length, options.seed)[: peers.SEQUENCES]
+        found = peers.evaluate(
+            attachment, artifact, rows, sequences, continuation=options.continuation, store=store, seed=options.seed
+        )
+        return {**found, "calibration": [document.source for document in other]}
+
+    texts = resume.digest([document.text for document in other])
+    return _documents(options, artifact, score, other, continuation=options.continuation, calibration=texts)
+
+
+def _pareto(options: argparse.Namespace, artifact: Artifact) -> Task:
+    for name in ("continuation", "prompt_tokens"):
+        check_integer("--" + name.replace("_", "-"), getattr(options, name), 2)
+    check_integer("--repeats", options.repeats, 1)
+    try:
+        sparsities = [float(sparsity) for sparsity in options.sparsities.split(",")]
+    except ValueError as error:
+        raise UserError(f"--sparsities must be numbers separated by commas, not {options.sparsities!r}.") from error
+    for sparsity in sparsities:
+        check_sparsity(sparsity)
+    methods = _names(options.methods) or []
+    unknown = [name for name in methods if name not in (LEARNED, *BASELINES)]
+    if unknown or not methods or len({*methods}) < len(methods) or len({*sparsities}) < len(sparsities):
+        raise UserError(f"--methods and --sparsities name each once; the methods are {', '.join((LEARNED, *BASELINES))}.")
+    if options.predictor != LEARNED:
+        raise UserError("--task pareto takes its predictors from --methods; leave --predictor out.")
+
+    def score(
+        attachment: Attachment, loaded: LoadedModel, rows: list[tuple[str, torch.Tensor]], store: Store
+    ) -> dict[str, Any]:
+        if options.prompt_tokens >= _positions(loaded) or not peers.Cost.of(attachment, options.prompt_tokens).sparse:
+            raise UserError(f"--prompt-tokens {options.prompt_tokens} is too short to be sparse, or more than the model holds.")
+        return pareto.evaluate(
+            attachment,
+            artifact,
+            rows,
+            sparsities=sparsities,
+            methods=methods,
+            prompt_tokens=options.prompt_tokens,
+            repeats=options.repeats,
+            compensator=not options.no_compensator,
+            continuation=options.continuation,
+            store=store,
+            seed=options.seed,
+        )
+
+    more = {name: getattr(options, name) for name in ("continuation", "prompt_tokens", "repeats", "seed")}
+    return _documents(options, artifact, score, **more)
 
 
 def _picks(options: argparse.Namespace, artifact: Artifact) -> Task:
@@ -176,4 +252,6 @@ TASKS: dict[str, Callable[[argparse.Namespace, Artifact], Task]] = {
     "ruler": _ruler,
     "recall": _recall,
     "picks": _picks,
+    "peers": _peers,
+    "pareto": _pareto,
 }
