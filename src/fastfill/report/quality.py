@@ -188,6 +188,9 @@ def peers_caption(document: Document) -> str:
     oracle = next((row for row in rows if _method(row) == "oracle"), None)
     if oracle:
         sentence += f"; an oracle reaches {times(oracle.get('ppl_ratio'))} and {times(oracle.get('cont_ppl_ratio'))}"
+    per_token = [names[id(row)] for row in rows if _method(row) in ("cats", "teal")]
+    if per_token:
+        sentence += f". {' and '.join(per_token)} choose for each token and save no time in prefill"
     return sentence + "."
 
 
