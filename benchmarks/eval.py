@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FASTFILL = [sys.executable, "-m", "fastfill.cli"]
 MAKE_TASKS = [sys.executable, str(ROOT / "benchmarks" / "make_tasks.py")]
 RUNS = Path("build") / "eval"  # what a killed step has finished
+FIGURES = "docs/figures"  # two of them are in the README
+KERNEL = Path("benchmarks") / "results" / "kernel.jsonl"  # of `make bench-kernel`, shown too if it is there
 MODEL = ["default", "--artifact", "default"]
 
 
@@ -72,7 +74,10 @@ def plan(text: Text, out: Path, tasks: Path) -> list[Step]:
         options = ["--task", task, *(["--data", *data] if data else []), *more, "--out", str(RUNS / name)]
         return Step(name, ["evaluate", *MODEL, *options, "--json"], seconds)
 
+    kernel = [str(KERNEL)] if KERNEL.is_file() else []
     steps = [
+        Step("inspect", ["inspect", "default", "--json"], 2),
+        Step("demo", ["demo", "--json"], 20),
         Step("bench", ["bench", *MODEL, "--prompt-lengths", "128,256,512,1024,2048,4096", "--repeats", "5", "--json"], 240),
         evaluate("perplexity", "perplexity", "--limit", "8", seconds=90, data=text.documents),
         evaluate("recall", "recall", "--limit", "4", seconds=40, data=text.documents),
@@ -81,10 +86,10 @@ def plan(text: Text, out: Path, tasks: Path) -> list[Step]:
         evaluate("longbench-made", "longbench", seconds=240 if text.squad else 60, data=[str(tasks)]),
         evaluate("peers", "peers", "--limit", "6", "--calibration", *text.other, seconds=600, data=text.documents),
         evaluate("pareto", "pareto", "--limit", "3", "--methods", "learned,oracle", seconds=480, data=text.documents),
-        Step("report", ["report", str(out), "--out", str(out / "report.html"), "--svg", "docs"], 10, result=False),
+        Step("report", ["report", str(out), *kernel, "--out", str(out / "report.html"), "--svg", FIGURES], 10, result=False),
     ]
     if text.news:
-        steps.insert(6, evaluate("multi_news", "longbench", "--datasets", "multi_news", seconds=150, data=[text.news]))
+        steps.insert(8, evaluate("multi_news", "longbench", "--datasets", "multi_news", seconds=150, data=[text.news]))
     return steps
 
 

@@ -59,8 +59,8 @@ def test_every_step_writes_its_result_and_the_report_ends_it(script, folder, cap
     assert sorted(file.name for file in results.iterdir()) == sorted(f"{name}.json" for name in names if name != "report")
     assert json.loads((results / "peers.json").read_text()) == {"task": "peers"}
     made = calls()
-    assert len(made) == len(names) == 10
-    assert made[-1] == ["report", str(results), "--out", str(results / "report.html"), "--svg", "docs"]
+    assert len(made) == len(names) == 12
+    assert made[-1] == ["report", str(results), "--out", str(results / "report.html"), "--svg", "docs/figures"]
     assert "data/squad_v2_dev_part.json" in Path("made.txt").read_text()
     lines = capfd.readouterr().out.splitlines()
     assert lines[-1].startswith("all") and [line.split()[0] for line in lines[-1 - len(names) : -1]] == names
@@ -96,11 +96,11 @@ def test_a_failing_step_stops_with_its_command_and_the_next_run_goes_on(script, 
     assert words in error and "fastfill evaluate default --artifact default --task recall" in error
     assert f"'{folder}/longbench_multi_news_part.jsonl[:20]'" in error  # can be pasted into a shell
     results = Path("benchmarks/results/eval")
-    assert sorted(file.name for file in results.iterdir()) == ["bench.json", "perplexity.json"]
+    assert sorted(file.name for file in results.iterdir()) == ["bench.json", "demo.json", "inspect.json", "perplexity.json"]
     Path(file).write_text("")
     before = len(calls())
     assert script.main([]) == 0
-    assert len(calls()) - before == 8  # all but the two that were there
+    assert len(calls()) - before == 8  # all but the four that were there
 
 
 def test_what_a_killed_step_left_is_removed_when_it_is_done(script, folder):

@@ -12,6 +12,7 @@ from fastfill.report.values import MISSING, Table, count, distinct, known, numbe
 
 Document = dict[str, Any]
 METHODS = ("learned", "oracle", "static", "low-rank", "first-block", "random")  # the same look in every figure
+PER_TOKEN = ("gate-threshold", "input-threshold")  # each token has its own choice, which no matrix product of a prefill can use
 TASKS = {"longbench": "LongBench", "ruler": "RULER"}
 READINGS = (("strict", "ppl_ratio"), ("continuation", "cont_ppl_ratio"))
 NAMED_BY = ("model", "dtype", "predictor", "compensator", "sparsity", "block_size")
@@ -188,9 +189,9 @@ def peers_caption(document: Document) -> str:
     oracle = next((row for row in rows if _method(row) == "oracle"), None)
     if oracle:
         sentence += f"; an oracle reaches {times(oracle.get('ppl_ratio'))} and {times(oracle.get('cont_ppl_ratio'))}"
-    per_token = [names[id(row)] for row in rows if _method(row) in ("cats", "teal")]
+    per_token = [names[id(row)] for row in rows if _method(row) in PER_TOKEN]
     if per_token:
-        sentence += f". {' and '.join(per_token)} choose for each token and save no time in prefill"
+        sentence += f". {' and '.join(per_token)} choose anew for each token, which saves no time in a prefill"
     return sentence + "."
 
 
