@@ -284,7 +284,7 @@ def test_demo_prints_its_numbers_as_the_last_line(capsys, default_is_tiny, artif
 
 def test_env(capsys):
     described = answer(capsys, "env")
-    assert described["torch"] == torch.__version__ and set(described["kernels"]) == {"native", "torch"}
+    assert described["torch"] == torch.__version__ and set(described["kernels"]) == {"native", "triton", "torch"}
 
 
 def test_calibrate_resumes_from_the_command_line(capsys, model_folder, texts, tmp_path, monkeypatch):

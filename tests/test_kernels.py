@@ -246,8 +246,8 @@ def test_bad_input_is_refused(kernel):
             run(p, **change)
     with pytest.raises(ValueError, match="do not make 3 equal blocks"):
         kernels.sparse_ffn(p["x"], p["gate"], p["up"], p["down_t"], torch.zeros(3, 1, dtype=torch.int64), kernel=kernel)
-    with pytest.raises(ValueError, match="there are auto, native, torch"):
-        run(p, kernel="triton")
+    with pytest.raises(ValueError, match="there are auto, native, triton, torch"):
+        run(p, kernel="fast")
 
 
 def test_nan_and_inf_pass_as_in_dense(kernel):
@@ -317,10 +317,10 @@ def test_concurrent_calls_equal_calls_in_sequence():
 
 
 def test_choice(monkeypatch):
-    assert set(kernels.available()) == {"native", "torch"}
+    assert set(kernels.available()) == {"native", "triton", "torch"}
     assert kernels.choose("torch") == "torch"
     assert kernels.choose("auto", torch.zeros(1, dtype=torch.float64)) == "torch"
-    with pytest.raises(ValueError, match="there are auto, native, torch"):
+    with pytest.raises(ValueError, match="there are auto, native, triton, torch"):
         kernels.choose("fast")
     with pytest.raises(ValueError, match="cannot run"):
         kernels.choose("native", torch.zeros(1, dtype=torch.float64))

@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--sparsity", type=float, help="share of FFN neurons skipped, 0 to 0.95 (default: the artifact's)")
         sub.add_argument("--block-size", type=int, help="tokens per selection (default: the artifact's)")
         sub.add_argument("--min-tokens", type=int, help="shorter prompts stay dense (default: the artifact's)")
-        sub.add_argument("--kernel", default="auto", help="auto, native or torch (default: auto)")
+        sub.add_argument("--kernel", default="auto", help="auto, native, triton or torch (default: auto)")
 
     demo = command("demo", run_demo, "Read a long document, dense and sparse, side by side.", "fastfill demo")
     device_options(demo)

@@ -87,7 +87,7 @@ class TransformersRunner:
         self.attachment, self.name = attachment, name
         model = attachment.model
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.kernel = kernels.choose(attachment.ffns[0].kernel)
+        self.kernel = kernels.choose(attachment.ffns[0].kernel, attachment.ffns[0].gate)
         self.shape, self.config, self.kept = model.config, attachment.config, attachment.kept
         first = attachment.ffns[0]
         self.overhead = (first.predictor.macs_per_token(), first.compensator.macs_per_token() if first.compensator else 0)

@@ -1,10 +1,13 @@
 """The ops of a sparse FFN layer, in the order they run: `block_scores`, `top_k`, `compensate`, `sparse_ffn`.
 
-Two kernels compute each: ``native`` (C++) and ``torch`` (also the reference). Which of them runs is decided in `choose`
-and nowhere else.
+Three kernels compute each: ``native`` (C++, CPU), ``triton`` (CUDA) and ``torch`` (also the reference). Which of them runs
+is decided in `choose` and nowhere else.
 """
 
+import functools
+import importlib.util
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,40 +16,76 @@ from . import cpu, torch_ref
 
 __all__ = ["ACTIVATIONS", "available", "block_scores", "choose", "compensate", "describe", "sparse_ffn", "top_k"]
 
-KERNELS = ("native", "torch")
+KERNELS = ("native", "triton", "torch")
 ACTIVATIONS = tuple(torch_ref.ACTIVATIONS)
+
+
+CHECK_IDS_ON_GPU = False  # True, for debugging: ids on a GPU are checked too, which waits for it at every call
 
 
 def available() -> dict[str, str]:
     """Name of each kernel -> one line that says whether it can run here, and why (not)."""
-    return {"native": cpu.status(), "torch": "usable everywhere; copies the selected rows"}
+    triton = _triton_missing() or "usable for CUDA tensors"
+    return {"native": cpu.status(), "triton": triton, "torch": "usable everywhere; copies the selected rows"}
 
 
 def choose(kernel: str = "auto", x: Tensor | None = None, grad: bool = False) -> str:
-    """The kernel that will run: ``"native"`` or ``"torch"``.
+    """The kernel that will run: ``"native"``, ``"triton"`` or ``"torch"``.
 
-    ``kernel`` is a name or ``"auto"``, which takes ``native`` where it is built, knows the device and dtype of ``x``
-    and no gradient is wanted (``grad``), and ``torch`` otherwise. Raises ValueError for a name that does not exist or
-    cannot run here.
+    ``kernel`` is a name or ``"auto"``, which takes ``triton`` for CUDA tensors and ``native`` for others, where they are
+    installed, know the device and dtype of ``x`` and no gradient is wanted (``grad``), and ``torch`` otherwise. Raises
+    ValueError for a name that does not exist or cannot run here.
     """
     if kernel not in ("auto", *KERNELS):
         raise ValueError(f"unknown kernel {kernel!r}: there are {', '.join(('auto', *KERNELS))}")
     if kernel == "torch":
         return "torch"
-    problem = None
-    if not cpu.usable():
-        problem = cpu.status()
-    elif grad:
-        problem = "it has no gradient and an input requires one (use torch.no_grad or kernel='torch')"
-    elif x is not None and x.device.type != "cpu":
-        problem = f"it runs on the CPU and x is on {x.device}"
-    elif x is not None and x.dtype not in cpu.DTYPES:
-        problem = f"it knows bfloat16 and float32 and x is {x.dtype}"
+    name = kernel if kernel != "auto" else "triton" if x is not None and x.is_cuda else "native"
+    problem = _problem(name, x, grad)
     if problem is None:
-        return "native"
-    if kernel == "native":
-        raise ValueError(f"kernel 'native' cannot run: {problem}")
+        return name
+    if kernel != "auto":
+        raise ValueError(f"kernel {name!r} cannot run: {problem}")
     return "torch"
+
+
+def _problem(name: str, x: Tensor | None, grad: bool) -> str | None:
+    """Why the kernel cannot run on x, or None."""
+    missing = _triton_missing() if name == "triton" else None if cpu.usable() else cpu.status()
+    if missing:
+        return missing
+    if grad:
+        return "it has no gradient and an input requires one (use torch.no_grad or kernel='torch')"
+    if x is None:
+        return None
+    if name == "native":
+        if x.device.type != "cpu":
+            return f"it runs on the CPU and x is on {x.device}"
+        return None if x.dtype in cpu.DTYPES else f"it knows bfloat16 and float32 and x is {x.dtype}"
+    gpu = _gpu()
+    if not x.is_cuda and not gpu.INTERPRETED:
+        return f"it runs on CUDA and x is on {x.device}"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"it needs compute capability 8.0 and {x.device} has less"
+    return None if x.dtype in gpu.DTYPES else f"it knows bfloat16, float16 and float32 and x is {x.dtype}"
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    """Why Triton cannot be used, or None. Does not import it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'fastfill[gpu]')"
+    return None
+
+
+def _gpu() -> ModuleType:
+    """The Triton kernels, imported on first use."""
+    return importlib.import_module(".gpu", __name__)
+
+
+def _ops(name: str) -> ModuleType:
+    """Where a kernel's ops are."""
+    return _gpu() if name == "triton" else cpu if name == "native" else torch_ref
 
 
 def describe() -> str:
@@ -54,7 +93,13 @@ def describe() -> str:
     threads = f"{torch.get_num_threads()} threads (torch.get_num_threads())"
     if choose() == "native":
         threads += f", {cpu.threads_from()}"
-    return f"kernel {choose()}: {cpu.status()}\n{threads}"
+    lines = [f"kernel {choose()}: {cpu.status()}", threads]
+    if torch.cuda.is_available():
+        here = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+        lines.append(
+            f"on {torch.cuda.get_device_name()}: kernel {choose(x=here)} ({_problem('triton', here, False) or 'Triton'})"
+        )
+    return "\n".join(lines)
 
 
 def _boundaries(name: str, bounds: Tensor, n: int | None, total: int) -> list[int]:
@@ -90,7 +135,7 @@ def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_siz
     Args:
         x: ``(T, H)``, the tokens of N blocks of ``block_size`` one after the other.
         w_in, w_out, bias: ``(r, H)``, ``(F, r)`` and ``(F,)``.
-        kernel: ``"auto"``, ``"native"`` or ``"torch"``; see `choose`.
+        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``; see `choose`.
 
     Returns:
         ``(N, F)`` fp32. A token with NaN or +inf among its logits makes its block's scores NaN.
@@ -105,8 +150,7 @@ def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_siz
     if block_size < 1 or x.shape[0] % block_size:
         raise ValueError(f"{x.shape[0]} tokens do not make blocks of {block_size}")
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out, bias))
-    op = cpu.block_scores if choose(kernel, x, grad) == "native" else torch_ref.block_scores
-    return op(x, w_in, w_out, bias, block_size)
+    return _ops(choose(kernel, x, grad)).block_scores(x, w_in, w_out, bias, block_size)
 
 
 def compensate(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank: int, *, kernel: str = "auto") -> Tensor:
@@ -115,7 +159,7 @@ def compensate(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank
     Args:
         x: ``(T, H)``.
         w_in, w_out, bias: ``(r, H)``, ``(H', r)`` and ``(H',)``.
-        kernel: ``"auto"``, ``"native"`` or ``"torch"``; see `choose`.
+        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``; see `choose`.
 
     Returns:
         ``(T, H')`` in the dtype of ``x``.
@@ -130,8 +174,7 @@ def compensate(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank
     if not 0 <= linear_rank <= w_in.shape[0]:
         raise ValueError(f"linear_rank must lie in 0 to {w_in.shape[0]}, the rows of w_in, not {linear_rank}")
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out, bias))
-    op = cpu.compensate if choose(kernel, x, grad) == "native" else torch_ref.compensate
-    return op(x, w_in, w_out, bias, linear_rank)
+    return _ops(choose(kernel, x, grad)).compensate(x, w_in, w_out, bias, linear_rank)
 
 
 def top_k(scores: Tensor, kept: int, *, kernel: str = "auto") -> Tensor:
@@ -140,7 +183,7 @@ def top_k(scores: Tensor, kept: int, *, kernel: str = "auto") -> Tensor:
 
     Args:
         scores: ``(N, F)``.
-        kernel: ``"auto"``, ``"native"`` or ``"torch"``; see `choose`.
+        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``; see `choose`.
 
     Returns:
         ``(N, K)`` int32.
@@ -155,8 +198,7 @@ def top_k(scores: Tensor, kept: int, *, kernel: str = "auto") -> Tensor:
         raise ValueError(f"scores must be a floating point (N, F), not {scores.dtype} {list(scores.shape)}")
     if not 0 <= kept <= scores.shape[1]:
         raise ValueError(f"kept must lie in 0 to {scores.shape[1]}, the neurons of a row, not {kept}")
-    op = cpu.top_k if choose(kernel, scores) == "native" else torch_ref.top_k
-    return op(scores, kept)
+    return _ops(choose(kernel, scores)).top_k(scores, kept)
 
 
 @torch.library.custom_op("fastfill::block_scores", mutates_args=())
@@ -230,13 +272,17 @@ def sparse_ffn(
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
         init: ``(T, H)`` added to the result (the compensator's output), or None.
         out: ``(T, H)`` to write into; may be ``init`` itself, must not overlap ``x``. None: a new tensor.
-        kernel: ``"auto"``, ``"native"`` or ``"torch"``; see `choose`.
+        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``; see `choose`.
 
     Returns:
         ``(T, H)`` in the dtype of ``x``: ``out`` if given.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, ids out of range, unsorted or repeated, unknown names.
+
+    On CUDA nothing waits for the device, so ids are not checked there (see `CHECK_IDS_ON_GPU`): ``triton`` reads the nearest
+    neuron for an id out of range, and unsorted or repeated ids are only slower. A CUDA graph may capture the call once a
+    call of the same layout has run.
     """
     if torch.compiler.is_compiling():  # one opaque node in the graph
         y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, init, kernel)
@@ -246,12 +292,10 @@ def sparse_ffn(
     bounds, offsets = _check(x, gate, up, down_t, ids, rows, id_offsets, activation, init, out)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if name == "native":
-        cpu.sparse_ffn(x, gate, up, down_t, ids.reshape(-1), bounds, offsets, activation, init, out)
-        return out
     flat = ids.reshape(-1)
-    _check_ids(flat, offsets, gate.shape[0])
-    torch_ref.sparse_ffn(x, gate, up, down_t, flat, bounds, offsets, activation, init, out)
+    if name != "native" and (CHECK_IDS_ON_GPU or not ids.is_cuda):  # native checks them itself
+        _check_ids(flat, offsets, gate.shape[0])
+    _ops(name).sparse_ffn(x, gate, up, down_t, flat, bounds, offsets, activation, init, out)
     return out
 
 
