@@ -267,7 +267,7 @@ def test_layout_by_hand():
 
 
 COMPILE = """
-import sys, tempfile, subprocess, torch, triton
+import os, subprocess, sys, tempfile, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fastfill.kernels import gpu
@@ -275,17 +275,32 @@ from fastfill.kernels import gpu
 arch, dtype = int(sys.argv[1]), sys.argv[2]
 LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB of shared memory that one program may have
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SASS = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 
 def build(kernel, pointers, integers, constants, warps, stages):
     names = kernel.arg_names
     signature = {n: pointers.get(n) or ("i32" if n in integers else "constexpr") for n in names}
-    even = set(pointers) | {n for n in integers if "stride" in n or n in ("hidden", "neurons")}
+    even = set(pointers) | {n for n in integers if "stride" in n or n in ("hidden", "neurons", "rank", "columns")}
     divisible = {(names.index(n),): [["tt.divisibility", 16]] for n in even}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, divisible)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
     assert built.asm["cubin"][:4] == b"\\x7fELF"
-    assert built.metadata.shared <= LIMITS[arch] * 1024, (kernel.__name__, constants, built.metadata.shared)
-    print(kernel.__name__, constants.get("TOKENS"), constants.get("COLUMNS"), built.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        text = subprocess.run([SASS, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = {k: int(v) for k, v in (word.split(":") for word in text.split() if word.count(":") == 1) if v.isdigit()}
+    what = (kernel.__name__, constants, built.metadata.shared, used)
+    assert built.metadata.shared <= LIMITS[arch] * 1024, what
+    assert used["STACK"] == used["LOCAL"] == 0, what  # a spill
+    assert used["REG"] <= 255 and used["REG"] * warps * 32 <= 65536, what
+    if arch == 90 and dtype != "fp32" and constants.get("TOKENS", 0) >= 64:
+        assert "wgmma.mma_async" in built.asm["ptx"], what  # Hopper's own tensor cores
+    if "_half" in kernel.__name__ and dtype != "fp32":
+        t = constants["TOKENS"] + constants["COLUMNS"] * (2 if "up" in kernel.__name__ else 1)
+        buffers = built.metadata.shared // (2 * t * constants["DEPTH"])
+        assert buffers >= 3, (what, buffers)  # one is read, two are on their way
+    print(kernel.__name__, warps, stages, built.metadata.shared, used["REG"])
 
 def size(tile):
     return {"TOKENS": tile.tokens, "COLUMNS": tile.columns, "DEPTH": tile.depth, "PRECISION": "ieee", "PADDING": gpu.PAD}
@@ -309,13 +324,17 @@ common = {"tokens", "rank", "columns", "inner_stride", "w_stride"}
 build(gpu._softmax_sums, dict(inner=p, w_out=p, bias=p, sums=f32), common | {"steps"}, sizes, 4, 3)
 build(gpu._block_sums, dict(inner=p, w_out=p, bias=p, sums=f32, scores=f32), common | {"block_size"},
       sizes | dict(PARTS=16), 4, 3)
-build(gpu._top_k, dict(scores=f32, ids=i32), {"stride", "neurons", "kept"}, dict(WIDTH=16384), 32, 3)
+for neurons in (14336, gpu.MAX_NEURONS):
+    row = gpu._row(neurons)
+    warps = row.pop("num_warps")
+    build(gpu._top_k, dict(scores=f32, ids=i32), {"stride", "neurons", "kept"}, row, warps, 3)
 """
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32"), (89, "fp16")])
 def test_compiles_without_a_gpu(arch, dtype, tmp_path):
-    """Every kernel, with the tiles in use, to machine code, within the shared memory of that GPU."""
+    """Every kernel, with the tiles in use, to machine code: no spills, within the registers and shared memory of that GPU,
+    and with enough buffers to load ahead."""
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run(

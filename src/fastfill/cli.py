@@ -16,7 +16,8 @@ MODEL_HELP = "a Hugging Face id, a local folder, a .gguf file, or 'default' (the
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 with one sentence on stderr for input the user can mend."""
-    arguments = build_parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
     try:
         result = arguments.run(arguments)
     except UserError as error:
@@ -114,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--out", required=True, metavar="DIR", help="artifact folder to write")
     calibrate.add_argument("--resume", action="store_true", help="go on from the checkpoint of a killed run")
+    calibrate.add_argument("--processes", type=int, default=1, help="share the work; on CUDA a GPU for each (default: 1)")
     _config_options(calibrate)
 
     inspect = command(
@@ -294,9 +296,19 @@ def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import data, show
-    from fastfill.calibration import calibrate
+    from fastfill.calibration import calibrate, team
 
     prefill, config = _configs(arguments)
+    if arguments.processes != 1 and not team.launched():
+        _check_processes(arguments, config)
+        code = team.launch(arguments.argv, arguments.processes)
+        if code:
+            raise SystemExit(code)
+        arguments.json = False  # the first process has printed it
+        return {}
+    me = team.join(arguments.device)
+    if me.size > 1:
+        arguments.device = str(me.device)
     documents = data.load_documents(arguments.data)
     loaded = _load(arguments)
     artifact = calibrate(
@@ -309,8 +321,26 @@ def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
         name=loaded.name,
         resume=arguments.resume,
     )
-    show.artifact(artifact, Path(arguments.out))
+    team.leave()
+    if me.rank:
+        arguments.json = False
+    else:
+        show.artifact(artifact, Path(arguments.out))
     return {"out": arguments.out, **show.summary(artifact)}
+
+
+def _check_processes(arguments: argparse.Namespace, config: Any) -> None:
+    import importlib.util
+
+    import torch
+
+    from fastfill.config import check_integer
+
+    check_integer("--processes", arguments.processes, 1)
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("--processes needs the package accelerate; run: pip install 'fastfill[accelerate]'.")
+    if torch.device(arguments.device).type == "cuda" and arguments.processes > torch.cuda.device_count():
+        raise UserError(f"There are {torch.cuda.device_count()} GPUs here, too few for --processes {arguments.processes}.")
 
 
 def run_inspect(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class CalibrationConfig:
     fit_epochs, fit_batch (tokens), fit_lr: Adam on the predictors' cross-entropy.
     schedule: "sensitivity" (measured loss per layer), "token-mixing" (attention) or "uniform".
     schedule_tokens: tokens on which the schedule is measured.
-    steps: end-to-end distillation steps, each of `sequence_length` tokens; 0 skips the stage.
+    steps: end-to-end distillation steps, each of `batch` sequences of `sequence_length` tokens; 0 skips the stage. Several
+        processes share the batch: it must be a multiple of their number.
     compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth; the predictor's is relative, times the standard
         deviation of each of its tensors.
     gate_temperature: width of the soft gate through which the predictor gets its gradient (in nats of score).
@@ -64,6 +65,7 @@ class CalibrationConfig:
     schedule: str = "sensitivity"
     schedule_tokens: int = 4096
     steps: int = 600
+    batch: int = 1
     sequence_length: int = 1024
     compensator_lr: float = 1e-3
     predictor_lr: float = 3e-3
@@ -73,7 +75,7 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("sensitivity", "token-mixing", "uniform"):
             raise UserError(f"schedule must be sensitivity, token-mixing or uniform, not {self.schedule!r}.")
-        for name, least in (("fit_tokens", 1), ("fit_epochs", 1), ("fit_batch", 1), ("schedule_tokens", 1)):
+        for name, least in (("fit_tokens", 1), ("fit_epochs", 1), ("fit_batch", 1), ("schedule_tokens", 1), ("batch", 1)):
             check_integer(name, getattr(self, name), least)
         check_integer("steps", self.steps, 0)
         check_integer("sequence_length", self.sequence_length, 2)

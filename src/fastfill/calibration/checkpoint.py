@@ -17,10 +17,14 @@ from fastfill.errors import UserError
 
 
 class Checkpoint:
-    """Folder `<out>.checkpoint`. settings: everything the result depends on; a checkpoint of other settings is refused."""
+    """Folder `<out>.checkpoint`. settings: everything the result depends on; a checkpoint of other settings is refused.
+    write: False for the other processes of a team, which only read what the first one wrote."""
 
-    def __init__(self, out: Path, settings: dict[str, Any], resume: bool):
+    def __init__(self, out: Path, settings: dict[str, Any], resume: bool, write: bool = True):
         self.folder = out.with_name(out.name + ".checkpoint")
+        self.write = write
+        if not write:
+            return
         settings = json.loads(json.dumps(settings))
         if self.folder.exists():
             if not resume:
@@ -55,6 +59,8 @@ class Checkpoint:
         self._write(f"{name}.safetensors", lambda path: save_file(contiguous, path))
 
     def _write(self, name: str, write: Any) -> None:
+        if not self.write:
+            return
         beside = self.folder / f".{name}.new"
         try:
             write(beside)
@@ -65,4 +71,5 @@ class Checkpoint:
             raise UserError(f"The checkpoint {self.folder / name} could not be written: {reason}.") from error
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.write:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastfill.calibration.student import StudentFFN, Weights, swapped
+from fastfill.calibration.team import ALONE, Team
 from fastfill.config import CalibrationConfig
 from fastfill.families import Anatomy
 
@@ -16,11 +17,20 @@ TRAINED = tuple(f"{part}.{name}" for part in ("predictor", "compensator") for na
 
 
 class Distiller:
-    """Training state: fp32 weights per layer, AdamW moments, the step. One step is one sequence; all of it can be saved
-    as tensors and resumed."""
+    """Training state: fp32 weights per layer, AdamW moments, the step. One step is `config.batch` sequences, shared among the
+    team; all of it can be saved as tensors and resumed."""
 
-    def __init__(self, model: Any, anatomy: Anatomy, students: list[StudentFFN], config: CalibrationConfig, dense_head: int):
+    def __init__(
+        self,
+        model: Any,
+        anatomy: Anatomy,
+        students: list[StudentFFN],
+        config: CalibrationConfig,
+        dense_head: int,
+        team: Team = ALONE,
+    ):
         self.model, self.anatomy, self.students, self.config, self.head = model, anatomy, students, config, dense_head
+        self.team = team
         self.step_done = 0
         self.losses: list[float] = []
         self.weights: list[Weights] = []
@@ -36,25 +46,32 @@ class Distiller:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
     def step(self, ids: torch.Tensor) -> float:
-        """One step on ids (T,). Loss: mean over the tokens behind the dense head of KL(dense || sparse) of the logits, nats."""
+        """One step on ids (batch, T), of which each process of a team reads its share. Loss: mean over the tokens behind the
+        dense head of KL(dense || sparse) of the logits, nats."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._warm_cosine()
-        ids = ids[None].to(self.anatomy.ffns[0].gate.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        mine = ids[self.team.share(len(ids))].to(self.anatomy.ffns[0].gate.device)
+        (loss,) = self.team.total(sum(self._backward(row[None], len(ids)) for row in mine))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.team.sum(*(p.grad for p in parameters if p.grad is not None))
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        self.step_done += 1
+        self.losses.append(loss)
+        return loss
+
+    def _backward(self, ids: torch.Tensor, batch: int) -> float:
+        """Add the gradient of ids (1, T), one of a batch; their part of the loss."""
         head = self.model.get_output_embeddings()
         with torch.no_grad():
             teacher = head(self.anatomy.base(input_ids=ids, use_cache=False)[0][0, self.head :])
         with torch.enable_grad():
             with swapped(self.anatomy, self.students):
                 student = head(self.anatomy.base(input_ids=ids, use_cache=False)[0][0, self.head :])
-            loss = kl_divergence(teacher, student).mean()
-            self.optimizer.zero_grad(set_to_none=True)
+            loss = kl_divergence(teacher, student).mean() / batch
             loss.backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.optimizer.step()
-        self.step_done += 1
-        self.losses.append(float(loss.detach()))
-        return self.losses[-1]
+        return float(loss.detach())
 
     def _warm_cosine(self) -> float:
         warm = max(1, min(20, self.config.steps // 10))

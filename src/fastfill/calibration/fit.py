@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastfill import select
+from fastfill.calibration.team import ALONE, Team
 from fastfill.config import CalibrationConfig
 from fastfill.families import FFN
 from fastfill.predictor import importance
@@ -15,12 +16,21 @@ from fastfill.predictor import importance
 CHUNK = 4096  # tokens whose (T, F) activations are in memory at a time
 
 
-def statistics(x: torch.Tensor, ffn: FFN) -> dict[str, torch.Tensor]:
-    """Of the FFN inputs x (T, H): mean importance (F,), normalised per token, and RMS of the inputs (H,)."""
+def statistics(x: torch.Tensor, ffn: FFN, team: Team = ALONE) -> dict[str, torch.Tensor]:
+    """Of the FFN inputs x (T, H): mean importance (F,), normalised per token, and RMS of the inputs (H,). Here and below, x
+    of a team is what this process has of the text, and the result is that of all its text."""
     total = torch.zeros(ffn.gate.shape[0], device=x.device)
     for part in x.split(CHUNK):
         total += F.normalize(importance(part, ffn), p=1, dim=-1).sum(0)
-    return {"importance": total / len(x), "input_rms": x.float().square().mean(0).sqrt()}
+    squares = x.float().square().sum(0)
+    team.sum(total, squares)
+    _, tokens = team.place(len(x))
+    return {"importance": total / tokens, "input_rms": (squares / tokens).sqrt()}
+
+
+def _rms(x: torch.Tensor, team: Team) -> torch.Tensor:
+    squares, count = team.total(float(x.float().square().sum(dtype=torch.float64)), x.numel())
+    return torch.tensor((squares / count) ** 0.5, device=x.device).clamp_min(1e-6)
 
 
 def fit_predictor(
@@ -31,6 +41,7 @@ def fit_predictor(
     config: CalibrationConfig,
     seed: int,
     tick: Callable[[], None],
+    team: Team = ALONE,
 ) -> dict[str, torch.Tensor]:
     """Fit p_t = softmax(W_out W_in x_t + b) to the token's own importance distribution by cross-entropy. Ours.
 
@@ -38,9 +49,10 @@ def fit_predictor(
     pooling were all worse (docs/log.md). Returns w_in (r, H), w_out (F, r), bias (F,), fp32.
     """
     generator = torch.Generator().manual_seed(seed)
-    tokens, hidden = x.shape
+    hidden = x.shape[1]
+    first, tokens = team.place(len(x))
     intermediate = ffn.gate.shape[0]
-    rms = x.float().square().mean().sqrt().clamp_min(1e-6)
+    rms = _rms(x, team)
     w_in = torch.randn(rank, hidden, generator=generator).to(x.device) / (hidden**0.5 * rms)
     w_out = torch.randn(intermediate, rank, generator=generator).to(x.device) * 0.1
     bias = mean.clamp_min(1e-9).log()
@@ -53,15 +65,17 @@ def fit_predictor(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total, pct_start=min(0.1, 1 - 1 / (total + 1)))
     with torch.enable_grad():
         for _ in range(config.fit_epochs):
-            order = torch.randperm(tokens, generator=generator).to(x.device)
+            order = torch.randperm(tokens, generator=generator)
             for rows in order.split(config.fit_batch):
-                part = x[rows]
+                mine = rows[(rows >= first) & (rows < first + len(x))] - first
+                part = x[mine.to(x.device)]
                 with torch.no_grad():
                     target = F.normalize(importance(part, ffn), p=1, dim=-1).to(part.dtype)
                 logits = F.linear(F.linear(part, w_in.to(part.dtype)), w_out.to(part.dtype), bias.to(part.dtype))
-                loss = -(target * logits.log_softmax(-1)).sum(-1, dtype=torch.float32).mean()
+                loss = -(target * logits.log_softmax(-1)).sum(-1, dtype=torch.float32).sum() / len(rows)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                team.sum(*(p.grad for p in parameters if p.grad is not None))
                 optimizer.step()
                 schedule.step()
                 tick()
@@ -75,7 +89,7 @@ def block_scores(x: torch.Tensor, weights: dict[str, torch.Tensor], block_size: 
 
 
 def captured_share(
-    x: torch.Tensor, ffn: FFN, weights: dict[str, torch.Tensor], kept: int, block_size: int
+    x: torch.Tensor, ffn: FFN, weights: dict[str, torch.Tensor], kept: int, block_size: int, team: Team = ALONE
 ) -> tuple[float, float]:
     """Share of the tokens' (normalised) importance that the chosen neurons hold: (learned, oracle). x: (N * B, H)."""
     learned = best = 0.0
@@ -84,7 +98,8 @@ def captured_share(
         ids = select.top_k(block_scores(part, weights, block_size), kept).long()
         learned += float(truth.gather(1, ids).sum())
         best += float(truth.topk(kept, dim=1).values.sum())
-    return learned / len(x), best / len(x)
+    learned, best, tokens = team.total(learned, best, len(x))
+    return learned / tokens, best / tokens
 
 
 def fit_compensator(
@@ -96,6 +111,7 @@ def fit_compensator(
     linear_rank: int,
     silu_rank: int,
     seed: int,
+    team: Team = ALONE,
 ) -> dict[str, torch.Tensor]:
     """Closed form: the rank-r affine map of x that best predicts what the skipped neurons would have added (reduced-rank
     regression, ours); the SiLU branch starts at zero and is left to the distillation. x: (N * B, H)."""
@@ -108,8 +124,10 @@ def fit_compensator(
         skip = torch.ones(len(ids), h.shape[1], device=h.device, dtype=h.dtype).scatter_(1, ids, 0)
         missing = F.linear(h * skip.repeat_interleave(block_size, 0), ffn.down)
         inputs = torch.cat([part.float(), torch.ones(len(part), 1, device=x.device)], 1)
-        gram += inputs.T @ inputs
-        cross += inputs.T @ missing.float()
+        with torch.autocast(x.device.type, enabled=False):  # sums over all tokens want more than bf16
+            gram += inputs.T @ inputs
+            cross += inputs.T @ missing.float()
+    team.sum(gram, cross)
     ridge = 1e-3 * gram.diagonal()[:-1].mean()
     gram.diagonal()[:-1] += ridge
     solution = torch.linalg.solve(gram, cross)  # (H + 1, H)
@@ -121,7 +139,7 @@ def fit_compensator(
     projected = u.T @ weight
     scale = projected.norm(dim=1, keepdim=True).clamp_min(1e-12).sqrt()
     generator = torch.Generator().manual_seed(seed)
-    rms = x.float().square().mean().sqrt().clamp_min(1e-6)
+    rms = _rms(x, team)
     curved = torch.randn(silu_rank, hidden, generator=generator).to(x.device) / (hidden**0.5 * rms)
     zeros = torch.zeros(hidden, silu_rank, device=x.device)
     return {

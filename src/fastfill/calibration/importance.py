@@ -8,16 +8,19 @@ import torch
 
 from fastfill.calibration.distill import kl_divergence
 from fastfill.calibration.student import StudentFFN, swapped
+from fastfill.calibration.team import ALONE, Team
 from fastfill.families import Anatomy
 from fastfill.progress import stage
 
 
 @torch.no_grad()
-def sensitivity(model: Any, anatomy: Anatomy, students: list[StudentFFN], tokens: torch.Tensor) -> list[float]:
+def sensitivity(
+    model: Any, anatomy: Anatomy, students: list[StudentFFN], tokens: torch.Tensor, team: Team = ALONE
+) -> list[float]:
     """Mean KL (nats per token) to the dense logits when one layer alone is sparse, for each layer. Ours. tokens: (S, T)."""
     head = model.get_output_embeddings()
     device = anatomy.ffns[0].gate.device
-    rows = [row[None].to(device) for row in tokens]
+    rows = [row[None].to(device) for row in tokens[team.share(len(tokens))]]
     teachers = [anatomy.base(input_ids=row, use_cache=False)[0][0, students[0].head :] for row in rows]
     intermediate = anatomy.intermediate
     kept = [student.kept for student in students]
@@ -34,6 +37,7 @@ def sensitivity(model: Any, anatomy: Anatomy, students: list[StudentFFN], tokens
                     divergence = kl_divergence(head(teacher), head(hidden))
                     total, count = total + float(divergence.sum()), count + len(divergence)
                 student.kept = intermediate
+                total, count = team.total(total, count)
                 costs.append(max(total / count, 1e-6))
                 bar.step(note=f"{costs[-1]:.4f} nats")
     finally:
@@ -43,7 +47,7 @@ def sensitivity(model: Any, anatomy: Anatomy, students: list[StudentFFN], tokens
 
 
 @torch.no_grad()
-def token_mixing(model: Any, anatomy: Anatomy, tokens: torch.Tensor) -> list[float]:
+def token_mixing(model: Any, anatomy: Anatomy, tokens: torch.Tensor, team: Team = ALONE) -> list[float]:
     """Mean attention mass that goes neither to the token itself nor to the first token (the sink), for each layer: how much
     the layer mixes tokens. The paper names token-mixing importance; this formula is ours. tokens: (S, T)."""
     before = model.config._attn_implementation
@@ -61,11 +65,11 @@ def token_mixing(model: Any, anatomy: Anatomy, tokens: torch.Tensor) -> list[flo
     try:
         model.set_attn_implementation("eager")  # the others do not return the attention weights
         with stage("token mixing of each layer", len(tokens)) as bar:
-            for row in tokens:
+            for row in tokens[team.share(len(tokens))]:
                 anatomy.base(input_ids=row[None].to(anatomy.ffns[0].gate.device), use_cache=False)
                 bar.step()
     finally:
         for hook in hooks:
             hook.remove()
         model.set_attn_implementation(before)
-    return [max(total / len(tokens), 1e-6) for total in sums]
+    return [max(total / len(tokens), 1e-6) for total in team.total(*sums)]

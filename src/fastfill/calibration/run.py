@@ -21,6 +21,7 @@ from fastfill.calibration.checkpoint import Checkpoint
 from fastfill.calibration.distill import TRAINED, Distiller
 from fastfill.calibration.importance import sensitivity, token_mixing
 from fastfill.calibration.student import StudentFFN, Weights
+from fastfill.calibration.team import Team, join
 from fastfill.config import CalibrationConfig, PrefillConfig
 from fastfill.errors import UserError
 from fastfill.progress import stage
@@ -32,7 +33,8 @@ CLOSED_FORM_TOKENS = 32768  # more does not move a solution with H + 1 unknowns 
 
 @dataclass(frozen=True)
 class Job:
-    """What every stage needs. tokens: (S, T) sequences. ranks: inner widths of predictor and compensator."""
+    """What every stage needs. tokens: (S, T) sequences, all of them in every process of a team. ranks: inner widths of
+    predictor and compensator."""
 
     model: Any
     anatomy: families.Anatomy
@@ -41,6 +43,7 @@ class Job:
     config: CalibrationConfig
     ranks: dict[str, int]
     checkpoint: Checkpoint
+    team: Team
 
 
 def calibrate(
@@ -59,6 +62,9 @@ def calibrate(
     documents: texts, or `data.load_documents(...)`. name: how the artifact names its base model. resume: go on from the
     checkpoint that a killed run left beside `out`; the result is the same as if it had not been killed.
 
+    In a process that `accelerate launch` started, all processes calibrate together; the result is that of one process to
+    rounding. On CUDA matrix products are in bf16 (autocast), whatever the model's dtype.
+
     Raises UserError if the model is not supported, the text is too short, or `out` cannot be written.
     """
     prefill, config = prefill or PrefillConfig(), config or CalibrationConfig()
@@ -67,6 +73,9 @@ def calibrate(
     out = Path(os.path.abspath(out))
     if out in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"{out} holds the folder you are in and cannot be replaced; name a folder of its own.")
+    team = join(next(model.parameters()).device)
+    if config.batch % team.size:
+        raise UserError(f"{team.size} processes cannot share a batch of {config.batch}; give --batch a multiple of them.")
     texts = [d if isinstance(d, data.Document) else data.Document(d, f"text#{i}") for i, d in enumerate(documents)]
     anatomy = families.dissect(model)
     check_detached(anatomy)
@@ -81,35 +90,44 @@ def calibrate(
         "dtype": str(anatomy.ffns[0].gate.dtype),
         "text": data.digest(tokens),
     }
-    checkpoint = Checkpoint(out, settings, resume)
-    job = Job(model, anatomy, tokens, prefill, config, ranks, checkpoint)
+    checkpoint = Checkpoint(out, settings, resume, write=team.rank == 0)
+    team.total(0)  # the others begin when the first one has found the checkpoint in order
+    job = Job(model, anatomy, tokens, prefill, config, ranks, checkpoint, team)
     begin = time.monotonic() - (checkpoint.json("seconds") or 0.0)
 
-    weights, shares = _fit_layers(job)
-    importances = _importance(job, weights)
-    checkpoint.put_json("seconds", time.monotonic() - begin)
-    kept = allocate(importances, prefill.sparsity, anatomy.intermediate)
-    losses = _distill(job, weights, kept, begin)
+    with _precision(anatomy.ffns[0].gate.device):
+        weights, shares = _fit_layers(job)
+        importances = _importance(job, weights)
+        checkpoint.put_json("seconds", time.monotonic() - begin)
+        kept = allocate(importances, prefill.sparsity, anatomy.intermediate)
+        losses = _distill(job, weights, kept, begin)
 
     record = {
         "config": cfg.to_dict(config),
         "documents": sorted({d.source.split("#")[0] for d in texts}),
         "document_rows": [d.source for d in texts],
         "sequences": len(tokens),
-        "tokens_distilled": config.steps * config.sequence_length,
+        "tokens_distilled": config.steps * config.batch * config.sequence_length,
         "text": settings["text"],
         "seconds": round(time.monotonic() - begin, 1),
         "loss_first": _mean(losses[:20]),
         "loss_last": _mean(losses[-20:]),
         "importance_held": shares,
+        "processes": team.size,
         "machine": machine.describe(),
     }
     dtype = torch.bfloat16
     tensors = {f"layers.{i}.{k}": v.detach().to("cpu", dtype) for i, layer in enumerate(weights) for k, v in layer.items()}
     result = Artifact(base_model, prefill, ranks, importances, tensors, record)
-    artifacts.save(result, out, readme=artifacts.readme(result))
+    if team.rank == 0:
+        artifacts.save(result, out, readme=artifacts.readme(result))
     checkpoint.remove()
     return result
+
+
+def _precision(device: torch.device) -> torch.autocast:
+    """bf16 products on CUDA. Nothing is cached: the weights that are cast change at every step."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
 def _ranks(config: CalibrationConfig, anatomy: families.Anatomy) -> dict[str, int]:
@@ -122,9 +140,12 @@ def _ranks(config: CalibrationConfig, anatomy: families.Anatomy) -> dict[str, in
 def _fit_layers(job: Job) -> tuple[list[Weights], list[list[float]]]:
     """Layer by layer: statistics, predictor, closed-form compensator. Shares: importance held per layer, [learned, oracle]."""
     anatomy, tokens, config, ranks, checkpoint = job.anatomy, job.tokens, job.config, job.ranks, job.checkpoint
+    team = job.team
     block, head = job.prefill.block_size, job.prefill.dense_head
     rows = tokens[: max(1, config.fit_tokens // tokens.shape[1])]
     uniform = allocate([1.0] * len(anatomy.ffns), job.prefill.sparsity, anatomy.intermediate)
+    if len(rows) < team.size:
+        raise UserError(f"{team.size} processes cannot share {len(rows)} sequences to fit on; give more text or --fit-tokens.")
     all_weights: list[Weights] = []
     shares: list[list[float]] = []
     done = [checkpoint.tensors(f"layer-{i}") for i in range(len(anatomy.ffns))]
@@ -134,18 +155,21 @@ def _fit_layers(job: Job) -> tuple[list[Weights], list[list[float]]]:
     usable = (tokens.shape[1] - head) // block * block
     ticks = config.fit_epochs * -(-len(rows) * usable // config.fit_batch)
     with stage("predictors", ticks * len(anatomy.ffns)) as bar:
-        for layer, inputs in capture.stream_ffn_inputs(job.model, anatomy, rows):
+        for layer, inputs in capture.stream_ffn_inputs(job.model, anatomy, rows[team.share(len(rows))]):
             ffn, kept, found = anatomy.ffns[layer], uniform[layer], done[layer]
             if found is None:
                 x = inputs[:, head : head + usable].reshape(-1, anatomy.hidden)
-                stats = fit.statistics(x, ffn)
+                before, _ = team.place(len(x))  # tokens that other processes have before ours
+                stats = fit.statistics(x, ffn, team)
                 seed = config.seed * 10_007 + layer
-                predictor = fit.fit_predictor(x, ffn, stats["importance"], ranks["predictor"], config, seed, bar.step)
-                part = x[: CLOSED_FORM_TOKENS // block * block]
-                compensator = fit.fit_compensator(part, ffn, predictor, kept, block, ranks["linear"], ranks["silu"], seed)
+                predictor = fit.fit_predictor(x, ffn, stats["importance"], ranks["predictor"], config, seed, bar.step, team)
+                part = x[: max(0, CLOSED_FORM_TOKENS // block * block - before)]
+                compensator = fit.fit_compensator(part, ffn, predictor, kept, block, ranks["linear"], ranks["silu"], seed, team)
                 parts = {"stats": stats, "predictor": predictor, "compensator": compensator}
                 found = {f"{part}.{k}": v for part, values in parts.items() for k, v in values.items()}
-                found["shares"] = torch.tensor(fit.captured_share(x[: 64 * block], ffn, predictor, kept, block))
+                found["shares"] = torch.tensor(
+                    fit.captured_share(x[: max(0, 64 * block - before)], ffn, predictor, kept, block, team)
+                )
                 checkpoint.put_tensors(f"layer-{layer}", found)
             else:
                 bar.step(ticks)
@@ -167,11 +191,11 @@ def _importance(job: Job, weights: list[Weights]) -> list[float]:
     if job.config.schedule == "uniform" or sparsity == 0:
         values = [1.0] * layers
     elif job.config.schedule == "token-mixing":
-        mixing = token_mixing(job.model, job.anatomy, rows)
+        mixing = token_mixing(job.model, job.anatomy, rows, job.team)
         values = [m**2 for m in mixing]  # the schedule's root undoes it: s_l = c / m_l
     else:
         uniform = allocate([1.0] * layers, sparsity, job.anatomy.intermediate)
-        values = sensitivity(job.model, job.anatomy, _students(job, weights, uniform), rows)
+        values = sensitivity(job.model, job.anatomy, _students(job, weights, uniform), rows, job.team)
     job.checkpoint.put_json("importance", values)
     return values
 
@@ -192,14 +216,15 @@ def _distill(job: Job, weights: list[Weights], kept: list[int], begin: float) ->
     config, tokens, checkpoint = job.config, job.tokens, job.checkpoint
     if config.steps == 0 or min(kept) == job.anatomy.intermediate:  # nothing to train, or nothing skipped
         return []
-    trainer = Distiller(job.model, job.anatomy, _students(job, weights, kept), config, job.prefill.dense_head)
+    trainer = Distiller(job.model, job.anatomy, _students(job, weights, kept), config, job.prefill.dense_head, job.team)
     saved = checkpoint.tensors("distill")
     if saved is not None:
         trainer.load(saved)
     last_save = time.monotonic()
     with stage("distillation", config.steps, trainer.step_done) as bar:
         while trainer.step_done < config.steps:
-            trainer.step(tokens[trainer.step_done % len(tokens)])
+            rows = torch.arange(config.batch) + trainer.step_done * config.batch
+            trainer.step(tokens[rows % len(tokens)])
             bar.step(note=f"KL {_mean(trainer.losses[-20:]):.3f} nats")
             if time.monotonic() - last_save > SAVE_EVERY_S:
                 checkpoint.put_tensors("distill", trainer.state())

@@ -25,7 +25,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors, slowly, for tests
 PAD = 64  # rows of h are padded to a multiple of it: aligned loads, and no mask in the inner loop of `_down_half`
 _PRECISION = "upcast" if INTERPRETED else "ieee"
-MAX_NEURONS = 65536  # of a row in `_top_k`, which one program holds in registers
+MAX_NEURONS = 32768  # of a row in `_top_k`, which one program holds in registers
 
 
 @dataclass(frozen=True)
@@ -40,36 +40,37 @@ class Tile:
 
 
 # By the number of a block's tokens that a tile takes: candidates for the two halves, the one that is used first.
-# Hopper has 227 KiB of shared memory for a program, A100 163, consumer cards 99.
+# Hopper has 227 KiB of shared memory for a program, A100 163, consumer cards 99. In `_down_half` rows are found by ids that
+# are themselves loaded, so that Triton makes half the buffers of its stages: 5 stages give 3, 7 give 4.
 _HOPPER = {
     128: (
         (Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4)),
-        (Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 4)),
+        (Tile(128, 256, 64, 8, 5), Tile(128, 256, 64, 8, 7), Tile(128, 128, 64, 4, 5)),
     ),
     64: (
         (Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 8, 4), Tile(64, 256, 32, 8, 4)),
-        (Tile(64, 256, 64, 4, 4), Tile(64, 256, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
+        (Tile(64, 256, 64, 4, 5), Tile(64, 256, 64, 8, 7), Tile(64, 128, 64, 4, 5)),
     ),
-    32: ((Tile(32, 128, 64, 4, 4),), (Tile(32, 128, 64, 4, 4),)),
+    32: ((Tile(32, 128, 64, 4, 4),), (Tile(32, 128, 64, 4, 5),)),
 }
 _AMPERE = {
     128: (
         (Tile(128, 64, 32, 4, 4), Tile(128, 64, 64, 8, 3), Tile(128, 128, 32, 8, 3)),
-        (Tile(128, 128, 32, 4, 4), Tile(128, 128, 64, 8, 3), Tile(128, 256, 32, 8, 3)),
+        (Tile(128, 128, 32, 4, 5), Tile(128, 128, 64, 8, 5), Tile(128, 256, 32, 8, 5)),
     ),
     64: (
         (Tile(64, 64, 64, 4, 3), Tile(64, 128, 32, 8, 4)),
-        (Tile(64, 128, 64, 4, 3), Tile(64, 256, 32, 8, 4)),
+        (Tile(64, 128, 64, 4, 5), Tile(64, 256, 32, 8, 5)),
     ),
-    32: ((Tile(32, 64, 64, 4, 3),), (Tile(32, 128, 64, 4, 3),)),
+    32: ((Tile(32, 64, 64, 4, 3),), (Tile(32, 128, 64, 4, 5),)),
 }
 _CONSUMER = {
     128: (
         (Tile(128, 64, 32, 4, 3), Tile(128, 64, 32, 8, 4)),
-        (Tile(128, 128, 32, 4, 3), Tile(128, 128, 32, 8, 4)),
+        (Tile(128, 128, 32, 4, 5), Tile(128, 128, 32, 8, 5)),
     ),
-    64: ((Tile(64, 64, 32, 4, 4), Tile(64, 64, 64, 4, 3)), (Tile(64, 128, 32, 4, 4), Tile(64, 128, 64, 4, 3))),
-    32: ((Tile(32, 64, 64, 4, 3),), (Tile(32, 128, 64, 4, 3),)),
+    64: ((Tile(64, 64, 32, 4, 4), Tile(64, 64, 64, 4, 3)), (Tile(64, 128, 32, 4, 5), Tile(64, 128, 64, 4, 5))),
+    32: ((Tile(32, 64, 64, 4, 3),), (Tile(32, 128, 64, 4, 5),)),
 }
 _FP32 = {n: ((Tile(n, 32, 32, 4, 2),), (Tile(n, 64, 32, 4, 2),)) for n in (32, 64, 128)}
 _INTERPRETER = {n: ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)) for n in (32, 64, 128)}
@@ -410,30 +411,42 @@ def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_siz
 
 
 @triton.jit
-def _top_k(scores, ids, stride, neurons, kept, WIDTH: tl.constexpr):
-    """One row: the largest limit that `kept` scores reach, bit by bit; then what is above it, and of what equals it the
-    first. The row stays in registers: 32 counts take less time than writing a histogram."""
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, WIDTH)
-    inside = j < neurons
-    bits = tl.load(scores + row * stride + j, mask=inside, other=0.0).to(tl.uint32, bitcast=True)
+def _keys(scores, at, neurons):
+    """Integers that rise with the scores at (columns,), and 0 beyond the last neuron: NaN as infinity, -0 as 0."""
+    inside = at < neurons
+    bits = tl.load(scores + at, mask=inside, other=0.0).to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    bits = tl.where(size > 0x7F800000, 0x7F800000, bits)  # NaN is infinity
-    bits = tl.where(size == 0, 0, bits)  # -0 is 0
-    key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # rises with s, and is never 0
-    key = tl.where(inside, key, 0)
+    bits = tl.where(size > 0x7F800000, 0x7F800000, bits)
+    bits = tl.where(size == 0, 0, bits)
+    keys = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where(inside, keys, 0)
+
+
+@triton.jit
+def _top_k(scores, ids, stride, neurons, kept, WIDTH: tl.constexpr, PART: tl.constexpr):
+    """One row: the largest limit that `kept` scores reach, bit by bit; then what is above it, and of what equals it the
+    first. The row stays in registers: 32 counts take less time than writing a histogram. It is read again, in parts, to
+    write the ids, because keys and places together do not fit."""
+    row = tl.program_id(0).to(tl.int64)
+    scores += row * stride
+    ids += row * kept
+    keys = _keys(scores, tl.arange(0, WIDTH), neurons)
     limit = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(32):
         higher = limit | bit
-        limit = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= kept, higher, limit)
+        limit = tl.where(tl.sum((keys >= higher).to(tl.int32), 0) >= kept, higher, limit)
         bit = bit >> 1
-    above = key > limit
-    equal = (key == limit).to(tl.int32)
-    free = kept - tl.sum(above.to(tl.int32), 0)
-    keep = above | ((equal > 0) & (tl.cumsum(equal, 0) <= free))
-    at = tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(ids + row * kept + at, j, mask=keep)
+    free = kept - tl.sum((keys > limit).to(tl.int32), 0)  # places for those that equal the limit
+    written = 0
+    for begin in range(0, neurons, PART):
+        at = begin + tl.arange(0, PART)
+        part = _keys(scores, at, neurons)
+        equal = (part == limit).to(tl.int32)
+        keep = (part > limit) | ((equal > 0) & (tl.cumsum(equal, 0) <= free))
+        tl.store(ids + written + tl.cumsum(keep.to(tl.int32), 0) - 1, at, mask=keep)
+        free -= tl.sum(equal, 0)
+        written += tl.sum(keep.to(tl.int32), 0)
 
 
 def top_k(scores: Tensor, kept: int) -> Tensor:
@@ -443,10 +456,16 @@ def top_k(scores: Tensor, kept: int) -> Tensor:
         return torch_ref.top_k(scores, kept)
     scores = _unit_rows(scores.float())
     ids = torch.empty(n, kept, dtype=torch.int32, device=scores.device)
-    width = triton.next_power_of_2(neurons)
     with torch.cuda.device_of(scores):
-        _top_k[(n,)](scores, ids, scores.stride(0), neurons, kept, WIDTH=width, num_warps=max(4, min(32, width // 512)))
+        _top_k[(n,)](scores, ids, scores.stride(0), neurons, kept, **_row(neurons))
     return ids
+
+
+def _row(neurons: int) -> dict[str, int]:
+    """Sizes of `_top_k`: at most 32 scores to a thread."""
+    width = triton.next_power_of_2(neurons)
+    part = min(width, 128 if INTERPRETED else 4096)
+    return {"WIDTH": width, "PART": part, "num_warps": max(4, min(32, width // 512))}
 
 
 def compensate(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank: int) -> Tensor:
