@@ -65,15 +65,26 @@ class Plan:
 
     def with_dense(self, ids: torch.Tensor, neurons: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The (N, K) selection of the sparse blocks -> flat ids of all blocks in `rows`, and their boundaries: the dense
-        ranges keep all F = `neurons`."""
+        ranges keep all F = `neurons`. Nothing waits for the device."""
         everything = torch.arange(neurons, dtype=ids.dtype, device=ids.device)
-        parts, sizes, taken = [], [0], 0
+        parts, taken = [], 0
         for start, stop, sparse in self.segments:
-            blocks = (stop - start) // self.block_size if sparse else 1
+            blocks = (stop - start) // self.block_size * sparse
             parts.append(ids[taken : taken + blocks].flatten() if sparse else everything)
-            sizes += [ids.shape[1] if sparse else neurons] * blocks
-            taken += blocks * sparse
-        return torch.cat(parts), torch.tensor(sizes).cumsum(0)
+            taken += blocks
+        if (ids.shape[1], neurons) not in self._bounds:  # layers that keep as many neurons have the same
+            self._bounds[ids.shape[1], neurons] = self._id_bounds(ids.shape[1], neurons)
+        return torch.cat(parts), self._bounds[ids.shape[1], neurons]
+
+    @cached_property
+    def _bounds(self) -> dict[tuple[int, int], torch.Tensor]:
+        return {}
+
+    def _id_bounds(self, kept: int, neurons: int) -> torch.Tensor:
+        sizes = [0]
+        for start, stop, sparse in self.segments:
+            sizes += [kept] * ((stop - start) // self.block_size) if sparse else [neurons]
+        return torch.tensor(sizes).cumsum(0)
 
     def clear_dense(self, x: torch.Tensor) -> torch.Tensor:
         """(batch * T, H), its dense rows set to zero in place."""

@@ -65,8 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print one JSON document as the last line of stdout")
         return sub
 
-    def model_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    def model_options(sub: argparse.ArgumentParser, **more: Any) -> None:
+        sub.add_argument("model", metavar="MODEL", help=MODEL_HELP, **more)
         device_options(sub)
 
     def device_options(sub: argparse.ArgumentParser) -> None:
@@ -74,12 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
         sub.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
 
-    def attach_options(sub: argparse.ArgumentParser, required: bool = True) -> None:
+    def attach_options(sub: argparse.ArgumentParser, required: bool = True, default: str | None = "default") -> None:
         sub.add_argument(
             "--artifact",
             metavar="DIR",
             required=required,
-            default=None if required else "default",
+            default=None if required else default,
             help="folder, or 'default' for the shipped one",
         )
         sub.add_argument("--sparsity", type=float, help="share of FFN neurons skipped, 0 to 0.95 (default: the artifact's)")
@@ -142,8 +142,10 @@ def build_parser() -> argparse.ArgumentParser:
         "Time to first token, dense and sparse in alternation.",
         "fastfill bench default --artifact default --prompt-lengths 512,1024,2048,4096 --repeats 5",
     )
-    model_options(bench)
-    attach_options(bench)
+    model_options(bench, nargs="?")
+    attach_options(bench, required=False, default=None)
+    bench.add_argument("--shape", metavar="NAME", help="random weights instead of MODEL: Llama-3.1-8B, ..., or a folder")
+    bench.add_argument("--layers", type=int, help="of the shape, to make it smaller (default: all)")
     bench.add_argument("--engine", default="transformers", choices=["transformers", "vllm"], help="default: transformers")
     lengths = "256,512,1024,2048,4096,8192,16384"
     bench.add_argument("--prompt-lengths", default=lengths, help=f"tokens, cut to what the model holds (default: {lengths})")
@@ -402,15 +404,16 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str, Any], int]:
     """The document of `bench` without its peers, and the model's vocabulary. The model is gone afterwards."""
-    from fastfill import artifact as artifacts
+    import torch
+
     from fastfill import engines, machine
-    from fastfill.evaluate import speed
+    from fastfill.evaluate import ffn_op, speed
 
     bench = engines.bench_of(arguments.engine)
-    artifact = artifacts.load(arguments.artifact)
     _threads(arguments)
+    model, artifact = _bench_model(arguments)
     settings = {key: getattr(arguments, key) for key in ("dtype", "device", "sparsity", "block_size", "min_tokens", "kernel")}
-    with bench(arguments.model, artifact, **settings) as runner:
+    with bench(model, artifact, **settings) as runner:
         limit = getattr(runner.shape, "max_position_embeddings", None)
         fitting = speed.fitting(lengths, limit)
         if max(lengths) > max(fitting):
@@ -434,7 +437,26 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
             "compare": [],
             "machine": machine.describe(),
         }
+        if ways := getattr(runner, "ways", None):
+            result["ways"] = ways
+        if torch.device(arguments.device).type == "cuda":
+            result["ffn_op"] = ffn_op.of_runner(runner, fitting, arguments.repeats)
         return result, runner.shape.vocab_size
+
+
+def _bench_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """MODEL and its artifact, or both of a shape, with random weights."""
+    from fastfill import artifact as artifacts
+    from fastfill import stand_in
+
+    if arguments.shape is None:
+        if arguments.model is None or arguments.artifact is None or arguments.layers is not None:
+            raise UserError("Name MODEL and --artifact, or --shape (and --layers) for random weights.")
+        return arguments.model, artifacts.load(arguments.artifact)
+    if arguments.model is not None or arguments.artifact is not None or arguments.compare or arguments.engine != "transformers":
+        raise UserError("--shape makes model and artifact itself, for transformers; leave out what names others.")
+    loaded = stand_in.model(arguments.shape, arguments.dtype, arguments.device, arguments.layers, arguments.seed)
+    return loaded, stand_in.artifact(loaded.model, loaded.name, seed=arguments.seed)
 
 
 def _compare(arguments: argparse.Namespace, result: dict[str, Any], vocabulary: int) -> list[dict[str, Any]]:

@@ -101,18 +101,25 @@ class TransformersRunner:
         return Prefill(seconds, self.attachment.stats.sparse_tokens - before)
 
     def split(self, ids: torch.Tensor, sparse: bool) -> dict[str, float]:
-        return profile.split(self.attachment, lambda: self.prefill(ids, sparse).seconds)
+        return profile.split(self.attachment, lambda: TransformersRunner.prefill(self, ids, sparse).seconds)
 
     def peak_mb(self, ids: torch.Tensor, sparse: bool) -> float | None:
-        return profile.peak_mb(self.attachment.model.device, lambda: self.prefill(ids, sparse))
+        return profile.peak_mb(self.attachment.model.device, lambda: TransformersRunner.prefill(self, ids, sparse))
 
     def _mode(self, sparse: bool) -> AbstractContextManager[None]:
         return nullcontext() if sparse else self.attachment.dense()
 
 
 @contextmanager
-def bench(model: str, artifact: Artifact, *, dtype: str, device: str, **settings: Any) -> Iterator[TransformersRunner]:
+def bench(
+    model: str | models.LoadedModel, artifact: Artifact, *, dtype: str, device: str, **settings: Any
+) -> Iterator[TransformersRunner]:
     """A runner for `fastfill bench`; see `fastfill.engines`. settings: those of `attach`."""
-    loaded = models.load(model, dtype, device)
+    loaded = models.load(model, dtype, device) if isinstance(model, str) else model
     with attach(loaded.model, artifact, **settings) as attachment:
-        yield TransformersRunner(attachment, loaded.name)
+        if loaded.model.device.type == "cuda":
+            from fastfill.engines.cuda import CudaRunner
+
+            yield CudaRunner(attachment, loaded.name)
+        else:
+            yield TransformersRunner(attachment, loaded.name)

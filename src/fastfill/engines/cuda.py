@@ -1,0 +1,141 @@
+"""Prefill on a GPU, dense and sparse each the fastest way there is, timed by CUDA events."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastfill import families
+from fastfill.attachment import Attachment
+from fastfill.engines import Prefill
+from fastfill.engines.transformers import TransformersRunner
+
+TRIALS = 5  # timed runs of each way, to choose by
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+WAYS = ("eager", "graph", "compiled")
+
+Run = Callable[[], Any]
+
+
+class CudaRunner(TransformersRunner):
+    """As `TransformersRunner`, from the ids on the device to the first new id and the KV cache.
+
+    Each prompt length is tried in three ways, dense and sparse alike, and measured in the fastest: eager; as a CUDA graph;
+    as a CUDA graph of a model whose norms and dense FFNs are compiled by torch.compile. ways: per length and kind the
+    median seconds of each way, or the reason why it did not run. Profiled and memory runs are eager.
+    """
+
+    def __init__(self, attachment: Attachment, name: str):
+        super().__init__(attachment, name)
+        self.ways: dict[str, dict[str, float | str]] = {}
+        self._ready: dict[tuple[int, bool], tuple[torch.Tensor, Run, int]] = {}
+
+    def prefill(self, ids: torch.Tensor, sparse: bool) -> Prefill:
+        key = (ids.shape[1], sparse)
+        if any(tokens != ids.shape[1] for tokens, _ in self._ready):
+            self._ready.clear()  # a graph keeps its memory as long as it lives
+        if key not in self._ready:
+            self._ready[key] = self._fastest(ids, sparse)
+        there, run, sparse_tokens = self._ready[key]
+        there.copy_(ids)
+        return Prefill(clock(run), sparse_tokens)
+
+    def split(self, ids: torch.Tensor, sparse: bool) -> dict[str, float]:
+        self._ready.clear()
+        return super().split(ids, sparse)
+
+    def _fastest(self, ids: torch.Tensor, sparse: bool) -> tuple[torch.Tensor, Run, int]:
+        there = ids.to(self.attachment.model.device, copy=True)
+        before = self.attachment.stats.sparse_tokens
+        self._first_id(there, sparse)
+        sparse_tokens = self.attachment.stats.sparse_tokens - before
+        seconds = self.ways.setdefault(f"{ids.shape[1]} {'sparse' if sparse else 'dense'}", {})
+        best: tuple[float, Run] | None = None
+        for way in WAYS:
+            try:
+                run = self._way(way, there, sparse)
+                seconds[way] = statistics.median(clock(run) for _ in range(TRIALS))
+            except Exception as error:  # a compiler or a driver that refuses: another way is measured instead
+                seconds[way] = (str(error).strip() or type(error).__name__).splitlines()[0]
+                if way == "eager":
+                    raise
+                continue
+            if best is None or seconds[way] < best[0]:
+                best = float(seconds[way]), run
+        assert best is not None
+        return there, best[1], sparse_tokens
+
+    def _way(self, way: str, ids: torch.Tensor, sparse: bool) -> Run:
+        def run() -> torch.Tensor:
+            return self._first_id(ids, sparse)
+
+        if way == "eager":
+            run()
+            return run
+        if way == "graph":
+            return capture(run)
+        with compiled(self.attachment, sparse):
+            return capture(run)
+
+    @torch.no_grad()
+    def _first_id(self, ids: torch.Tensor, sparse: bool) -> torch.Tensor:
+        # No mask and no positions: nothing to look at on the device. With a cache, because without one transformers checks
+        # for packed sequences, and under capture assumes them.
+        with self._mode(sparse), sdpa_kernel(ATTENTION, set_priority=True):
+            out = self.attachment.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1)
+
+
+@contextmanager
+def compiled(attachment: Attachment, sparse: bool, backend: str = "inductor") -> Iterator[None]:
+    """Norms by torch.compile while the block runs, and for dense runs the FFNs too, as the model has them."""
+    base = families.dissect(attachment.model).base
+    modules = [module for module in base.modules() if "RMSNorm" in type(module).__name__]
+    if not sparse:
+        attachment.detach()
+        modules += attachment.modules
+    try:
+        for module in modules:
+            module.compile(dynamic=False, backend=backend)
+        yield
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None
+        if not sparse:
+            attachment._swap()
+
+
+def capture(run: Run) -> Run:
+    """A CUDA graph of `run`, which is run twice before (kernels are loaded, layouts copied, compilers done)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay(_result: Any = result) -> Any:
+        graph.replay()
+        return _result
+
+    return replay
+
+
+def clock(run: Run) -> float:
+    """Seconds of one run on the device, by events around it."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
