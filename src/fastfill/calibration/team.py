@@ -23,11 +23,11 @@ from fastfill.errors import UserError
 
 @dataclass(frozen=True)
 class Team:
-    """rank: of this process, 0 to size - 1. device: where it computes."""
+    """rank: of this process, 0 to size - 1. device: where it computes, in a team of several."""
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None
 
     def share(self, n: int) -> slice:
         """This process's part of n things, in order; all of it for a team of one."""

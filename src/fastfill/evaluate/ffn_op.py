@@ -28,7 +28,7 @@ class Chip:
 CHIPS = {
     "H200 peak": Chip(989e12, 4.8e12, "NVIDIA's datasheet for the H200 SXM: dense BF16 without sparsity, HBM3e"),
     "H200 reached": Chip(
-        788e12, 4.3e12, "one H200: an 8192^3 bf16 product by PyTorch on random data, and a copy on the device"
+        788e12, 4.3e12, "read on one H200: PyTorch's 8192^3 bf16 product of random data; a copy on the device"
     ),
 }
 
@@ -52,9 +52,12 @@ class Size:
 
 
 def work(size: Size) -> dict[str, tuple[int, int]]:
-    """(FLOPs, bytes) of each part. FLOPs are two for each multiply-add, logits of the predictor counted once. Bytes: every input read
-    once and every output written once; of the weights the rows that some block is expected to choose if all choose at
-    random; h, between the two halves of an FFN, written and read."""
+    """(FLOPs, bytes) of each part.
+
+    FLOPs are two for each multiply-add; logits of the predictor are counted once. Bytes: every input read once and every
+    output written once; of the weights the rows that some block is expected to choose if all choose at random; h, between
+    the two halves of an FFN, written and read.
+    """
     h, f, t, k, n, item = size.hidden, size.neurons, size.tokens, size.kept, size.blocks, size.item
     rows = round(f * (1 - (1 - k / f) ** n))
     low_rank = size.predictor * (h + f)
@@ -101,9 +104,16 @@ def prefill_floors(
 
 
 def measure(
-    size: Size, dtype: torch.dtype, device: str, kernel: str = "auto", repeats: int = 20, seed: int = 0
+    size: Size,
+    dtype: torch.dtype,
+    device: str,
+    kernel: str = "auto",
+    repeats: int = 20,
+    seed: int = 0,
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Median seconds of dense and of each sparse part on random data, each block with a random selection.
+    """Median seconds of dense and of each sparse part on random data, each block with a random selection. only: these parts,
+    for tuning, and no more than their seconds.
 
     On CUDA each is a graph, timed by events, and dense is the faster of plain and compiled. of_gemm: FLOP rate of the
     sparse FFN on what remains, over that of one dense product at the same T. over_floor: measured over `floors` (H200).
@@ -111,7 +121,7 @@ def measure(
     data = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=data, device=device) * shape[-1] ** -0.5).to(dtype)
+        return (torch.randn(shape, generator=data, device=device) * max(1, shape[-1]) ** -0.5).to(dtype)
 
     h, f, t = size.hidden, size.neurons, size.tokens
     x = random(t, h) * h**0.5
@@ -142,8 +152,12 @@ def measure(
     }
     if x.is_cuda:
         calls["dense_compiled"] = torch.compile(dense, dynamic=False)
+    if only:
+        calls = {name: calls[name] for name in only}
     with torch.no_grad():
         seconds = _alternate(calls, repeats, x.is_cuda)
+    if only:
+        return {f"{name}_s": value for name, value in seconds.items()}
     fastest = min(seconds["dense"], seconds.get("dense_compiled", seconds["dense"]))
     rate = 6 * t * h * size.kept / seconds["sparse"]
     least = floors(size, CHIPS["H200 reached"])
