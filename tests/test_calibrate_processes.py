@@ -45,9 +45,9 @@ def command(words, *more):
     return done.returncode, done.stdout, done.stderr
 
 
-def distance(one, two):
-    """The largest relative difference of a tensor, in norm."""
-    pairs = [(one.tensors[k].double(), two.tensors[k].double()) for k in one.tensors]
+def distance(one, two, part=""):
+    """The largest relative difference of a tensor, in norm. part: of those whose name has it."""
+    pairs = [(one.tensors[k].double(), two.tensors[k].double()) for k in one.tensors if part in k]
     return max(float((a - b).norm() / a.norm().clamp_min(1e-9)) for a, b in pairs)
 
 
@@ -104,4 +104,4 @@ def test_bf16_products(model, tokenizer, tmp_path, monkeypatch):
         found[on] = fastfill.calibrate(model, tokenizer, texts, tmp_path / str(on), prefill=PREFILL, config=CONFIG)
     losses = [a.calibration["loss_last"] for a in found.values()]
     assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[0] != losses[1]
-    assert 0 < distance(found[False], found[True]) < 0.6
+    assert 0 < distance(found[False], found[True], "predictor") < 0.2

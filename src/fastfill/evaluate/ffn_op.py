@@ -27,9 +27,7 @@ class Chip:
 
 CHIPS = {
     "H200 peak": Chip(989e12, 4.8e12, "NVIDIA's datasheet for the H200 SXM: dense BF16 without sparsity, HBM3e"),
-    "H200 reached": Chip(
-        788e12, 4.3e12, "read on one H200: PyTorch's 8192^3 bf16 product of random data; a copy on the device"
-    ),
+    "H200 reached": Chip(788e12, 4.3e12, "read on one H200: PyTorch's 8192^3 bf16 product, random data; a copy on the device"),
 }
 
 

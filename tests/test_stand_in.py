@@ -1,0 +1,187 @@
+"""Random models and artifacts of a given shape, `fastfill bench --shape`, and how a GPU's runner measures (no GPU needed)."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import LAYERS, one_sentence, tiny_artifact, token_ids
+
+from fastfill import attach, cli, families, stand_in
+from fastfill.engines import cuda
+from fastfill.engines.cuda import CudaRunner
+from fastfill.errors import UserError
+from fastfill.evaluate import ffn_op
+from fastfill.evaluate.ffn_op import Chip, Size
+
+PARAMETERS = {"Llama-3.2-1B": 1.24e9, "Llama-3.2-3B": 3.21e9, "Llama-3.1-8B": 8.03e9, "Qwen3-8B": 8.19e9, "Qwen2.5-7B": 7.62e9}
+
+
+@pytest.mark.parametrize("name", stand_in.SHAPES)
+def test_shapes_have_the_published_number_of_parameters(name):
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(stand_in.config(name))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(PARAMETERS[name], rel=0.005)
+
+
+def test_a_folder_is_a_shape_and_layers_cut_it(model_folder):
+    loaded = stand_in.model(str(model_folder), "fp32", layers=2)
+    assert len(families.dissect(loaded.model).ffns) == 2 and loaded.tokenizer is None
+    assert loaded.name.endswith("(random weights, 2 layers)")
+    artifact = stand_in.artifact(loaded.model, loaded.name)
+    with attach(loaded.model, artifact, min_tokens=16, block_size=8) as attached:
+        loaded.model(token_ids(1, 80))
+        assert attached.stats.sparse_tokens == 16  # behind a dense head of 64
+        assert attached.kept == [48, 48]
+    for arguments in (("nothing",), (str(model_folder), 9), (str(model_folder), 0)):
+        with pytest.raises(UserError) as error:
+            stand_in.config(*arguments)
+        one_sentence(error)
+
+
+def test_bench_of_a_shape(model_folder, capsys):
+    words = ["bench", "--shape", str(model_folder), "--layers", "2", "--prompt-lengths", "300", "--repeats", "1", "--json"]
+    assert cli.main([*words, "--dtype", "fp32", "--block-size", "16"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "random weights" in result["model"] and result["rows"][0]["sparse_tokens"] == 224
+    for wrong in (["default"], ["--artifact", "default"], ["--compare"]):
+        assert cli.main([*words, *wrong]) == 2
+    assert cli.main(["bench", "default"]) == 2 and cli.main(["bench", "default", "--artifact", "default", "--layers", "1"]) == 2
+    assert "Name MODEL and --artifact, or --shape" in capsys.readouterr().err
+
+
+# --- one FFN ------------------------------------------------------------------------------------------------------------
+
+
+def test_work_and_floors_by_hand():
+    """H = 4, F = 8, two blocks of 3 tokens that keep 4 neurons, ranks 2 and 1, bf16."""
+    size = Size(4, 8, 6, 3, 4, 2, 1)
+    assert ffn_op.work(size) == {
+        "dense": (6 * 6 * 4 * 8, 2 * (96 + 48 + 96)),
+        "sparse": (6 * 6 * 4 * 4, 2 * (12 * 6 + 48 + 48) + 4 * 8),  # two random halves have 3/4 of the rows: 6
+        "scores": (2 * 6 * 2 * 12, 2 * (24 + 8 + 24) + 4 * 2 * 8),
+        "top_k": (0, 4 * 2 * 12),
+        "compensator": (2 * 6 * 8, 2 * (8 + 4 + 48)),
+    }
+    slow_memory, slow_arithmetic = (ffn_op.floors(size, Chip(f, b, "")) for f, b in ((1e12, 1.0), (1.0, 1e12)))
+    assert slow_memory["dense"] == 480 and slow_arithmetic["dense"] == 1152
+    assert slow_arithmetic["layer"] == pytest.approx(576 + 288 + 96 + 96 / 1e12)
+
+
+def test_prefill_floors_by_hand():
+    """A shape where only FFNs cost anything worth naming: half of them is half the time, but for the dense head."""
+    from fastfill.evaluate import flops
+
+    shape = stand_in.config("Llama-3.1-8B")
+    found = ffn_op.prefill_floors(shape, 4096, 64, 128, 0.5, Chip(1e12, 1e30, ""))
+    parts = flops.prefill(shape, 4096)
+    assert found["dense"] == pytest.approx(sum(parts.values()) / 1e12)
+    sparse = (4096 - 128) / 4096
+    assert found["bare"] == pytest.approx((sum(parts.values()) - 0.5 * sparse * parts["ffn"]) / 1e12)
+    assert found["bare"] < found["sparse"] < found["dense"]
+    one_token = ffn_op.prefill_floors(shape, 1, 64, 128, 0.5, Chip(1e30, 1.0, ""))
+    assert one_token["dense"] == pytest.approx(2 * (8.03e9 - 128256 * 4096), rel=0.01)  # all weights but the embedding
+
+
+@pytest.mark.parametrize("compensator", [0, 4])
+def test_the_op_is_measured_part_by_part(compensator):
+    row = ffn_op.measure(Size(32, 96, 24, 8, 48, 8, compensator, 4), torch.float32, "cpu", "torch", repeats=2)
+    assert {f"{part}_s" for part in (*ffn_op.PARTS, "dense", "layer", "gemm")} <= row.keys() and row["over_floor"] is None
+    assert all(row[key] > 0 for key in row if key.endswith("_s"))
+    assert row["speedup"] == pytest.approx(row["dense_s"] / row["sparse_s"])
+    assert row["of_gemm"] == pytest.approx((6 * 24 * 32 * 48 / row["sparse_s"]) / (2 * 24 * 32 * 96 / row["gemm_s"]))
+
+
+# --- the runner for GPUs, with a graph that just runs and a clock that is counted -----------------------------------------
+
+
+@pytest.fixture
+def runner(model, monkeypatch):
+    seconds = {"eager": 3.0, "graph": 2.0, "compiled": 1.0}
+    clocked = []
+
+    def clock(run):
+        run()
+        clocked.append(run)
+        return seconds[getattr(run, "way", "eager")]
+
+    def capture(run):
+        def replay():
+            return run()
+
+        replay.way = "compiled" if any(m._compiled_call_impl for m in attached.model.modules()) else "graph"
+        run()
+        return replay
+
+    monkeypatch.setattr(cuda, "clock", clock)
+    monkeypatch.setattr(cuda, "capture", capture)
+    monkeypatch.setattr(cuda.compiled.__wrapped__, "__defaults__", ("eager",))  # no C++ compiler in a test
+    with attach(model, tiny_artifact(model)) as attached:
+        made = CudaRunner(attached, "tiny")
+        made.seconds, made.clocked = seconds, clocked
+        yield made
+
+
+def test_each_kind_is_measured_the_fastest_way(runner):
+    ids = token_ids(1, 45)
+    read = runner.prefill(ids, True)
+    assert (read.seconds, read.sparse_tokens) == (1.0, 32) and runner.prefill(ids, False).sparse_tokens == 0
+    assert runner.ways == {f"45 {kind}": runner.seconds for kind in ("sparse", "dense")}
+    before = len(runner.clocked)
+    assert runner.prefill(ids, True).seconds == 1.0 and len(runner.clocked) == before + 1  # chosen once
+    runner.prefill(token_ids(1, 50), True)
+    assert [key[0] for key in runner._ready] == [50]  # the graphs of the other length are gone
+    assert not any(m._compiled_call_impl for m in runner.attachment.model.modules())
+
+
+def test_new_ids_are_read(runner):
+    model, found = runner.attachment.model, []
+    runner.prefill(token_ids(1, 45), False)
+    there, run, _ = runner._ready[45, False]
+    for seed in (1, 2):
+        ids = token_ids(1, 45, seed=seed)
+        runner.prefill(ids, False)
+        with torch.no_grad(), runner.attachment.dense():
+            want = model(ids).logits[:, -1].argmax(-1)
+        assert torch.equal(there, ids) and torch.equal(run(), want)
+        found.append(int(want))
+    assert len(set(found)) == 2
+
+
+def test_a_way_that_fails_is_told_and_left_out(runner, monkeypatch):
+    def refuse(_run):
+        raise RuntimeError("no graphs here\nand more")
+
+    monkeypatch.setattr(cuda, "capture", refuse)
+    assert runner.prefill(token_ids(1, 45), False).seconds == 3.0
+    assert runner.ways["45 dense"] == {"eager": 3.0, "graph": "no graphs here", "compiled": "no graphs here"}
+    assert runner.prefill(token_ids(1, 45), True).sparse_tokens == 32  # attached again after the compiled way failed
+
+
+def test_compiled_dense_is_the_model_without_the_artifact(runner):
+    attached, ids = runner.attachment, token_ids(1, 45)
+    with torch.no_grad():
+        want = attached.model(ids).logits
+        for sparse in (False, True):
+            with cuda.compiled(attached, sparse, "eager"):
+                on = [m for m in attached.model.modules() if m._compiled_call_impl]
+                assert len(on) == 2 * LAYERS + 1 + (0 if sparse else LAYERS)
+                swapped = ["forward" in m.__dict__ for m in attached.modules]
+                assert swapped == [sparse] * LAYERS
+        assert torch.equal(attached.model(ids).logits, want)
+
+
+def test_a_row_of_bench_on_a_gpu(runner, monkeypatch):
+    from fastfill.evaluate import speed
+
+    monkeypatch.setattr(runner, "peak_mb", lambda ids, sparse: None)
+    row = speed.measure(runner, token_ids(1, 45), 1)
+    assert (row["ttft_dense_s"], row["ttft_sparse_s"], row["speedup"]) == (1.0, 1.0, 1.0)
+    (op,) = ffn_op.of_runner(runner, [45, 5], 1)
+    assert (op["T"], op["B"], op["K"]) == (40, 8, 48)
+
+
+def test_all_ways_have_a_name():
+    assert list(itertools.chain(cuda.WAYS)) == ["eager", "graph", "compiled"]
