@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from test_kernels import ACTS, excess, problem, problems, reference, run
 from test_kernels_scores import compensate_excess, mutants, scores_excess
 from test_kernels_scores import problem as low_rank_problem
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfill
-from fastfill import kernels
+from fastfill import blocks, kernels
+from fastfill.sparse_ffn import current_plan
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed (pip install 'fastfill[gpu]')", allow_module_level=True)
@@ -252,6 +254,36 @@ def test_model(padding):
     torch.testing.assert_close(logits["triton"][real], logits["torch"][real], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_nothing_waits_for_the_device(monkeypatch):
+    """No op of a sparse FFN reads a value back or has a result whose size depends on values: a CUDA graph may hold it."""
+
+    class Watch(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = tiny_model().to(DEVICE)
+    monkeypatch.setattr(kernels, "_check_ids", lambda *_: None)  # not done for ids on a GPU
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "aten.equal", "unique")
+    found = {}
+    for name in ("triton", "torch"):
+        with fastfill.attach(model, tiny_artifact(model), kernel=name) as attached:
+            token = current_plan.set(blocks.make_plan([(0, 45, 0)], 45, 8, 8, 16))
+            try:
+                with Watch() as watch:
+                    attached.ffns[0](torch.randn(1, 45, 32, device=DEVICE))
+            finally:
+                current_plan.reset(token)
+        found[name] = [op for op in watch.seen if any(wait in op for wait in waits)]
+    assert found["torch"]  # its top-k: the test sees what it looks for
+    assert not found["triton"]
+
+
 def test_layout_by_hand():
     """Blocks of 40, 32 and 3 tokens that keep 70, 0 and 200 ids, tiles of 32 tokens x 64 columns, two tiles to a group."""
     tile = gpu.Tile(32, 64, 32, 4, 2)
@@ -374,7 +406,8 @@ def test_graph_replay_equals_eager_and_memory_is_stable():
     with fastfill.attach(model, tiny_artifact(model), kernel="triton"):
 
         def prefill():
-            return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+            # With a cache: without one and under capture, transformers assumes packed sequences and makes a mask.
+            return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
 
         want = prefill()
         stream = torch.cuda.Stream()
