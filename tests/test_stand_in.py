@@ -140,14 +140,14 @@ def test_new_ids_are_read(runner):
     model, found = runner.attachment.model, []
     runner.prefill(token_ids(1, 45), False)
     there, run, _ = runner._ready[45, False]
-    for seed in (1, 2):
+    for seed in range(1, 9):
         ids = token_ids(1, 45, seed=seed)
         runner.prefill(ids, False)
         with torch.no_grad(), runner.attachment.dense():
             want = model(ids).logits[:, -1].argmax(-1)
         assert torch.equal(there, ids) and torch.equal(run(), want)
         found.append(int(want))
-    assert len(set(found)) == 2
+    assert len(set(found)) > 1
 
 
 def test_a_way_that_fails_is_told_and_left_out(runner, monkeypatch):
