@@ -59,14 +59,15 @@ class CudaRunner(TransformersRunner):
         for way in WAYS:
             try:
                 run = self._way(way, there, sparse)
-                seconds[way] = statistics.median(clock(run) for _ in range(TRIALS))
+                found = statistics.median(clock(run) for _ in range(TRIALS))
             except Exception as error:  # a compiler or a driver that refuses: another way is measured instead
                 seconds[way] = (str(error).strip() or type(error).__name__).splitlines()[0]
                 if way == "eager":
                     raise
                 continue
-            if best is None or seconds[way] < best[0]:
-                best = float(seconds[way]), run
+            seconds[way] = found
+            if best is None or found < best[0]:
+                best = found, run
         assert best is not None
         return there, best[1], sparse_tokens
 

@@ -39,10 +39,12 @@ class Tile:
     stages: int
 
 
+Tiles = dict[int, tuple[tuple[Tile, ...], tuple[Tile, ...]]]
+
 # By the number of a block's tokens that a tile takes: candidates for the two halves, the one that is used first.
 # Hopper has 227 KiB of shared memory for a program, A100 163, consumer cards 99. In `_down_half` rows are found by ids that
 # are themselves loaded, so that Triton makes half the buffers of its stages: 5 stages give 3, 7 give 4.
-_HOPPER = {
+_HOPPER: Tiles = {
     128: (
         (Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4)),
         (Tile(128, 256, 64, 8, 5), Tile(128, 256, 64, 8, 7), Tile(128, 128, 64, 4, 5)),
@@ -53,7 +55,7 @@ _HOPPER = {
     ),
     32: ((Tile(32, 128, 64, 4, 4),), (Tile(32, 128, 64, 4, 5),)),
 }
-_AMPERE = {
+_AMPERE: Tiles = {
     128: (
         (Tile(128, 64, 32, 4, 4), Tile(128, 64, 64, 8, 3), Tile(128, 128, 32, 8, 3)),
         (Tile(128, 128, 32, 4, 5), Tile(128, 128, 64, 8, 5), Tile(128, 256, 32, 8, 5)),
@@ -64,7 +66,7 @@ _AMPERE = {
     ),
     32: ((Tile(32, 64, 64, 4, 3),), (Tile(32, 128, 64, 4, 5),)),
 }
-_CONSUMER = {
+_CONSUMER: Tiles = {
     128: (
         (Tile(128, 64, 32, 4, 3), Tile(128, 64, 32, 8, 4)),
         (Tile(128, 128, 32, 4, 5), Tile(128, 128, 32, 8, 5)),
@@ -72,8 +74,8 @@ _CONSUMER = {
     64: ((Tile(64, 64, 32, 4, 4), Tile(64, 64, 64, 4, 3)), (Tile(64, 128, 32, 4, 5), Tile(64, 128, 64, 4, 5))),
     32: ((Tile(32, 64, 64, 4, 3),), (Tile(32, 128, 64, 4, 5),)),
 }
-_FP32 = {n: ((Tile(n, 32, 32, 4, 2),), (Tile(n, 64, 32, 4, 2),)) for n in (32, 64, 128)}
-_INTERPRETER = {n: ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)) for n in (32, 64, 128)}
+_FP32: Tiles = {n: ((Tile(n, 32, 32, 4, 2),), (Tile(n, 64, 32, 4, 2),)) for n in (32, 64, 128)}
+_INTERPRETER: Tiles = {n: ((Tile(32, 32, 32, 1, 1),), (Tile(32, 32, 32, 1, 1),)) for n in (32, 64, 128)}
 
 
 def candidates(arch: int, dtype: torch.dtype, longest: int) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
@@ -384,6 +386,13 @@ def _block_sums(
     tl.store(scores + block.to(tl.int64) * columns + n, score, mask=n < columns)
 
 
+def score_tile(dtype: torch.dtype) -> Tile:
+    """Of both kernels behind `block_scores`."""
+    if INTERPRETED:
+        return Tile(32, 32, 32, 1, 1)
+    return Tile(32, 64, 32, 4, 2) if dtype == torch.float32 else Tile(64, 128, 32, 4, 3)
+
+
 def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_size: int) -> Tensor:
     """As `torch_ref.block_scores`, with logits in fp32, in three launches: cuBLAS for the thin ``w_in``, then the logits
     twice, for their softmax and for the sums, because they are cheaper to compute again than to write, (T, F), and to read."""
@@ -392,13 +401,14 @@ def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_siz
     if not tokens * columns * rank * x.shape[1]:
         return torch_ref.block_scores(x, w_in, w_out, bias, block_size)
     inner, w_out, bias = F.linear(x, w_in), _unit_rows(w_out), bias.contiguous()
-    many, wide = (32, 32) if INTERPRETED else (64, 128)
+    tile = score_tile(x.dtype)
+    many, wide = tile.tokens, tile.columns
     parts, step = 4, max(1, triton.cdiv(columns, 4 * wide))
     while parts < 32 and not INTERPRETED and parts * triton.cdiv(tokens, many) < 512 and step > 1:
         parts, step = 2 * parts, triton.cdiv(step, 2)
     sums = torch.empty(2, parts, tokens, dtype=torch.float32, device=x.device)
     scores = torch.empty(tokens // block_size, columns, dtype=torch.float32, device=x.device)
-    sizes = {"PRECISION": _PRECISION, "TOKENS": many, "COLUMNS": wide, "DEPTH": 32, "num_warps": 4, "num_stages": 3}
+    sizes = {name: value for name, value in _sizes(tile).items() if name != "PADDING"}
     with torch.cuda.device_of(x):
         _softmax_sums[(triton.cdiv(tokens, many), parts)](
             inner, w_out, bias, sums, tokens, rank, columns, inner.stride(0), w_out.stride(0), step, **sizes
