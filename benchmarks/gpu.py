@@ -104,10 +104,10 @@ def show_floors(found: dict[str, Any]) -> None:
 def check(add: Any) -> None:
     tests = [sys.executable, "-m", "pytest", "-q", str(HERE.parent / "tests" / "test_kernels_gpu.py")]
     code = subprocess.run([*tests, "-p", "no:cacheprovider"], cwd=HERE.parent).returncode
-    add({"task": "check", "what": "tests/test_kernels_gpu.py on the GPU", "ok": code == 0})
+    add({"task": "gpu-check", "what": "tests/test_kernels_gpu.py on the GPU", "ok": code == 0})
     sanitizer = shutil.which("compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
-        row: dict[str, Any] = {"task": "check", "what": f"compute-sanitizer {tool}"}
+        row: dict[str, Any] = {"task": "gpu-check", "what": f"compute-sanitizer {tool}"}
         if sanitizer is None:
             add(row | {"skipped": "compute-sanitizer is not on the PATH"})
             continue
@@ -134,7 +134,7 @@ def tune(size: Size, repeats: int) -> dict[str, Any]:
     up = min(ups, key=lambda tile: seconds((tile, downs[0])))
     best = min(((up, tile) for tile in downs), key=seconds)
     gpu.use(arch, torch.bfloat16, size.block, best)
-    return {"task": "tiles", "B": size.block, "best": [str(tile) for tile in best], "default": best == (ups[0], downs[0]),
+    return {"task": "gpu-tiles", "B": size.block, "best": [str(tile) for tile in best], "default": best == (ups[0], downs[0]),
             "seconds": {f"{a} / {b}": found for (a, b), found in times.items()}}  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def op(names: list[str], repeats: int, add: Any) -> None:
                 f"{row['speedup']:5.2f}x {row['speedup_layer']:5.2f}x {row['of_gemm']:5.0%} {row['over_floor']['sparse']:5.2f}x"
             )
             print(case, ratios, f" target {target}x" if target else "", flush=True)
-            add({"task": "ffn-op", "shape": name, "target": target, **row})
+            add({"task": "gpu-ffn-op", "shape": name, "target": target, **row})
 
 
 def ttft(names: list[str], repeats: int, add: Any) -> None:
@@ -166,7 +166,7 @@ def ttft(names: list[str], repeats: int, add: Any) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         print(done.stdout)
         if done.returncode:
-            add({"task": "ttft", "shape": name, "skipped": f"exit code {done.returncode}"})
+            add({"task": "gpu-check", "what": f"bench --shape {name}", "ok": False})
             continue
         result = json.loads(done.stdout.splitlines()[-1])
         if name == MAIN:
@@ -180,7 +180,7 @@ def ttft(names: list[str], repeats: int, add: Any) -> None:
         for row in result["rows"]:
             found = least.get(row["prompt_tokens"])
             row["over_floor"] = found and {kind: row[f"ttft_{kind}_s"] / found[kind] for kind in ("dense", "sparse")}
-        add({"task": "ttft", "shape": name, **result})
+        add({"shape": name, **result})
 
 
 def main() -> None:

@@ -23,6 +23,10 @@ LISTS: dict[str, dict[str, type]] = {  # kind: fields that hold a list, and of w
     "inspect": {"layer_sparsity": object, "kept": object},
     "demo": {},
     "kernel": {},
+    "gpu-floors": {},  # these come from benchmarks/gpu.py and have no figure
+    "gpu-check": {},
+    "gpu-tiles": {},
+    "gpu-ffn-op": {},
 }
 STORE = ("predictions.jsonl", "settings.json")  # of a run that can be resumed, no result
 MARKS = {  # kinds without a task: fields that tell them
