@@ -359,7 +359,7 @@ def generate(model_folder, artifact_folder, prompt, *more):
         (["--block-size", "0"], "block_size must be a whole number of at least 1"),
         (["--block-size", "-64"], "block_size must be a whole number of at least 1"),
         (["--min-tokens", "0"], "min_tokens"),
-        (["--kernel", "cuda"], "native, torch"),
+        (["--kernel", "cuda"], "native, triton, torch"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--threads", "0"], "--threads"),
         (["--dtype", "int4"], "dtype 'int4' is not known"),
