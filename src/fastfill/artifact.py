@@ -91,10 +91,14 @@ class Artifact:
         theirs = (anatomy.hidden, anatomy.intermediate, len(anatomy.ffns))
         if mine != theirs or base["fingerprint"] != families.fingerprint(anatomy):
             why = f"shapes {mine} against {theirs}" if mine != theirs else "same shapes, other weights"
-            raise UserError(
-                f"This artifact belongs to another model ({base['name']}; {why}); "
-                "load that model, or make an artifact for this one with `fastfill calibrate`."
-            )
+            raise UserError(wrong_partner(base["name"], why))
+
+
+def wrong_partner(name: str, why: str) -> str:
+    return (
+        f"This artifact belongs to another model ({name}; {why}); "
+        "load that model, or make an artifact for this one with `fastfill calibrate`."
+    )
 
 
 def shapes(base_model: dict[str, Any], ranks: dict[str, int]) -> dict[str, tuple[int, ...]]:

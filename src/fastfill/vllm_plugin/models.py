@@ -1,0 +1,270 @@
+"""vLLM's models with a sparse prefill. START HERE: `SparsePrefill.forward`.
+
+A step that reads no prompt sparsely (decode, short prompts, requests that are switched off) runs vLLM's own model, compiled
+and captured as ever. A step that does runs a second view of the same modules, in which each FFN is one opaque op.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.sequence import IntermediateTensors
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from fastfill import artifact as artifacts
+from fastfill import blocks
+from fastfill.attachment import Stats
+from fastfill.blocks import Plan
+from fastfill.errors import UserError
+from fastfill.families import FFN, Anatomy
+from fastfill.sparse_ffn import SparseFFN, current_plan
+from fastfill.vllm_plugin import requests, settings
+
+logger = init_logger("vllm.fastfill")
+LOG_SECONDS = 10.0
+
+
+class Layer:
+    """One FFN as the op finds it. stock: vLLM's module. ffn: the sparse one, or None until the weights are there."""
+
+    def __init__(self, stock: nn.Module):
+        self.stock = stock
+        self.ffn: SparseFFN | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (T, H), the tokens of all requests of the step -> (T, H)."""
+        return self.stock(x) if self.ffn is None else self.ffn(x[None])[0]
+
+
+def _ffn(x: torch.Tensor, layer: str) -> torch.Tensor:
+    return get_forward_context().no_compile_layers[layer](x)
+
+
+def _ffn_fake(x: torch.Tensor, layer: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_library = torch.library.Library("fastfill", "FRAGMENT")
+direct_register_custom_op("vllm_ffn", _ffn, fake_impl=_ffn_fake, target_lib=_library)
+
+
+class OpaqueFFN(nn.Module):
+    """Stands in for an FFN in the second view; to torch.compile it is one node. name: of its `Layer`."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.fastfill.vllm_ffn(x, self.name)
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0})
+class SparseView(nn.Module):
+    """The second view of a stock model: everything shared with it, but for the FFNs."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", stock: nn.Module, ffns: list[nn.Module]):
+        super().__init__()
+        layers = nn.ModuleList(_with(layer, mlp=ffn) for layer, ffn in zip(stock.layers, ffns, strict=True))
+        self.view = _with(stock, layers=layers)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor | IntermediateTensors:
+        return self.view.forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+
+def _with(module: nn.Module, **children: nn.Module) -> nn.Module:
+    """The same module, with other children of these names. Parameters and all other children are shared."""
+    clone = copy.copy(module)
+    clone._modules = {**module._modules, **children}
+    return clone
+
+
+class SparsePrefill:
+    """Goes in front of a stock ...ForCausalLM."""
+
+    model: nn.Module
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any):
+        settings.check_version()
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        self._settings = settings.read(vllm_config)
+        self._prefill = self._settings.prefill
+        self._vllm_config = vllm_config
+        self._layers: list[Layer] = []
+        self._hidden: list[SparseView] = []  # in a list, so that it is no child: its weights are the stock model's
+        self._warm = False
+        self.stats = Stats()
+        self.extra_bytes = 0
+        self._logged = (time.monotonic(), 0, 0)
+        if self._prefill.sparsity == 0:
+            return
+        compilation = vllm_config.compilation_config
+        names = [f"{prefix}fastfill.{i}" for i in range(len(self.model.layers))]
+        self._layers = [Layer(layer.mlp) for layer in self.model.layers]
+        compilation.static_forward_context.update(zip(names, self._layers, strict=True))
+        with set_current_vllm_config(vllm_config), set_model_tag("fastfill"):
+            ffns: list[nn.Module] = [OpaqueFFN(name) for name in names]
+            self._hidden.append(SparseView(vllm_config=vllm_config, stock=self.model, ffns=ffns))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = super().load_weights(weights)  # type: ignore[misc]
+        self._take_weights()
+        return loaded
+
+    def _take_weights(self) -> None:
+        """Check the weights, and keep what the sparse kernel reads: vLLM may repack and drop its own right after this."""
+        parts = [_parts(layer.mlp) for layer in self.model.layers]
+        shape = tuple(parts[0].gate.shape)
+        artifact = artifacts.load(self._settings.artifact)
+        artifact.check_partner(Anatomy(self.model, [], [], parts, shape[1], shape[0], artifact.base_model["model_type"]))
+        if not self._layers:
+            return
+        added, kernel = 0, self._settings.kernel
+        counts = artifact.kept(self._prefill.sparsity)
+        for index, (layer, part, kept) in enumerate(zip(self._layers, parts, counts, strict=True)):
+            if kept == shape[0]:
+                continue
+            layer.ffn = SparseFFN(
+                dense=lambda x, stock=layer.stock: stock(x[0])[None],
+                gate=part.gate,
+                up=part.up,
+                down_t=part.down.t().contiguous(),
+                kept=kept,
+                predictor=artifact.predictor(index, part.gate, kernel),
+                compensator=artifact.compensator(index, part.gate, kernel),
+                kernel=kernel,
+            )
+            added += layer.ffn.extra_bytes
+            if part.gate.device.type == "cpu":  # vLLM packs gate and up for itself; the plain ones stay for us
+                added += 2 * part.gate.numel() * part.gate.element_size()
+        self.extra_bytes = added
+        logger.info(
+            "fastfill: %.0f%% of the FFN neurons are skipped in prompts of %d tokens or more; %.0f MB more memory.",
+            100 * self._prefill.sparsity,
+            self._prefill.min_tokens,
+            added / 1e6,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        call = (input_ids, positions, intermediate_tensors, inputs_embeds)
+        if not self._hidden:
+            return self.model(*call)
+        tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        metadata = _metadata()
+        if metadata is None and not self._warm:  # vLLM's dummy run: compile now, not when the first prompt comes
+            self._warm = True
+            self._hidden[0](*call)
+        plan = self._plan(metadata, tokens) if metadata is not None else None
+        if plan is None:
+            return self.model(*call)
+        context, before = get_forward_context(), get_forward_context().cudagraph_runtime_mode
+        context.cudagraph_runtime_mode = CUDAGraphMode.NONE  # what was captured knows nothing of this step's selection
+        token = current_plan.set(plan)
+        try:
+            return self._hidden[0](*call)
+        finally:
+            current_plan.reset(token)
+            context.cudagraph_runtime_mode = before
+
+    def _plan(self, metadata: Any, tokens: int) -> Plan | None:
+        """Which rows of this step are sparse: blocks that lie whole in one request's prompt, in this step, behind the head."""
+        config, plan = self._prefill, None
+        prompts = requests.of(self._vllm_config).prompts
+        if prompts and metadata.max_query_len >= config.block_size:  # a number of the host: decoding costs nothing here
+            starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+            rows = []
+            for index, prompt in sorted(prompts.items()):
+                if index + 1 < len(starts):
+                    first, last = starts[index], starts[index + 1]
+                    position = lengths[index] - (last - first)
+                    # What was generated is read again after a preemption; it was dense then and is dense now.
+                    last = min(last, first + prompt - position)
+                    rows.append((first, max(first, last), position))
+            plan = blocks.make_packed_plan(rows, tokens, config.block_size, config.dense_head)
+        sparse = plan.sparse_tokens if plan else 0
+        self._count(sparse, metadata.num_actual_tokens - sparse)
+        return plan
+
+    def _count(self, sparse: int, dense: int) -> None:
+        stats = self.stats
+        stats.sparse_tokens += sparse
+        stats.dense_tokens += dense
+        stats.sparse_calls += sparse > 0
+        stats.dense_calls += sparse == 0
+        then, sparse_then, dense_then = self._logged
+        if stats.sparse_tokens > sparse_then and time.monotonic() - then > LOG_SECONDS:
+            fresh = stats.sparse_tokens - sparse_then, stats.dense_tokens - dense_then
+            logger.info("fastfill: %d tokens read sparsely, %d computed densely since the last line.", *fresh)
+            self._logged = (time.monotonic(), stats.sparse_tokens, stats.dense_tokens)
+
+
+def _metadata() -> Any:
+    """Where the requests of this step lie; None in dummy runs and where it cannot be told (such a step is dense)."""
+    found = get_forward_context().attn_metadata if is_forward_context_available() else None
+    if not isinstance(found, dict) or not found:
+        return None
+    first = next(iter(found.values()))
+    return first if hasattr(first, "query_start_loc") and hasattr(first, "seq_lens") else None
+
+
+def _parts(mlp: Any) -> FFN:
+    """gate and up are views of vLLM's fused weight: (2 F, H), gate first."""
+    fused, down = mlp.gate_up_proj, mlp.down_proj
+    if getattr(fused, "bias", None) is not None or getattr(down, "bias", None) is not None:
+        raise UserError("An FFN with a bias is not supported.")
+    weight = fused.weight.data
+    gate, up = weight.chunk(2)
+    return FFN(mlp, gate, up, down.weight.data)
+
+
+class WorkerExtension:
+    """Methods that `LLM.collective_rpc` can call on vLLM's workers."""
+
+    model_runner: Any
+
+    def fastfill_stats(self) -> dict[str, Any]:
+        """Sparse and dense tokens and steps so far, and the memory that the artifact added."""
+        model = self.model_runner.get_model()
+        return {**vars(model.stats), "extra_bytes": model.extra_bytes}
+
+
+class FastfillLlamaForCausalLM(SparsePrefill, LlamaForCausalLM):
+    pass
+
+
+class FastfillMistralForCausalLM(SparsePrefill, MistralForCausalLM):
+    pass
+
+
+class FastfillQwen2ForCausalLM(SparsePrefill, Qwen2ForCausalLM):
+    pass
+
+
+class FastfillQwen3ForCausalLM(SparsePrefill, Qwen3ForCausalLM):
+    pass
