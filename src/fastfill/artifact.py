@@ -33,7 +33,7 @@ class Artifact:
 
     base_model: name, model_type, sizes and fingerprint. ranks: inner widths of predictor and compensator.
     layer_importance: L weights for `schedule.allocate`. tensors: see `shapes`. calibration: the record of how it was
-    made. quality: what was measured (may be empty).
+    made. quality: what was measured (may be empty). folder: where it was loaded from.
     """
 
     base_model: dict[str, Any]
@@ -43,6 +43,7 @@ class Artifact:
     tensors: dict[str, torch.Tensor]
     calibration: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = field(default=None, compare=False)
 
     @property
     def layers(self) -> int:
@@ -221,6 +222,7 @@ def load(folder: str | Path) -> Artifact:
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{config_file} cannot be read as JSON ({error}); calibrate again or restore the file.") from error
     artifact = _from_document(document, str(config_file))
+    artifact.folder = folder
     try:
         artifact.tensors = load_file(weights_file)
     except (SafetensorError, OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from fastfill import artifact as artifacts
 from fastfill import blocks
 from fastfill.attachment import Stats
 from fastfill.blocks import Plan
+from fastfill.engines import PARTS, profile
 from fastfill.errors import UserError
 from fastfill.families import FFN, Anatomy
 from fastfill.sparse_ffn import SparseFFN, current_plan
@@ -47,7 +49,7 @@ class Layer:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (T, H), the tokens of all requests of the step -> (T, H)."""
-        return self.stock(x) if self.ffn is None else self.ffn(x[None])[0]
+        return self.stock.forward(x) if self.ffn is None else self.ffn(x[None])[0]
 
 
 def _ffn(x: torch.Tensor, layer: str) -> torch.Tensor:
@@ -114,7 +116,9 @@ class SparsePrefill:
         self._hidden: list[SparseView] = []  # in a list, so that it is no child: its weights are the stock model's
         self._warm = False
         self.stats = Stats()
-        self.extra_bytes = 0
+        self.model_bytes = self.extra_bytes = 0
+        self._clocks: ExitStack | None = None
+        self._watch: profile.Stopwatch | None = None
         self._logged = (time.monotonic(), 0, 0)
         if self._prefill.sparsity == 0:
             return
@@ -137,6 +141,7 @@ class SparsePrefill:
         shape = tuple(parts[0].gate.shape)
         artifact = artifacts.load(self._settings.artifact)
         artifact.check_partner(Anatomy(self.model, [], [], parts, shape[1], shape[0], artifact.base_model["model_type"]))
+        self.model_bytes = sum(p.numel() * p.element_size() for p in self.parameters())  # type: ignore[attr-defined]
         if not self._layers:
             return
         added, kernel = 0, self._settings.kernel
@@ -145,7 +150,7 @@ class SparsePrefill:
             if kept == shape[0]:
                 continue
             layer.ffn = SparseFFN(
-                dense=lambda x, stock=layer.stock: stock(x[0])[None],
+                dense=lambda x, stock=layer.stock: stock.forward(x[0])[None],
                 gate=part.gate,
                 up=part.up,
                 down_t=part.down.t().contiguous(),
@@ -173,6 +178,8 @@ class SparsePrefill:
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         call = (input_ids, positions, intermediate_tensors, inputs_embeds)
+        if self._clocks is not None:
+            get_forward_context().skip_compiled = True  # no clock can be read inside a compiled model
         if not self._hidden:
             return self.model(*call)
         tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
@@ -191,6 +198,22 @@ class SparsePrefill:
         finally:
             current_plan.reset(token)
             context.cudagraph_runtime_mode = before
+
+    def start_clocks(self) -> None:
+        attentions = [layer.self_attn for layer in self.model.layers]
+        ffns = [layer.mlp for view in (self.model, *(sparse.view for sparse in self._hidden)) for layer in view.layers]
+        sparse = [layer.ffn for layer in self._layers if layer.ffn]
+        device = attentions[0].o_proj.weight.device
+        self._clocks = ExitStack()
+        self._watch = self._clocks.enter_context(profile.clocks_on(device, attentions, ffns, sparse))
+
+    def stop_clocks(self) -> dict[str, float]:
+        """Seconds by part since `start_clocks`."""
+        assert self._clocks and self._watch
+        parts = {part: self._watch.seconds(part) for part in PARTS}
+        self._clocks.close()
+        self._clocks = self._watch = None
+        return parts
 
     def _plan(self, metadata: Any, tokens: int) -> Plan | None:
         """Which rows of this step are sparse: blocks that lie whole in one request's prompt, in this step, behind the head."""
@@ -249,9 +272,15 @@ class WorkerExtension:
     model_runner: Any
 
     def fastfill_stats(self) -> dict[str, Any]:
-        """Sparse and dense tokens and steps so far, and the memory that the artifact added."""
+        """Sparse and dense tokens and steps so far, and the memory of the weights and of what the artifact added."""
         model = self.model_runner.get_model()
-        return {**vars(model.stats), "extra_bytes": model.extra_bytes}
+        return {**vars(model.stats), "model_bytes": model.model_bytes, "extra_bytes": model.extra_bytes}
+
+    def fastfill_start_clocks(self) -> None:
+        self.model_runner.get_model().start_clocks()
+
+    def fastfill_stop_clocks(self) -> dict[str, float]:
+        return self.model_runner.get_model().stop_clocks()
 
 
 class FastfillLlamaForCausalLM(SparsePrefill, LlamaForCausalLM):

@@ -72,10 +72,10 @@ def configure(vllm_config: Any) -> None:
     check_checkpoint(artifact, Path(vllm_config.model_config.model))
     model, parallel, scheduler = vllm_config.model_config, vllm_config.parallel_config, vllm_config.scheduler_config
     setattr(model.hf_config, FIELD, dataclasses.asdict(settings))
+    parallel.worker_extension_cls = "fastfill.vllm_plugin.models.WorkerExtension"
     if prefill.sparsity == 0:
         return  # all of it is vLLM's own code
     model.logits_processors = [*(model.logits_processors or []), "fastfill.vllm_plugin.requests:Requests"]
-    parallel.worker_extension_cls = "fastfill.vllm_plugin.models.WorkerExtension"
     scheduler.scheduler_cls = "fastfill.vllm_plugin.scheduler.scheduler"
 
 
