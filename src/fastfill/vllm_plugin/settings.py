@@ -85,10 +85,13 @@ def check_version() -> None:
     low, high = SUPPORTED
     found = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
     if not low <= found < high:
-        span = f"{'.'.join(map(str, low))} up to, not including, {'.'.join(map(str, high))}"
-        raise UserError(
-            f"vLLM {vllm.__version__} is not supported by this fastfill, which knows vLLM {span}; install one of those."
-        )
+        raise UserError(f"vLLM {vllm.__version__} is not supported by this fastfill; install {name_range()}.")
+
+
+def name_range() -> str:
+    """The supported versions, as pip writes them."""
+    low, high = (".".join(map(str, version)) for version in SUPPORTED)
+    return f"vllm>={low},<{high}"
 
 
 def refuse(vllm_config: Any) -> None:
