@@ -11,16 +11,20 @@ from vllm.exceptions import VLLMValidationError
 from vllm_tiny import answer, engine, folders, inside, logprobs_of, prompt, tokens_of, vllm_model
 
 import fastfill
+from fastfill.compensator import Compensator
 from fastfill.engines.transformers import generate
+from fastfill.predictor import LearnedPredictor
+from fastfill.sparse_ffn import SparseFFN, current_plan
 
 pytestmark = pytest.mark.vllm
 PROMPTS = [prompt(n) for n in (500, 97, 300, 95, 20)]
 
 
-def expected(family, artifact, prompts, tokens=12):
+def expected(family, artifact, prompts, tokens=12, change=lambda attachment: None):
     """What the transformers engine answers with the same artifact, with log-probabilities, and what the dense model does."""
     model, results = vllm_model(family), []
     with fastfill.attach(model, artifact) as attachment:
+        change(attachment)
         for ids in prompts:
             row = torch.tensor([ids])
             new = generate(model, row, tokens)
@@ -184,6 +188,67 @@ def test_compiled_models_answer_the_same():
         assert not loaded._hidden[0].do_not_compile and loaded.stats.sparse_tokens == 448 + 64 + 256
         off = tokens_of(answer(llm, PROMPTS, sparse=False))
     for output, (new, logprobs, dense), plain in zip(found, wanted, off, strict=True):
+        assert tokens_of([output])[0] == new
+        assert logprobs_of(output) == pytest.approx(logprobs, abs=1e-4)
+        assert plain == dense
+
+
+def test_one_copy_of_the_weights_answers_the_same(stock):
+    """As with two copies, within the same tolerance; dense steps too, which the sparse kernel does then. What is added is the
+    predictor and the compensator, and the stock modules are gone."""
+    model, artifact = folders()
+    wanted = expected("llama", artifact, PROMPTS)
+    with engine(model, artifact, fastfill={"one_copy": True}, enforce_eager=False) as llm:
+        found, off = answer(llm, PROMPTS), answer(llm, PROMPTS, sparse=False)
+        _, loaded = inside(llm)
+        assert loaded.stats.sparse_tokens == 448 + 64 + 256
+        assert loaded.extra_bytes == 2 * 4 * (8 * (128 + 256) + 256 + 2 * 8 * 128 + 128)
+        assert not any("gate_up_proj" in name for name, _ in loaded.named_modules())
+    for output, (new, logprobs, _) in zip(found, wanted, strict=True):
+        assert tokens_of([output])[0] == new
+        assert logprobs_of(output) == pytest.approx(logprobs, abs=1e-4)
+    assert tokens_of(off) == stock[0]
+    for output, logprobs in zip(off, stock[1], strict=True):
+        assert logprobs_of(output) == pytest.approx(logprobs, abs=1e-4)
+
+
+def halves(attachment):
+    """The FFNs of an attached model as two ranks compute them: each selects among its half of the neurons, by its predictor's
+    probabilities within that half, and adds its half of the compensator."""
+    for module, sparse in zip(attachment.modules, attachment.ffns, strict=True):
+        parts, dense = [], sparse.dense
+        for rank in range(2):
+            own = slice(128 * rank, 128 * (rank + 1))
+            predictor, correction = sparse.predictor, sparse.compensator
+            rows = [*range(2 * rank, 2 * rank + 2), *range(4 + 2 * rank, 6 + 2 * rank)]
+            parts.append(
+                SparseFFN(
+                    dense=dense,
+                    gate=sparse.gate[own],
+                    up=sparse.up[own],
+                    down_t=sparse.down_t[own],
+                    kept=(sparse.kept + rank) // 2,
+                    predictor=LearnedPredictor(predictor.w_in, predictor.w_out[own], predictor.bias[own]),
+                    compensator=Compensator(
+                        correction.w_in[rows], correction.w_out[:, rows].contiguous(), correction.bias * (rank == 0), 2
+                    ),
+                )
+            )
+        module.forward = lambda x, parts=parts, dense=dense: (
+            dense(x) if current_plan.get() is None else parts[0](x) + parts[1](x)
+        )
+
+
+def test_two_ranks_select_each_among_its_own_neurons():
+    """Tensor parallelism with gloo on one machine, against the transformers engine that does the same in one process."""
+    model, artifact = folders()
+    with engine(model, artifact, tensor_parallel_size=2, kv_cache_memory_bytes=2**26) as llm:
+        found, off = answer(llm, PROMPTS), tokens_of(answer(llm, PROMPTS, sparse=False))
+        counts = llm.collective_rpc("fastfill_stats")
+        assert [count["sparse_tokens"] for count in counts] == [448 + 64 + 256] * 2
+    wanted = expected("llama", artifact, PROMPTS, change=halves)
+    assert [new for new, _, _ in wanted] != [new for new, _, _ in expected("llama", artifact, PROMPTS)]
+    for output, plain, (new, logprobs, dense) in zip(found, off, wanted, strict=True):
         assert tokens_of([output])[0] == new
         assert logprobs_of(output) == pytest.approx(logprobs, abs=1e-4)
         assert plain == dense

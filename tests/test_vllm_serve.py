@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from contextlib import contextmanager
 
 import pytest
@@ -62,7 +63,8 @@ def test_what_does_not_fit_is_refused_at_the_start(tmp_path):
     vllm_model(intermediate_size=512).save_pretrained(wide)
     tiny_tokenizer().save_pretrained(wide)
     assert "shapes (128, 256, 2) against (128, 512, 2)" in refusal(str(wide), artifact)
-    assert "tensor parallelism" in refusal(model, artifact, tensor_parallel_size=2)
+    assert "pipeline parallelism" in refusal(model, artifact, pipeline_parallel_size=2)
+    assert "one_copy must be true or false, not 'yes'" in refusal(model, artifact, {"one_copy": "yes"})
     speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     assert "speculative decoding" in refusal(model, artifact, speculative_config=speculative)
     assert "LoRA" in refusal(model, artifact, enable_lora=True)
@@ -193,6 +195,14 @@ def test_server(tmp_path):
         family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
         listening = [c.laddr for c in psutil.net_connections("tcp") if c.pid in family and c.status == psutil.CONN_LISTEN]
         assert {address.ip for address in listening if address.port == port} == {"127.0.0.1"}
+        # Two sparse requests of 500 tokens: 448 each; the predictor takes some time; half of the neurons go in sparse tokens.
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+            lines = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if not line.startswith("#"))
+        read, dense_tokens = (float(lines[f"fastfill:{kind}_tokens_total"]) for kind in ("sparse", "dense"))
+        assert read == 2 * 448 and dense_tokens >= 2 * 52 + 500
+        assert float(lines["fastfill:predictor_seconds_total"]) > 0
+        assert float(lines["fastfill:mean_sparsity"]) == pytest.approx(0.5 * read / (read + dense_tokens))
+        assert any(line.startswith("vllm:prompt_tokens_total") for line in lines)
         running = threading.Thread(target=long_request, args=(client,))
         running.start()
         time.sleep(0.3)

@@ -224,6 +224,11 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--sparse-block-size", type=int, help="tokens per selection (default: the artifact's)")
     serve.add_argument("--min-tokens", type=int, help="shorter prompts stay dense (default: the artifact's)")
     serve.add_argument("--kernel", help="auto, native or torch (default: auto)")
+    serve.add_argument(
+        "--one-copy",
+        action="store_true",
+        help="less memory: dense tokens by the sparse kernel too, no copy of the FFN for vLLM's",
+    )
 
     command("env", run_env, "Show versions, processor and which kernel runs, and why.", "fastfill env")
     return parser
@@ -540,6 +545,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
         block_size=arguments.sparse_block_size,
         min_tokens=arguments.min_tokens,
         kernel=arguments.kernel,
+        one_copy=arguments.one_copy or None,
     )
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from fastfill.config import PrefillConfig
 from fastfill.engines import Prefill
 from fastfill.errors import UserError
 from fastfill.predictor import LearnedPredictor
-from fastfill.vllm_plugin import settings
+from fastfill.vllm_plugin import metrics, settings
 
 LONGEST = 16384  # tokens of the longest prompt that bench keeps room for
 
@@ -34,7 +35,7 @@ def options(model: str, artifact: str, **overrides: Any) -> dict[str, Any]:
     """Arguments for `vllm.LLM(**...)` that turn the artifact on: `model` and `hf_overrides`.
 
     model: as everywhere (an id, a folder, a .gguf file, 'default'). overrides: sparsity, block_size, dense_head, min_tokens,
-    kernel.
+    kernel, one_copy.
     Raises UserError for a model that cannot be found or is of no supported type.
     """
     import transformers
@@ -63,6 +64,12 @@ def serve(model: str, artifact: str, rest: Sequence[str], **overrides: Any) -> N
 
     Raises UserError for what does not fit together, before the server is up.
     """
+    with tempfile.TemporaryDirectory(prefix="fastfill-metrics-") as folder:
+        os.environ.setdefault(metrics.VARIABLE, folder)  # before anything imports prometheus_client
+        _serve(model, artifact, rest, overrides)
+
+
+def _serve(model: str, artifact: str, rest: Sequence[str], overrides: dict[str, Any]) -> None:
     prepare()
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
     given = {option.split("=", 1)[0].replace("_", "-") for option in rest}

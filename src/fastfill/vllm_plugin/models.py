@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -27,29 +34,57 @@ from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from fastfill import artifact as artifacts
-from fastfill import blocks
+from fastfill import blocks, families, kernels
 from fastfill.attachment import Stats
 from fastfill.blocks import Plan
 from fastfill.engines import PARTS, profile
 from fastfill.errors import UserError
-from fastfill.families import FFN, Anatomy
+from fastfill.families import FFN
+from fastfill.predictor import LearnedPredictor
 from fastfill.sparse_ffn import SparseFFN, current_plan
-from fastfill.vllm_plugin import requests, settings
+from fastfill.vllm_plugin import metrics, requests, settings
 
 logger = init_logger("vllm.fastfill")
 LOG_SECONDS = 10.0
 
 
 class Layer:
-    """One FFN as the op finds it. stock: vLLM's module. ffn: the sparse one, or None until the weights are there."""
+    """One FFN as the op finds it. stock: vLLM's module, or None if the sparse one does all. ffn: the sparse one, or None
+    until the weights are there. ranks: processes that share its neurons."""
 
-    def __init__(self, stock: nn.Module):
-        self.stock = stock
+    def __init__(self, stock: nn.Module, ranks: int):
+        self.stock: nn.Module | None = stock
         self.ffn: SparseFFN | None = None
+        self.ranks = ranks
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (T, H), the tokens of all requests of the step -> (T, H)."""
-        return self.stock.forward(x) if self.ffn is None else self.ffn(x[None])[0]
+        if self.stock is not None and (self.ffn is None or current_plan.get() is None):
+            return self.stock.forward(x)
+        assert self.ffn is not None
+        y = self.ffn(x[None])[0]
+        return y if self.ranks == 1 else tensor_model_parallel_all_reduce(y)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory beside what stock vLLM holds for this FFN."""
+        if self.ffn is None:
+            return 0
+        if self.stock is None:  # the transposed down is the only one
+            return self.ffn.extra_bytes - self.ffn.down_t.numel() * self.ffn.down_t.element_size()
+        packed = self.stock.gate_up_proj.weight.numel() == 0  # vLLM on a CPU has its own layout; the plain weights stay for us
+        return self.ffn.extra_bytes + packed * 2 * self.ffn.gate.numel() * self.ffn.gate.element_size()
+
+
+class AllNeurons:
+    """The dense FFN by the sparse kernel: (1, T, H) -> (1, T, H), this process's share of the sum."""
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, kernel: str):
+        self.weights, self.kernel = (gate, up, down_t), kernel
+        self.ids = torch.arange(gate.shape[0], dtype=torch.int32, device=gate.device)[None]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return kernels.sparse_ffn(x[0], *self.weights, self.ids, kernel=self.kernel)[None]
 
 
 def _ffn(x: torch.Tensor, layer: str) -> torch.Tensor:
@@ -116,15 +151,18 @@ class SparsePrefill:
         self._hidden: list[SparseView] = []  # in a list, so that it is no child: its weights are the stock model's
         self._warm = False
         self.stats = Stats()
-        self.model_bytes = self.extra_bytes = 0
+        self.model_bytes = 0
+        self.predictor_seconds = 0.0
+        self._metrics = metrics.counters() if get_tensor_model_parallel_rank() == 0 else None
         self._clocks: ExitStack | None = None
         self._watch: profile.Stopwatch | None = None
-        self._logged = (time.monotonic(), 0, 0)
+        self._logged = (time.monotonic(), Stats())
         if self._prefill.sparsity == 0:
             return
         compilation = vllm_config.compilation_config
         names = [f"{prefix}fastfill.{i}" for i in range(len(self.model.layers))]
-        self._layers = [Layer(layer.mlp) for layer in self.model.layers]
+        ranks = get_tensor_model_parallel_world_size()
+        self._layers = [Layer(layer.mlp, ranks) for layer in self.model.layers]
         compilation.static_forward_context.update(zip(names, self._layers, strict=True))
         with set_current_vllm_config(vllm_config), set_model_tag("fastfill"):
             ffns: list[nn.Module] = [OpaqueFFN(name) for name in names]
@@ -138,37 +176,55 @@ class SparsePrefill:
     def _take_weights(self) -> None:
         """Check the weights, and keep what the sparse kernel reads: vLLM may repack and drop its own right after this."""
         parts = [_parts(layer.mlp) for layer in self.model.layers]
-        shape = tuple(parts[0].gate.shape)
         artifact = artifacts.load(self._settings.artifact)
-        artifact.check_partner(Anatomy(self.model, [], [], parts, shape[1], shape[0], artifact.base_model["model_type"]))
+        _check_weights(artifact, parts)
         self.model_bytes = sum(p.numel() * p.element_size() for p in self.parameters())  # type: ignore[attr-defined]
         if not self._layers:
             return
-        added, kernel = 0, self._settings.kernel
+        rank, ranks, kernel = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self._settings.kernel
         counts = artifact.kept(self._prefill.sparsity)
         for index, (layer, part, kept) in enumerate(zip(self._layers, parts, counts, strict=True)):
-            if kept == shape[0]:
+            if kept == artifact.base_model["intermediate_size"]:
                 continue
+            predictor, compensator = (
+                artifact.predictor(index, part.gate, kernel),
+                artifact.compensator(index, part.gate, kernel),
+            )
+            if ranks > 1:
+                kept = max(1, (rank + 1) * kept // ranks - rank * kept // ranks)
+                predictor, compensator = predictor.shard(rank, ranks), compensator and compensator.shard(rank, ranks)
+            if part.gate.device.type == "cpu":  # elsewhere the host does not wait for it
+                self._time(predictor)
+            down_t = part.down.t().contiguous()
             layer.ffn = SparseFFN(
-                dense=lambda x, stock=layer.stock: stock.forward(x[0])[None],
+                dense=AllNeurons(part.gate, part.up, down_t, kernel),
                 gate=part.gate,
                 up=part.up,
-                down_t=part.down.t().contiguous(),
+                down_t=down_t,
                 kept=kept,
-                predictor=artifact.predictor(index, part.gate, kernel),
-                compensator=artifact.compensator(index, part.gate, kernel),
+                predictor=predictor,
+                compensator=compensator,
                 kernel=kernel,
             )
-            added += layer.ffn.extra_bytes
-            if part.gate.device.type == "cpu":  # vLLM packs gate and up for itself; the plain ones stay for us
-                added += 2 * part.gate.numel() * part.gate.element_size()
-        self.extra_bytes = added
-        logger.info(
-            "fastfill: %.0f%% of the FFN neurons are skipped in prompts of %d tokens or more; %.0f MB more memory.",
-            100 * self._prefill.sparsity,
-            self._prefill.min_tokens,
-            added / 1e6,
-        )
+            if self._settings.one_copy:
+                layer.stock = None
+                self.model.layers[index].mlp = self._hidden[0].view.layers[index].mlp  # the opaque op, in both views
+
+    def _time(self, predictor: LearnedPredictor) -> None:
+        scores = predictor.scores
+
+        def timed(x: torch.Tensor, plan: Plan) -> torch.Tensor:
+            begin = time.perf_counter()
+            found = scores(x, plan)
+            self.predictor_seconds += time.perf_counter() - begin
+            return found
+
+        predictor.scores = timed  # type: ignore[method-assign]
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory that the artifact adds in this process."""
+        return sum(layer.extra_bytes for layer in self._layers)
 
     def forward(
         self,
@@ -187,6 +243,12 @@ class SparsePrefill:
         if metadata is None and not self._warm:  # vLLM's dummy run: compile now, not when the first prompt comes
             self._warm = True
             self._hidden[0](*call)
+            logger.info(
+                "fastfill: %.0f%% of the FFN neurons are skipped in prompts of %d tokens or more; %.0f MB more memory.",
+                100 * self._prefill.sparsity,
+                self._prefill.min_tokens,
+                self.extra_bytes / 1e6,
+            )
         plan = self._plan(metadata, tokens) if metadata is not None else None
         if plan is None:
             return self.model(*call)
@@ -201,7 +263,8 @@ class SparsePrefill:
 
     def start_clocks(self) -> None:
         attentions = [layer.self_attn for layer in self.model.layers]
-        ffns = [layer.mlp for view in (self.model, *(sparse.view for sparse in self._hidden)) for layer in view.layers]
+        views = (self.model, *(sparse.view for sparse in self._hidden))
+        ffns = {layer.mlp for view in views for layer in view.layers}  # with one copy they are the same
         sparse = [layer.ffn for layer in self._layers if layer.ffn]
         device = attentions[0].o_proj.weight.device
         self._clocks = ExitStack()
@@ -240,11 +303,17 @@ class SparsePrefill:
         stats.dense_tokens += dense
         stats.sparse_calls += sparse > 0
         stats.dense_calls += sparse == 0
-        then, sparse_then, dense_then = self._logged
-        if stats.sparse_tokens > sparse_then and time.monotonic() - then > LOG_SECONDS:
-            fresh = stats.sparse_tokens - sparse_then, stats.dense_tokens - dense_then
-            logger.info("fastfill: %d tokens read sparsely, %d computed densely since the last line.", *fresh)
-            self._logged = (time.monotonic(), stats.sparse_tokens, stats.dense_tokens)
+        if self._metrics:
+            self._metrics.set(stats, self._prefill.sparsity, self.predictor_seconds)
+        then, logged = self._logged
+        if stats.sparse_tokens > logged.sparse_tokens and time.monotonic() - then > LOG_SECONDS:
+            logger.info(
+                "fastfill: %d tokens read sparsely, %d computed densely since the last line; predictors took %.1f s so far.",
+                stats.sparse_tokens - logged.sparse_tokens,
+                stats.dense_tokens - logged.dense_tokens,
+                self.predictor_seconds,
+            )
+            self._logged = (time.monotonic(), replace(stats))
 
 
 def _metadata() -> Any:
@@ -266,15 +335,45 @@ def _parts(mlp: Any) -> FFN:
     return FFN(mlp, gate, up, down.weight.data)
 
 
+def _check_weights(artifact: artifacts.Artifact, parts: list[FFN]) -> None:
+    """Raise UserError unless these, together with those of the other ranks, are the weights the artifact was made for."""
+    base = artifact.base_model
+    samples = ([_rows(part.gate), _rows(part.up), _columns(part.down)] for part in parts)
+    found = families.fingerprint_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
+    if found != base["fingerprint"]:
+        raise UserError(artifacts.wrong_partner(base["name"], "same shapes, other weights"))
+
+
+def _rows(weight: torch.Tensor) -> torch.Tensor:
+    """`families.sample` of a weight whose rows are spread over the ranks."""
+    own, rank, ranks = weight.shape[0], get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    if ranks == 1:
+        return families.sample(weight)
+    wanted = families.sampled_rows(own * ranks)
+    found = weight.new_zeros(len(wanted), weight.shape[1])
+    for i, row in enumerate(wanted):
+        if row // own == rank:
+            found[i] = weight[row % own]
+    return tensor_model_parallel_all_reduce(found)
+
+
+def _columns(weight: torch.Tensor) -> torch.Tensor:
+    """`families.sample` of a weight whose columns are spread over the ranks."""
+    found = families.sample(weight)
+    return found if get_tensor_model_parallel_world_size() == 1 else tensor_model_parallel_all_gather(found, dim=1)
+
+
 class WorkerExtension:
     """Methods that `LLM.collective_rpc` can call on vLLM's workers."""
 
     model_runner: Any
 
     def fastfill_stats(self) -> dict[str, Any]:
-        """Sparse and dense tokens and steps so far, and the memory of the weights and of what the artifact added."""
+        """Sparse and dense tokens and steps so far, seconds in predictors, and the memory of the weights and of what the
+        artifact added, in this worker."""
         model = self.model_runner.get_model()
-        return {**vars(model.stats), "model_bytes": model.model_bytes, "extra_bytes": model.extra_bytes}
+        names = ("predictor_seconds", "model_bytes", "extra_bytes")
+        return {**vars(model.stats), **{name: getattr(model, name) for name in names}}
 
     def fastfill_start_clocks(self) -> None:
         self.model_runner.get_model().start_clocks()

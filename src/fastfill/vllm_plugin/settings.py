@@ -28,7 +28,10 @@ SALT = "fastfill-sparse"
 
 @dataclass(frozen=True)
 class Settings:
-    """artifact: its folder. The next four override the artifact's (`PrefillConfig`). kernel: see `fastfill.kernels`."""
+    """artifact: its folder. The next four override the artifact's (`PrefillConfig`). kernel: see `fastfill.kernels`.
+
+    one_copy: keep one copy of the FFN weights, the sparse kernel's, and compute dense tokens with it too.
+    """
 
     artifact: str
     sparsity: float | None = None
@@ -36,6 +39,7 @@ class Settings:
     dense_head: int | None = None
     min_tokens: int | None = None
     kernel: str = "auto"
+    one_copy: bool = False
 
     @property
     def prefill(self) -> PrefillConfig:
@@ -64,6 +68,10 @@ def configure(vllm_config: Any) -> None:
     refuse(vllm_config)
     if settings.kernel not in ("auto", *kernels.KERNELS):
         raise UserError(f"kernel {settings.kernel!r} is not known; use auto, {' or '.join(kernels.KERNELS)}.")
+    if settings.one_copy not in (True, False):
+        raise UserError(f"one_copy must be true or false, not {settings.one_copy!r}.")
+    if settings.one_copy and vllm_config.device_config.device_type != "cpu":
+        raise UserError("one_copy is for CPUs; elsewhere vLLM's own copy of gate and up is the one that is used.")
     artifact = artifacts.load(settings.artifact)
     wanted = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
     settings = Settings(**{**cfg.to_dict(artifact.prefill), **wanted})
@@ -100,7 +108,6 @@ def refuse(vllm_config: Any) -> None:
     kind = getattr(model.hf_config, "hidden_act", None)
     for given, what in (
         (vllm_config.speculative_config is not None, "speculative decoding; start without it"),
-        (parallel.tensor_parallel_size > 1, "tensor parallelism; start with --tensor-parallel-size 1"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism; start with --pipeline-parallel-size 1"),
         (getattr(parallel, "enable_dbo", False), "dual-batch overlap; start without --enable-dbo"),
         (vllm_config.lora_config is not None, "LoRA adapters; merge them, and calibrate the merged model"),
