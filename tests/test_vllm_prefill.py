@@ -114,27 +114,32 @@ def test_mixed_batches_are_single_requests():
         assert [list(o.token_ids) for o in two] == [list(o.token_ids) for o in again]
 
 
-@pytest.mark.parametrize("chunk", [128, 64])
-def test_chunks_at_block_boundaries_change_nothing(chunk):
+@pytest.mark.parametrize(("chunk", "calls"), [(128, 4), (100, 5)])
+def test_chunks_change_nothing(chunk, calls):
+    """Steps of 100 tokens read 96 = three blocks; the sixth reads 480..500, which fills none."""
     model, artifact = folders()
     ids = PROMPTS[0]
     ((new, logprobs, _),) = expected("llama", artifact, [ids])
     with engine(model, artifact, max_num_batched_tokens=chunk, max_num_seqs=4) as llm:
         (found,) = answer(llm, [ids])
         _, loaded = inside(llm)
-        assert loaded.stats.sparse_tokens == 448 and loaded.stats.sparse_calls == -(-500 // chunk)
+        assert loaded.stats.sparse_tokens == 448 and loaded.stats.sparse_calls == calls
     assert tokens_of([found])[0] == new
     assert logprobs_of(found) == pytest.approx(logprobs, abs=1e-4)
 
 
-def test_a_block_cut_by_a_chunk_is_dense():
-    """Steps of 100 tokens cut 500 tokens at 100, 200, 300 and 400: whole blocks inside are 32..96, 128..192, 224..288, 320..384
-    and 416..480."""
-    with engine(*folders(), max_num_batched_tokens=100, max_num_seqs=4) as llm:
-        answer(llm, [PROMPTS[0]])
+def test_chunks_of_several_prompts_change_nothing(stock):
+    """All at once through steps of 150 tokens: chunks begin and end where the others leave room, and with a cached prefix."""
+    with engine(*folders()) as llm:
+        alone = tokens_of(answer(llm, PROMPTS))
+        dense = tokens_of(answer(llm, PROMPTS, sparse=False))
+        assert dense == stock[0] != alone
+    with engine(*folders(), max_num_batched_tokens=150, max_num_seqs=8, enable_prefix_caching=True, block_size=32) as llm:
         _, loaded = inside(llm)
-        assert loaded.stats.sparse_tokens == 5 * 64
-        assert loaded.stats.dense_tokens == 500 - 320 + 11
+        assert tokens_of(answer(llm, PROMPTS)) == alone
+        assert loaded.stats.sparse_tokens == 448 + 64 + 256
+        assert tokens_of(answer(llm, PROMPTS)) == alone
+        assert tokens_of(answer(llm, PROMPTS, sparse=False)) == dense
 
 
 def test_prefix_cache_keeps_dense_and_sparse_apart():

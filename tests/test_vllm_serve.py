@@ -71,6 +71,9 @@ def test_what_does_not_fit_is_refused_at_the_start(tmp_path):
     assert "sparsty" in refusal(model, artifact, {"sparsty": 0.5})
     assert "kernel 'fast'" in refusal(model, artifact, {"kernel": "fast"})
     assert "block_size" in refusal(model, artifact, {"block_size": 0})
+    assert "is less than a block; give 32 or more" in refusal(model, artifact, max_num_batched_tokens=16, max_num_seqs=4)
+    assert "--block-size 16 is no multiple of the sparse blocks of 32; give 32" in refusal(model, artifact, block_size=16)
+    assert configure(model, artifact, {"block_size": 96, "min_tokens": 192}).cache_config.block_size == 384
     assert "nowhere" in refusal(model, str(tmp_path / "nowhere"))
 
 

@@ -1,4 +1,4 @@
-"""vLLM's scheduler, with prefix caches that keep sparse and dense requests apart."""
+"""vLLM's scheduler, with prefix caches that keep sparse and dense requests apart, and chunks that end at block boundaries."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class _Salted:
     computed sparsely, and the other way round."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
-        self._min_tokens = settings.read(vllm_config).prefill.min_tokens
+        prefill = settings.read(vllm_config).prefill
+        self._min_tokens, self._block = prefill.min_tokens, prefill.block_size
         super().__init__(vllm_config, *args, **kwargs)
+        self.need_mamba_block_aligned_split = True  # so that it asks the method below
 
     def add_request(self, request: Any) -> None:
         embeddings = request.prompt_token_ids is None
@@ -26,6 +28,15 @@ class _Salted:
             request.block_hashes.clear()  # they were made without the salt
             request.update_block_hashes()
         super().add_request(request)  # type: ignore[misc]
+
+    def _mamba_block_aligned_split(self, request: Any, new_tokens: int, *computed: int) -> int:
+        """How many of these tokens of a request are computed now: vLLM's hook for models whose chunks must not end anywhere.
+        No chunk of ours cuts a block, so that a prompt is read the same way however it is chunked. computed: by others."""
+        start = request.num_computed_tokens + sum(computed)
+        end = start + new_tokens
+        if end >= request.num_prompt_tokens or not (request.cache_salt or "").startswith(settings.SALT):
+            return new_tokens
+        return max(0, end // self._block * self._block - start)
 
 
 class SaltedScheduler(_Salted, Scheduler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -84,7 +85,28 @@ def configure(vllm_config: Any) -> None:
     if prefill.sparsity == 0:
         return  # all of it is vLLM's own code
     model.logits_processors = [*(model.logits_processors or []), "fastfill.vllm_plugin.requests:Requests"]
+    check_blocks(vllm_config, prefill.block_size)
     scheduler.scheduler_cls = "fastfill.vllm_plugin.scheduler.scheduler"
+
+
+def check_blocks(vllm_config: Any, block_size: int) -> None:
+    """See that neither a chunk nor a hit of the prefix cache has to end inside a block. Raises UserError where it must."""
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    limits = {
+        "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
+        "--long-prefill-token-threshold": scheduler.long_prefill_token_threshold,
+    }
+    for option, limit in limits.items():
+        if 0 < limit < block_size:
+            raise UserError(f"{option} {limit} is less than a block; give {block_size} or more.")
+    default = 128 if vllm_config.device_config.device_type == "cpu" else 16
+    pages = cache.block_size if cache.user_specified_block_size else default
+    if not cache.enable_prefix_caching or pages % block_size == 0:
+        return
+    fitting = math.lcm(pages, block_size)
+    if cache.user_specified_block_size:
+        raise UserError(f"--block-size {pages} is no multiple of the sparse blocks of {block_size}; give {fitting}.")
+    cache.block_size, cache.user_specified_block_size = fitting, True
 
 
 def check_version() -> None:
