@@ -55,7 +55,7 @@ from fastfill.engines import vllm as engine
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "vllm.jsonl"
 MADE = Path("build") / "vllm-models"  # the random models
-DECODE_PROMPT, DECODE_TOKENS = 512, 64
+LONGEST, DECODE_PROMPT, DECODE_TOKENS = 4096, 512, 64
 SHAPES = {
     "qwen2.5-0.5b-shaped": {
         "model_type": "qwen2",
@@ -87,12 +87,12 @@ class Speed:
     sparsity: float = 0.5
     one_copy: bool = False
     decode_repeats: int = 5
+    eager: bool = False
 
 
 STEPS: dict[str, Speed | None] = {
-    "smollm2": Speed("default", {64: 21, 1024: 15, 4096: 7}),
-    "smollm2-one-copy": Speed("default", {64: 21, 1024: 9}, one_copy=True),
-    "qwen": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 9, 4096: 5}),
+    "smollm2": Speed("default", {64: 21, 1024: 15, 4096: 5}),
+    "qwen": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 9, 4096: 3}),
     "qwen-70": Speed("qwen2.5-0.5b-shaped", {1024: 9}, sparsity=0.7, decode_repeats=0),
     "qwen-one-copy": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 5}, one_copy=True, decode_repeats=3),
     "llama": Speed("llama-3.2-1b-shaped", {1024: 7}, decode_repeats=3),
@@ -184,10 +184,10 @@ def pair(step: Speed) -> Iterator[Pair]:
 
     model, artifact = ("default", "default") if step.model == "default" else random_model(step.model)
     engine.prepare()
-    longest = max([*step.lengths, DECODE_PROMPT + DECODE_TOKENS]) + 1
     arguments = {
         "dtype": "bfloat16",
-        "max_model_len": longest,
+        "max_model_len": LONGEST + 1,  # the same for all steps, so that compiled models are found again
+        "enforce_eager": step.eager,
         "kv_cache_memory_bytes": 2**29,
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
@@ -284,6 +284,7 @@ class Load:
     longest: int = 4000
     per_second: float = 0.5
     new_tokens: int = 32
+    eager: bool = False
 
 
 @contextmanager
@@ -389,7 +390,7 @@ def loaded(load: Load) -> dict[str, Any]:
     for name, sparsity in (("stock", "0"), ("fastfill", "0.5")):
         with progress.waiting(f"{load.requests} requests, {name}"):
             options = ("--sparsity", sparsity, "--max-model-len", "4224", "--no-enable-prefix-caching", "--dtype", "bfloat16")
-            with server(*options) as address:
+            with server(*options, *(["--enforce-eager"] if load.eager else [])) as address:
                 rows.append({"engine": name, **asyncio.run(under_load(address, load))})
     found = {"model": models.DEFAULT_NAME, "dtype": "bfloat16", "sparsity": 0.5, "block_size": block_size()}
     return found | {**vars(load), "rows": rows}
@@ -440,7 +441,9 @@ def write(file: Path, results: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="one repeat, short prompts: to see that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="one repeat, short prompts, nothing compiled: to see that it works"
+    )
     parser.add_argument("--again", action="store_true", help="measure steps again that are there")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}; with --quick build/vllm-quick.jsonl")
     arguments = parser.parse_args()
@@ -455,10 +458,12 @@ def main() -> None:
             continue
         begin, step = time.monotonic(), STEPS[name]
         if step is None:
-            document = loaded(Load(requests=4, longest=600, per_second=2.0, new_tokens=8) if arguments.quick else Load())
+            document = loaded(
+                Load(requests=4, longest=600, per_second=2.0, new_tokens=8, eager=True) if arguments.quick else Load()
+            )
         else:
             if arguments.quick:
-                step = Speed(step.model, {64: 1, 512: 1}, step.sparsity, step.one_copy, 1)
+                step = Speed(step.model, {64: 1, 512: 1}, step.sparsity, step.one_copy, 1, eager=True)
             document = speed(step)
         import vllm
 

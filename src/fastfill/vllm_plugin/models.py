@@ -53,7 +53,7 @@ class Layer:
     until the weights are there. ranks: processes that share its neurons."""
 
     def __init__(self, stock: nn.Module, ranks: int):
-        self.stock: nn.Module | None = stock
+        self.stock: Any = stock
         self.ffn: SparseFFN | None = None
         self.ranks = ranks
 
@@ -114,10 +114,10 @@ class OpaqueFFN(nn.Module):
 class SparseView(nn.Module):
     """The second view of a stock model: everything shared with it, but for the FFNs."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", stock: nn.Module, ffns: list[nn.Module]):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", stock: Any, ffns: list[nn.Module]):
         super().__init__()
         layers = nn.ModuleList(_with(layer, mlp=ffn) for layer, ffn in zip(stock.layers, ffns, strict=True))
-        self.view = _with(stock, layers=layers)
+        self.view: Any = _with(stock, layers=layers)
 
     def forward(
         self,
@@ -139,11 +139,11 @@ def _with(module: nn.Module, **children: nn.Module) -> nn.Module:
 class SparsePrefill:
     """Goes in front of a stock ...ForCausalLM."""
 
-    model: nn.Module
+    model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any):
         settings.check_version()
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         self._settings = settings.read(vllm_config)
         self._prefill = self._settings.prefill
         self._vllm_config = vllm_config
@@ -238,7 +238,7 @@ class SparsePrefill:
             get_forward_context().skip_compiled = True  # no clock can be read inside a compiled model
         if not self._hidden:
             return self.model(*call)
-        tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        tokens = positions.shape[-1]
         metadata = _metadata()
         if metadata is None and not self._warm:  # vLLM's dummy run: compile now, not when the first prompt comes
             self._warm = True

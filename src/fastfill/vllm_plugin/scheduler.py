@@ -18,7 +18,7 @@ class _Salted:
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
         prefill = settings.read(vllm_config).prefill
         self._min_tokens, self._block = prefill.min_tokens, prefill.block_size
-        super().__init__(vllm_config, *args, **kwargs)
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.need_mamba_block_aligned_split = True  # so that it asks the method below
 
     def add_request(self, request: Any) -> None:
