@@ -258,7 +258,9 @@ def test_flops_of_a_dense_prefill_are_those_that_torch_counts(family):
         logits(model, token_ids(1, tokens), logits_to_keep=1)
     parts = flops.prefill(model.config, tokens)
     full = parts["attention"] * 2 * tokens // (tokens + 1)  # eager attention also computes the masked pairs
-    rotary = sum(v for name, module in counter.get_flop_counts().items() if name.endswith("rotary_emb") for v in module.values())
+    rotary = sum(
+        v for name, module in counter.get_flop_counts().items() if name.endswith("rotary_emb") for v in module.values()
+    )
     assert counter.get_total_flops() - rotary == sum(parts.values()) - parts["attention"] + full
 
 

@@ -4,6 +4,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ vllm = pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")
 import openai
 import psutil
 from conftest import one_sentence, tiny_tokenizer
+from test_readme import README, code_blocks
 from vllm.engine.arg_utils import EngineArgs
 from vllm_tiny import folders, prompt, vllm_model
 
@@ -133,14 +135,18 @@ def test_serve_says_in_one_sentence_that_the_artifact_is_of_another_model():
     assert "Traceback" not in done.stderr
 
 
-@contextmanager
-def server(port, log):
-    """`fastfill serve`, ready; killed at the end with all its children."""
+def tiny_server(port, log):
     model, artifact = folders()
     options = ("--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
+    return server(port, log, "serve", model, "--artifact", artifact, "--served-model-name", "tiny", *options)
+
+
+@contextmanager
+def server(port, log, *arguments):
+    """`fastfill serve`, ready; killed at the end with all its children."""
     with log.open("ab") as file:
         process = subprocess.Popen(
-            command("serve", model, "--artifact", artifact, "--served-model-name", "tiny", *options),
+            command(*arguments),
             env=environment(),
             stdout=file,
             stderr=file,
@@ -189,7 +195,7 @@ def test_server(tmp_path):
         except openai.APIConnectionError as error:
             failed.append(error)
 
-    with server(port, log) as (process, client):
+    with tiny_server(port, log) as (process, client):
         assert ask(client, ids) == sparse
         assert ask(client, ids, vllm_xargs={"fastfill": 0}) == dense
         assert ask(client, ids, vllm_xargs={"fastfill": 1}) == sparse
@@ -211,9 +217,21 @@ def test_server(tmp_path):
         time.sleep(0.3)
     running.join()
     assert failed
-    with server(port, log) as (_, client):
+    with tiny_server(port, log) as (_, client):
         assert ask(client, ids) == sparse
     assert "belongs to another model" not in log.read_text()
+
+
+def test_the_readme_serves(tmp_path):
+    """Its commands as printed, but for torch.compile, which takes a minute."""
+    section = README.partition("## Serve it\n")[2].partition("\n## ")[0]
+    lines = "".join(code_blocks(section, "sh")).replace("\\\n", " ").splitlines()
+    (serve,) = (shlex.split(line, comments=True) for line in lines if line.startswith("fastfill serve"))
+    (curl,) = (line for line in lines if line.startswith("curl"))
+    port = int(serve[serve.index("--port") + 1]) if "--port" in serve else 8000
+    with server(port, tmp_path / "server.log", *serve[1:], "--enforce-eager"):
+        done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=60)
+    assert "Paris" in json.loads(done.stdout)["choices"][0]["text"], done
 
 
 def test_bench_and_evaluate_in_vllm(tmp_path, capsys):
