@@ -69,6 +69,7 @@ def test_what_does_not_fit_is_refused_at_the_start(tmp_path):
     assert "one_copy must be true or false, not 'yes'" in refusal(model, artifact, {"one_copy": "yes"})
     speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     assert "speculative decoding" in refusal(model, artifact, speculative_config=speculative)
+    assert "dummy weights" in refusal(model, artifact, load_format="dummy")
     assert "LoRA" in refusal(model, artifact, enable_lora=True)
     assert "sparsty" in refusal(model, artifact, {"sparsty": 0.5})
     assert "kernel 'fast'" in refusal(model, artifact, {"kernel": "fast"})

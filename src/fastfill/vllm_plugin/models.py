@@ -186,10 +186,8 @@ class SparsePrefill:
         for index, (layer, part, kept) in enumerate(zip(self._layers, parts, counts, strict=True)):
             if kept == artifact.base_model["intermediate_size"]:
                 continue
-            predictor, compensator = (
-                artifact.predictor(index, part.gate, kernel),
-                artifact.compensator(index, part.gate, kernel),
-            )
+            predictor = artifact.predictor(index, part.gate, kernel)
+            compensator = artifact.compensator(index, part.gate, kernel)
             if ranks > 1:
                 kept = max(1, (rank + 1) * kept // ranks - rank * kept // ranks)
                 predictor, compensator = predictor.shard(rank, ranks), compensator and compensator.shard(rank, ranks)

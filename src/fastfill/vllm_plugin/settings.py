@@ -134,6 +134,7 @@ def refuse(vllm_config: Any) -> None:
         (getattr(parallel, "enable_dbo", False), "dual-batch overlap; start without --enable-dbo"),
         (vllm_config.lora_config is not None, "LoRA adapters; merge them, and calibrate the merged model"),
         (vllm_config.quant_config is not None or model.quantization, "quantised weights; serve the floating-point model"),
+        (vllm_config.load_config.load_format == "dummy", "dummy weights; leave --load-format out"),
         (model.runner_type == "pooling", "pooling models"),
         (scheduler.scheduler_cls is not None, "another scheduler class; start without --scheduler-cls"),
         (parallel.worker_extension_cls, "another worker extension; start without --worker-extension-cls"),
