@@ -309,7 +309,7 @@ def server(*options: str) -> Iterator[str]:
                 except openai.APIConnectionError:
                     if process.poll() is not None or time.monotonic() > end:
                         log.seek(0)
-                        raise SystemExit(log.read().decode()[-2000:]) from None
+                        raise SystemExit(log.read().decode()[-20000:]) from None
                     time.sleep(0.5)
             yield address
         finally:
@@ -389,7 +389,15 @@ def loaded(load: Load) -> dict[str, Any]:
     rows = []
     for name, sparsity in (("stock", "0"), ("fastfill", "0.5")):
         with progress.waiting(f"{load.requests} requests, {name}"):
-            options = ("--sparsity", sparsity, "--max-model-len", "4224", "--no-enable-prefix-caching", "--dtype", "bfloat16")
+            options = (
+                "--sparsity",
+                sparsity,
+                "--max-model-len",
+                "4224",
+                "--no-enable-prefix-caching",
+                "--kv-cache-memory-bytes",
+                str(2**30),
+            )
             with server(*options, *(["--enforce-eager"] if load.eager else [])) as address:
                 rows.append({"engine": name, **asyncio.run(under_load(address, load))})
     found = {"model": models.DEFAULT_NAME, "dtype": "bfloat16", "sparsity": 0.5, "block_size": block_size()}
