@@ -92,7 +92,7 @@ class Speed:
 
 
 STEPS: dict[str, Speed | None] = {
-    "smollm2": Speed("default", {64: 21, 256: 15, 512: 15, 1024: 15, 4096: 5}),
+    "smollm2": Speed("default", {64: 15, 256: 9, 512: 9, 1024: 15, 4096: 5}),
     "qwen": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 9, 4096: 3}),
     "qwen-70": Speed("qwen2.5-0.5b-shaped", {1024: 9}, sparsity=0.7, decode_repeats=0),
     "qwen-one-copy": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 5}, one_copy=True, decode_repeats=3),
