@@ -381,6 +381,7 @@ async def under_load(address: str, load: Load) -> dict[str, Any]:
         *(ask(client, ids, load.new_tokens, begin + at) for ids, at in zip(prompts, arrivals, strict=True))
     )
     alone = [await ask(client, ids, load.new_tokens, 0.0) for ids in prompts]
+    await client.close()
     good = [answer for answer in found if "error" not in answer]
     seconds = max(answer["end"] for answer in good) - begin
     ttft = sorted(answer["ttft"] for answer in good)
