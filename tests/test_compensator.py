@@ -31,3 +31,13 @@ def test_formula(linear, silu):
 
 def test_cost_counts_both_matrices():
     assert make(4, 2).macs_per_token() == 2 * HIDDEN * 6
+
+
+@pytest.mark.parametrize("linear, silu", [(4, 4), (3, 2), (1, 0)])
+def test_shards_of_ranks_add_up(linear, silu):
+    """Three ranks; some have nothing left of (1, 0) but the bias, which is rank 0's. Tolerance as for the formula."""
+    c = make(linear, silu)
+    x = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(1))
+    shards = [c.shard(rank, 3) for rank in range(3)]
+    assert sum(shard.w_in.shape[0] for shard in shards if shard) == linear + silu
+    torch.testing.assert_close(sum(shard(x) for shard in shards if shard), c(x), rtol=0, atol=1e-5)

@@ -121,3 +121,14 @@ def test_scores_of_a_block_depend_on_its_own_sequence_only(name, x, ffn):
     assert torch.equal(before[3:], after[3:])
     if name in ("learned", "oracle", "first-block", "low-rank"):
         assert not torch.equal(before[:3], after[:3])
+
+
+def test_shards_score_their_own_neurons(x):
+    """Two ranks: the softmax runs over a rank's half. 96 neurons, so halves of 48."""
+    predictor = tiny_artifact(tiny_model()).predictor(1, x)
+    logits = x.numpy() @ predictor.w_in.numpy().T @ predictor.w_out.numpy().T + predictor.bias.numpy()
+    for rank in range(2):
+        part = logits[:, 48 * rank : 48 * (rank + 1)]
+        p = np.exp(part - part.max(1, keepdims=True))
+        scores = predictor.shard(rank, 2).scores(x, PLAN)
+        torch.testing.assert_close(scores.double(), torch.from_numpy(blocks_of(p / p.sum(1, keepdims=True))), **CLOSE)

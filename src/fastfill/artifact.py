@@ -33,7 +33,7 @@ class Artifact:
 
     base_model: name, model_type, sizes and fingerprint. ranks: inner widths of predictor and compensator.
     layer_importance: L weights for `schedule.allocate`. tensors: see `shapes`. calibration: the record of how it was
-    made. quality: what was measured (may be empty).
+    made. quality: what was measured (may be empty). folder: where it was loaded from.
     """
 
     base_model: dict[str, Any]
@@ -43,6 +43,7 @@ class Artifact:
     tensors: dict[str, torch.Tensor]
     calibration: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = field(default=None, compare=False)
 
     @property
     def layers(self) -> int:
@@ -91,10 +92,14 @@ class Artifact:
         theirs = (anatomy.hidden, anatomy.intermediate, len(anatomy.ffns))
         if mine != theirs or base["fingerprint"] != families.fingerprint(anatomy):
             why = f"shapes {mine} against {theirs}" if mine != theirs else "same shapes, other weights"
-            raise UserError(
-                f"This artifact belongs to another model ({base['name']}; {why}); "
-                "load that model, or make an artifact for this one with `fastfill calibrate`."
-            )
+            raise UserError(wrong_partner(base["name"], why))
+
+
+def wrong_partner(name: str, why: str) -> str:
+    return (
+        f"This artifact belongs to another model ({name}; {why}); "
+        "load that model, or make an artifact for this one with `fastfill calibrate`."
+    )
 
 
 def shapes(base_model: dict[str, Any], ranks: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -217,6 +222,7 @@ def load(folder: str | Path) -> Artifact:
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{config_file} cannot be read as JSON ({error}); calibrate again or restore the file.") from error
     artifact = _from_document(document, str(config_file))
+    artifact.folder = folder
     try:
         artifact.tensors = load_file(weights_file)
     except (SafetensorError, OSError, ValueError) as error:

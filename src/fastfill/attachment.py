@@ -66,15 +66,7 @@ class Attachment:
 
     @property
     def extra_bytes(self) -> int:
-        total = 0
-        for ffn in self.ffns:
-            tensors = [
-                ffn.down_t,
-                *vars(ffn.predictor).values(),
-                *(vars(ffn.compensator).values() if ffn.compensator else ()),
-            ]
-            total += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
-        return total
+        return sum(ffn.extra_bytes for ffn in self.ffns)
 
     def _swap(self) -> None:
         for part, sparse in zip(self._anatomy.ffns, self.ffns, strict=True):

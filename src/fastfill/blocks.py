@@ -103,17 +103,28 @@ def make_plan(rows: list[tuple[int, int, int]], tokens: int, block_size: int, de
     """
     spans = []
     for index, (first, last, position) in enumerate(rows):
-        if last - first < min_tokens:
-            continue
-        start = max(position, dense_head)
-        start = -(-start // block_size) * block_size
-        stop = (position + last - first) // block_size * block_size
-        if stop > start:
-            row = index * tokens + first - position  # the row that position 0 has, or would have
-            spans.append(Span(row + start, row + stop, row if position == 0 else None))
+        if last - first >= min_tokens:
+            spans += _span(index * tokens + first, last - first, position, block_size, dense_head)
     if not spans:
         return None
     return Plan(len(rows), tokens, sum(last - first for first, last, _ in rows), block_size, tuple(spans))
+
+
+def make_packed_plan(rows: list[tuple[int, int, int]], tokens: int, block_size: int, dense_head: int) -> Plan | None:
+    """As `make_plan`, for a call that packs its sequences into one row of T = `tokens` tokens, as serving engines do.
+
+    rows: (first, last, position) of what may be sparse, in rising order; every other token is dense.
+    """
+    spans = [span for first, last, at in rows for span in _span(first, last - first, at, block_size, dense_head)]
+    return Plan(1, tokens, tokens, block_size, tuple(spans)) if spans else None
+
+
+def _span(row: int, tokens: int, position: int, block_size: int, dense_head: int) -> list[Span]:
+    """The sparse rows of one sequence, or nothing: it has this many tokens from `row` on, the first at this position."""
+    start = -(-max(position, dense_head) // block_size) * block_size
+    stop = (position + tokens) // block_size * block_size
+    zero = row - position  # the row that position 0 has, or would have
+    return [Span(zero + start, zero + stop, zero if position == 0 else None)] if stop > start else []
 
 
 def rows_from_mask(mask: torch.Tensor, past: int) -> list[tuple[int, int, int]] | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ MODEL_HELP = "a Hugging Face id, a local folder, a .gguf file, or 'default' (the
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 with one sentence on stderr for input the user can mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
+    if rest and arguments.run is not run_serve:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     try:
         result = arguments.run(arguments)
     except UserError as error:
@@ -164,6 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--task", default="perplexity", choices=["perplexity", "longbench", "ruler", "recall", "picks", "peers", "pareto"]
     )
+    evaluate.add_argument("--engine", default="transformers", choices=["transformers", "vllm"], help="default: transformers")
     evaluate.add_argument(
         "--data",
         nargs="+",
@@ -205,6 +211,28 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="stored --json output, a folder of it, or an artifact folder")
     report.add_argument("--out", default="report.html", metavar="FILE", help="page to write (default: report.html)")
     report.add_argument("--svg", metavar="DIR", help="write each figure as a file of its own, too")
+
+    serve = commands.add_parser(
+        "serve",
+        help="vLLM's OpenAI-compatible server with the artifact on.",
+        description="vLLM's OpenAI-compatible server with the artifact on. All other options go to `vllm serve`; it binds to "
+        "127.0.0.1 unless --host says otherwise.",
+        usage="fastfill serve MODEL --artifact DIR [options] [any option of vllm serve]",
+        epilog="example: fastfill serve default --artifact default --port 8000 --max-model-len 4096",
+        allow_abbrev=False,
+    )
+    serve.set_defaults(run=run_serve, json=False)
+    serve.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    serve.add_argument("--artifact", metavar="DIR", required=True, help="folder, or 'default' for the shipped one")
+    serve.add_argument("--sparsity", type=float, help="share of FFN neurons skipped, 0 to 0.95 (default: the artifact's)")
+    serve.add_argument("--sparse-block-size", type=int, help="tokens per selection (default: the artifact's)")
+    serve.add_argument("--min-tokens", type=int, help="shorter prompts stay dense (default: the artifact's)")
+    serve.add_argument("--kernel", help="auto, native or torch (default: auto)")
+    serve.add_argument(
+        "--one-copy",
+        action="store_true",
+        help="less memory: dense tokens by the sparse kernel too, no copy of the FFN for vLLM's",
+    )
 
     command("env", run_env, "Show versions, processor and which kernel runs, and why.", "fastfill env")
     return parser
@@ -493,14 +521,12 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = artifacts.folder_of(arguments.artifact)
     artifact = artifacts.load(folder)
     task = tasks.prepare(arguments, artifact)
-    loaded = _load(arguments)
-    with _attach(
-        arguments, loaded.model, artifact, predictor=arguments.predictor, compensator=not arguments.no_compensator
-    ) as attachment:
+    with _evaluated(arguments, artifact) as (attachment, loaded):
         scores = task(attachment, loaded)
         config = attachment.config
     result = {
         "task": arguments.task,
+        "engine": arguments.engine,
         "model": loaded.name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "predictor": arguments.predictor,
@@ -533,6 +559,46 @@ def run_report(arguments: argparse.Namespace) -> dict[str, Any]:
     if result["missing"]:
         print(f"not in these runs: {'; '.join(result['missing'])}")
     return result
+
+
+@contextmanager
+def _evaluated(arguments: argparse.Namespace, artifact: Any) -> Iterator[tuple[Any, Any]]:
+    """The attached model and what it was loaded from, in the engine that was asked for."""
+    if arguments.engine == "transformers":
+        loaded = _load(arguments)
+        extra = {"predictor": arguments.predictor, "compensator": not arguments.no_compensator}
+        with _attach(arguments, loaded.model, artifact, **extra) as attachment:
+            yield attachment, loaded
+        return
+    if arguments.task not in ("longbench", "ruler"):
+        raise UserError(f"--task {arguments.task} looks inside the model; it needs --engine transformers.")
+    if arguments.predictor != "learned" or arguments.no_compensator:
+        raise UserError("--predictor and --no-compensator need --engine transformers.")
+    import transformers
+
+    from fastfill import models
+    from fastfill.engines import vllm
+
+    _threads(arguments)
+    settings = {key: getattr(arguments, key) for key in ("dtype", "device", "sparsity", "block_size", "min_tokens", "kernel")}
+    with vllm.bench(arguments.model, artifact, **settings) as runner:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(models.resolve(arguments.model))
+        yield runner, models.LoadedModel(runner.model, tokenizer, runner.name)
+
+
+def run_serve(arguments: argparse.Namespace) -> None:
+    from fastfill.engines import vllm
+
+    vllm.serve(
+        arguments.model,
+        arguments.artifact,
+        arguments.rest,
+        sparsity=arguments.sparsity,
+        block_size=arguments.sparse_block_size,
+        min_tokens=arguments.min_tokens,
+        kernel=arguments.kernel,
+        one_copy=arguments.one_copy or None,
+    )
 
 
 def run_env(arguments: argparse.Namespace) -> dict[str, Any]:

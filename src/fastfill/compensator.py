@@ -20,5 +20,15 @@ class Compensator:
         """(T, H) -> (T, H)."""
         return kernels.compensate(x, self.w_in, self.w_out, self.bias, self.linear_rank, kernel=self.kernel)
 
+    def shard(self, rank: int, ranks: int) -> Compensator | None:
+        """The part of one of `ranks` processes; the parts add up to c. None where nothing is left for this one."""
+        linear, silu = self.linear_rank, self.w_in.shape[0] - self.linear_rank
+        own = range(rank * linear // ranks, (rank + 1) * linear // ranks)
+        rows = [*own, *(linear + i for i in range(rank * silu // ranks, (rank + 1) * silu // ranks))]
+        if not rows and rank:
+            return None
+        bias = self.bias if rank == 0 else torch.zeros_like(self.bias)
+        return Compensator(self.w_in[rows], self.w_out[:, rows].contiguous(), bias, len(own), self.kernel)
+
     def macs_per_token(self) -> int:
         return self.w_in.numel() + self.w_out.numel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,9 +113,23 @@ def fingerprint(anatomy: Anatomy) -> str:
 
     Rounding makes it the same whether a checkpoint is loaded in fp32 or bf16; the sample keeps it fast at any size.
     """
-    digest = hashlib.sha256(f"{anatomy.hidden}x{anatomy.intermediate}x{len(anatomy.ffns)}".encode())
-    for ffn in anatomy.ffns:
-        for weight in (ffn.gate, ffn.up, ffn.down):
-            step = max(1, weight.shape[0] // 8)
-            digest.update(weight[::step][:8].to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    samples = ([sample(weight) for weight in (ffn.gate, ffn.up, ffn.down)] for ffn in anatomy.ffns)
+    return fingerprint_of(anatomy.hidden, anatomy.intermediate, len(anatomy.ffns), samples)
+
+
+def sampled_rows(rows: int) -> range:
+    """The rows of a weight that go into the fingerprint."""
+    return range(0, rows, max(1, rows // 8))[:8]
+
+
+def sample(weight: torch.Tensor) -> torch.Tensor:
+    return weight[list(sampled_rows(weight.shape[0]))]
+
+
+def fingerprint_of(hidden: int, intermediate: int, layers: int, samples: Iterable[Iterable[torch.Tensor]]) -> str:
+    """The fingerprint from `sample`d gate, up and down weights, layer by layer."""
+    digest = hashlib.sha256(f"{hidden}x{intermediate}x{layers}".encode())
+    for weights in samples:
+        for weight in weights:
+            digest.update(weight.to(torch.bfloat16).contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()

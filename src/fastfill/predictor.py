@@ -42,6 +42,11 @@ class LearnedPredictor(Predictor):
         blocks = plan.split(x)
         return kernels.block_scores(blocks, self.w_in, self.w_out, self.bias, plan.block_size, kernel=self.kernel)
 
+    def shard(self, rank: int, ranks: int) -> LearnedPredictor:
+        """For the neurons of one of `ranks` processes that share F evenly; p_t sums to 1 over these neurons then."""
+        own = slice(rank * self.bias.shape[0] // ranks, (rank + 1) * self.bias.shape[0] // ranks)
+        return LearnedPredictor(self.w_in, self.w_out[own].contiguous(), self.bias[own].contiguous(), self.kernel)
+
     def macs_per_token(self) -> int:
         return self.w_in.numel() + self.w_out.numel()
 

@@ -34,6 +34,12 @@ class SparseFFN:
     kernel: str = "auto"
     observer: Callable[[Plan, torch.Tensor], None] | None = field(default=None, repr=False)
 
+    @property
+    def extra_bytes(self) -> int:
+        """Memory beside the model's own weights: transposed down, predictor, compensator."""
+        parts = [self.down_t, *vars(self.predictor).values(), *(vars(self.compensator).values() if self.compensator else ())]
+        return sum(part.numel() * part.element_size() for part in parts if isinstance(part, torch.Tensor))
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, T, H) -> (batch, T, H)."""
         plan = current_plan.get()

@@ -1,4 +1,4 @@
-"""What runs the model: `transformers` (here). One module per engine.
+"""What runs the model: `transformers` or `vllm`. One module per engine.
 
 An engine that `fastfill bench --engine NAME` can measure is a module `fastfill.engines.NAME` with a function
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastfill import families
 from fastfill.attachment import Attachment
 from fastfill.engines import PARTS
+from fastfill.sparse_ffn import SparseFFN
 
 
 class Stopwatch:
@@ -68,15 +70,25 @@ class _Clocked:
         return self._timed(self._original, *args, **kwargs)
 
 
+def clocks(attachment: Attachment) -> AbstractContextManager[Stopwatch]:
+    """`clocks_on` all parts of an attached model."""
+    attentions = families.dissect(attachment.model).attentions
+    return clocks_on(attachment.model.device, attentions, attachment.modules, attachment.ffns)
+
+
 @contextmanager
-def clocks(attachment: Attachment) -> Iterator[Stopwatch]:
-    """Clocks on attentions, FFNs, predictors and compensators while the block runs; taken off in any case."""
-    anatomy = families.dissect(attachment.model)
-    watch = Stopwatch(attachment.model.device)
+def clocks_on(
+    device: torch.device, attentions: Iterable[nn.Module], ffns: Iterable[nn.Module], sparse: Iterable[SparseFFN]
+) -> Iterator[Stopwatch]:
+    """Clocks on attentions, FFNs, predictors and compensators while the block runs; taken off in any case.
+
+    ffns: the modules that are called. sparse: what runs inside them.
+    """
+    watch = Stopwatch(device)
     hooks: list[Any] = []
-    originals = [(ffn, ffn.predictor, ffn.compensator) for ffn in attachment.ffns]
+    originals = [(ffn, ffn.predictor, ffn.compensator) for ffn in sparse]
     try:
-        for part, modules in (("attention", anatomy.attentions), ("ffn", attachment.modules)):
+        for part, modules in (("attention", attentions), ("ffn", ffns)):
             for module in modules:
                 hooks.append(module.register_forward_pre_hook(lambda *_: watch.start()))
                 hooks.append(module.register_forward_hook(lambda *_, part=part: watch.stop(part)))

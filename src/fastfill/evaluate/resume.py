@@ -105,6 +105,7 @@ def settings(task: str, attachment: Attachment, artifact: Artifact, items: Any, 
         "kernel": first.kernel,
         "predictor": type(first.predictor).__name__,
         "compensator": first.compensator is not None,
+        **({"engine": attachment.engine} if hasattr(attachment, "engine") else {}),
         "items": digest(items),
         **more,
     }

@@ -64,9 +64,9 @@ def answer(attachment: Attachment, tokenizer: Any, example: Example) -> dict[str
 
     with attachment.dense():
         dense = text()
-    stats = attachment.stats
-    before = stats.sparse_tokens, stats.dense_tokens
+    before = attachment.stats.sparse_tokens, attachment.stats.dense_tokens
     sparse = text()
+    stats = attachment.stats
     return {
         "dataset": example.dataset,
         "answers": list(example.answers),

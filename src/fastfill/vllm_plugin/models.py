@@ -1,0 +1,396 @@
+"""vLLM's models with a sparse prefill. START HERE: `SparsePrefill.forward`.
+
+A step that reads no prompt sparsely (decode, short prompts, requests that are switched off) runs vLLM's own model, compiled
+and captured as ever. A step that does runs a second view of the same modules, in which each FFN is one opaque op.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.sequence import IntermediateTensors
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from fastfill import artifact as artifacts
+from fastfill import blocks, families, kernels
+from fastfill.attachment import Stats
+from fastfill.blocks import Plan
+from fastfill.engines import PARTS, profile
+from fastfill.errors import UserError
+from fastfill.families import FFN
+from fastfill.predictor import LearnedPredictor
+from fastfill.sparse_ffn import SparseFFN, current_plan
+from fastfill.vllm_plugin import metrics, requests, settings
+
+logger = init_logger("vllm.fastfill")
+LOG_SECONDS = 10.0
+
+
+class Layer:
+    """One FFN as the op finds it. stock: vLLM's module, or None if the sparse one does all. ffn: the sparse one, or None
+    until the weights are there. ranks: processes that share its neurons."""
+
+    def __init__(self, stock: nn.Module, ranks: int):
+        self.stock: Any = stock
+        self.ffn: SparseFFN | None = None
+        self.ranks = ranks
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (T, H), the tokens of all requests of the step -> (T, H)."""
+        if self.stock is not None and (self.ffn is None or current_plan.get() is None):
+            return self.stock.forward(x)
+        assert self.ffn is not None
+        y = self.ffn(x[None])[0]
+        return y if self.ranks == 1 else tensor_model_parallel_all_reduce(y)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory beside what stock vLLM holds for this FFN."""
+        if self.ffn is None:
+            return 0
+        if self.stock is None:  # the transposed down is the only one
+            return self.ffn.extra_bytes - self.ffn.down_t.numel() * self.ffn.down_t.element_size()
+        packed = self.stock.gate_up_proj.weight.numel() == 0  # vLLM on a CPU has its own layout; the plain weights stay for us
+        return self.ffn.extra_bytes + packed * 2 * self.ffn.gate.numel() * self.ffn.gate.element_size()
+
+
+class AllNeurons:
+    """The dense FFN by the sparse kernel: (1, T, H) -> (1, T, H), this process's share of the sum."""
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, kernel: str):
+        self.weights, self.kernel = (gate, up, down_t), kernel
+        self.ids = torch.arange(gate.shape[0], dtype=torch.int32, device=gate.device)[None]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return kernels.sparse_ffn(x[0], *self.weights, self.ids, kernel=self.kernel)[None]
+
+
+def _ffn(x: torch.Tensor, layer: str) -> torch.Tensor:
+    return get_forward_context().no_compile_layers[layer](x)
+
+
+def _ffn_fake(x: torch.Tensor, layer: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_library = torch.library.Library("fastfill", "FRAGMENT")
+direct_register_custom_op("vllm_ffn", _ffn, fake_impl=_ffn_fake, target_lib=_library)
+
+
+class OpaqueFFN(nn.Module):
+    """Stands in for an FFN in the second view; to torch.compile it is one node. name: of its `Layer`."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.fastfill.vllm_ffn(x, self.name)
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0})
+class SparseView(nn.Module):
+    """The second view of a stock model: everything shared with it, but for the FFNs."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", stock: Any, ffns: list[nn.Module]):
+        super().__init__()
+        layers = nn.ModuleList(_with(layer, mlp=ffn) for layer, ffn in zip(stock.layers, ffns, strict=True))
+        self.view: Any = _with(stock, layers=layers)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor | IntermediateTensors:
+        return self.view.forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+
+def _with(module: nn.Module, **children: nn.Module) -> nn.Module:
+    """The same module, with other children of these names. Parameters and all other children are shared."""
+    clone = copy.copy(module)
+    clone._modules = {**module._modules, **children}
+    return clone
+
+
+class SparsePrefill:
+    """Goes in front of a stock ...ForCausalLM."""
+
+    model: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any):
+        settings.check_version()
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        self._settings = settings.read(vllm_config)
+        self._prefill = self._settings.prefill
+        self._vllm_config = vllm_config
+        self._layers: list[Layer] = []
+        self._hidden: list[SparseView] = []  # in a list, so that it is no child: its weights are the stock model's
+        self._warm = False
+        self.stats = Stats()
+        self.model_bytes = 0
+        self.predictor_seconds = 0.0
+        self._metrics = metrics.counters() if get_tensor_model_parallel_rank() == 0 else None
+        self._clocks: ExitStack | None = None
+        self._watch: profile.Stopwatch | None = None
+        self._logged = (time.monotonic(), Stats())
+        if self._prefill.sparsity == 0:
+            return
+        compilation = vllm_config.compilation_config
+        names = [f"{prefix}fastfill.{i}" for i in range(len(self.model.layers))]
+        ranks = get_tensor_model_parallel_world_size()
+        self._layers = [Layer(layer.mlp, ranks) for layer in self.model.layers]
+        compilation.static_forward_context.update(zip(names, self._layers, strict=True))
+        with set_current_vllm_config(vllm_config), set_model_tag("fastfill"):
+            ffns: list[nn.Module] = [OpaqueFFN(name) for name in names]
+            self._hidden.append(SparseView(vllm_config=vllm_config, stock=self.model, ffns=ffns))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = super().load_weights(weights)  # type: ignore[misc]
+        self._take_weights()
+        return loaded
+
+    def _take_weights(self) -> None:
+        """Check the weights, and keep what the sparse kernel reads: vLLM may repack and drop its own right after this."""
+        parts = [_parts(layer.mlp) for layer in self.model.layers]
+        artifact = artifacts.load(self._settings.artifact)
+        _check_weights(artifact, parts)
+        self.model_bytes = sum(p.numel() * p.element_size() for p in self.parameters())  # type: ignore[attr-defined]
+        if not self._layers:
+            return
+        rank, ranks, kernel = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self._settings.kernel
+        counts = artifact.kept(self._prefill.sparsity)
+        for index, (layer, part, kept) in enumerate(zip(self._layers, parts, counts, strict=True)):
+            if kept == artifact.base_model["intermediate_size"]:
+                continue
+            predictor = artifact.predictor(index, part.gate, kernel)
+            compensator = artifact.compensator(index, part.gate, kernel)
+            if ranks > 1:
+                kept = max(1, (rank + 1) * kept // ranks - rank * kept // ranks)
+                predictor, compensator = predictor.shard(rank, ranks), compensator and compensator.shard(rank, ranks)
+            if part.gate.device.type == "cpu":  # elsewhere the host does not wait for it
+                self._time(predictor)
+            down_t = part.down.t().contiguous()
+            layer.ffn = SparseFFN(
+                dense=AllNeurons(part.gate, part.up, down_t, kernel),
+                gate=part.gate,
+                up=part.up,
+                down_t=down_t,
+                kept=kept,
+                predictor=predictor,
+                compensator=compensator,
+                kernel=kernel,
+            )
+            if self._settings.one_copy:
+                layer.stock = None
+                self.model.layers[index].mlp = self._hidden[0].view.layers[index].mlp  # the opaque op, in both views
+
+    def _time(self, predictor: LearnedPredictor) -> None:
+        scores = predictor.scores
+
+        def timed(x: torch.Tensor, plan: Plan) -> torch.Tensor:
+            begin = time.perf_counter()
+            found = scores(x, plan)
+            self.predictor_seconds += time.perf_counter() - begin
+            return found
+
+        predictor.scores = timed  # type: ignore[method-assign]
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory that the artifact adds in this process."""
+        return sum(layer.extra_bytes for layer in self._layers)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        call = (input_ids, positions, intermediate_tensors, inputs_embeds)
+        if self._clocks is not None:
+            get_forward_context().skip_compiled = True  # no clock can be read inside a compiled model
+        if not self._hidden:
+            return self.model(*call)
+        tokens = positions.shape[-1]
+        metadata = _metadata()
+        if metadata is None and not self._warm:  # vLLM's dummy run: compile now, not when the first prompt comes
+            self._warm = True
+            self._hidden[0](*call)
+            logger.info(
+                "fastfill: %.0f%% of the FFN neurons are skipped in prompts of %d tokens or more; %.0f MB more memory.",
+                100 * self._prefill.sparsity,
+                self._prefill.min_tokens,
+                self.extra_bytes / 1e6,
+            )
+        plan = self._plan(metadata, tokens) if metadata is not None else None
+        if plan is None:
+            return self.model(*call)
+        context, before = get_forward_context(), get_forward_context().cudagraph_runtime_mode
+        context.cudagraph_runtime_mode = CUDAGraphMode.NONE  # what was captured knows nothing of this step's selection
+        token = current_plan.set(plan)
+        try:
+            return self._hidden[0](*call)
+        finally:
+            current_plan.reset(token)
+            context.cudagraph_runtime_mode = before
+
+    def start_clocks(self) -> None:
+        attentions = [layer.self_attn for layer in self.model.layers]
+        views = (self.model, *(sparse.view for sparse in self._hidden))
+        ffns = {layer.mlp for view in views for layer in view.layers}  # with one copy they are the same
+        sparse = [layer.ffn for layer in self._layers if layer.ffn]
+        device = attentions[0].o_proj.weight.device
+        self._clocks = ExitStack()
+        self._watch = self._clocks.enter_context(profile.clocks_on(device, attentions, ffns, sparse))
+
+    def stop_clocks(self) -> dict[str, float]:
+        """Seconds by part since `start_clocks`."""
+        assert self._clocks and self._watch
+        parts = {part: self._watch.seconds(part) for part in PARTS}
+        self._clocks.close()
+        self._clocks = self._watch = None
+        return parts
+
+    def _plan(self, metadata: Any, tokens: int) -> Plan | None:
+        """Which rows of this step are sparse: blocks that lie whole in one request's prompt, in this step, behind the head."""
+        config, plan = self._prefill, None
+        prompts = requests.of(self._vllm_config).prompts
+        if prompts and metadata.max_query_len >= config.block_size:  # a number of the host: decoding costs nothing here
+            starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+            rows = []
+            for index, prompt in sorted(prompts.items()):
+                if index + 1 < len(starts):
+                    first, last = starts[index], starts[index + 1]
+                    position = lengths[index] - (last - first)
+                    # What was generated is read again after a preemption; it was dense then and is dense now.
+                    last = min(last, first + prompt - position)
+                    rows.append((first, max(first, last), position))
+            plan = blocks.make_packed_plan(rows, tokens, config.block_size, config.dense_head)
+        sparse = plan.sparse_tokens if plan else 0
+        self._count(sparse, metadata.num_actual_tokens - sparse)
+        return plan
+
+    def _count(self, sparse: int, dense: int) -> None:
+        stats = self.stats
+        stats.sparse_tokens += sparse
+        stats.dense_tokens += dense
+        stats.sparse_calls += sparse > 0
+        stats.dense_calls += sparse == 0
+        if self._metrics:
+            self._metrics.set(stats, self._prefill.sparsity, self.predictor_seconds)
+        then, logged = self._logged
+        if stats.sparse_tokens > logged.sparse_tokens and time.monotonic() - then > LOG_SECONDS:
+            logger.info(
+                "fastfill: %d tokens read sparsely, %d computed densely since the last line; predictors took %.1f s so far.",
+                stats.sparse_tokens - logged.sparse_tokens,
+                stats.dense_tokens - logged.dense_tokens,
+                self.predictor_seconds,
+            )
+            self._logged = (time.monotonic(), replace(stats))
+
+
+def _metadata() -> Any:
+    """Where the requests of this step lie; None in dummy runs and where it cannot be told (such a step is dense)."""
+    found = get_forward_context().attn_metadata if is_forward_context_available() else None
+    if not isinstance(found, dict) or not found:
+        return None
+    first = next(iter(found.values()))
+    return first if hasattr(first, "query_start_loc") and hasattr(first, "seq_lens") else None
+
+
+def _parts(mlp: Any) -> FFN:
+    """gate and up are views of vLLM's fused weight: (2 F, H), gate first."""
+    fused, down = mlp.gate_up_proj, mlp.down_proj
+    if getattr(fused, "bias", None) is not None or getattr(down, "bias", None) is not None:
+        raise UserError("An FFN with a bias is not supported.")
+    weight = fused.weight.data
+    gate, up = weight.chunk(2)
+    return FFN(mlp, gate, up, down.weight.data)
+
+
+def _check_weights(artifact: artifacts.Artifact, parts: list[FFN]) -> None:
+    """Raise UserError unless these, together with those of the other ranks, are the weights the artifact was made for."""
+    base = artifact.base_model
+    samples = ([_rows(part.gate), _rows(part.up), _columns(part.down)] for part in parts)
+    found = families.fingerprint_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
+    if found != base["fingerprint"]:
+        raise UserError(artifacts.wrong_partner(base["name"], "same shapes, other weights"))
+
+
+def _rows(weight: torch.Tensor) -> torch.Tensor:
+    """`families.sample` of a weight whose rows are spread over the ranks."""
+    own, rank, ranks = weight.shape[0], get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    if ranks == 1:
+        return families.sample(weight)
+    wanted = families.sampled_rows(own * ranks)
+    found = weight.new_zeros(len(wanted), weight.shape[1])
+    for i, row in enumerate(wanted):
+        if row // own == rank:
+            found[i] = weight[row % own]
+    return tensor_model_parallel_all_reduce(found)
+
+
+def _columns(weight: torch.Tensor) -> torch.Tensor:
+    """`families.sample` of a weight whose columns are spread over the ranks."""
+    found = families.sample(weight)
+    return found if get_tensor_model_parallel_world_size() == 1 else tensor_model_parallel_all_gather(found, dim=1)
+
+
+class WorkerExtension:
+    """Methods that `LLM.collective_rpc` can call on vLLM's workers."""
+
+    model_runner: Any
+
+    def fastfill_stats(self) -> dict[str, Any]:
+        """Sparse and dense tokens and steps so far, seconds in predictors, and the memory of the weights and of what the
+        artifact added, in this worker."""
+        model = self.model_runner.get_model()
+        names = ("predictor_seconds", "model_bytes", "extra_bytes")
+        return {**vars(model.stats), **{name: getattr(model, name) for name in names}}
+
+    def fastfill_start_clocks(self) -> None:
+        self.model_runner.get_model().start_clocks()
+
+    def fastfill_stop_clocks(self) -> dict[str, float]:
+        return self.model_runner.get_model().stop_clocks()
+
+
+class FastfillLlamaForCausalLM(SparsePrefill, LlamaForCausalLM):
+    pass
+
+
+class FastfillMistralForCausalLM(SparsePrefill, MistralForCausalLM):
+    pass
+
+
+class FastfillQwen2ForCausalLM(SparsePrefill, Qwen2ForCausalLM):
+    pass
+
+
+class FastfillQwen3ForCausalLM(SparsePrefill, Qwen3ForCausalLM):
+    pass

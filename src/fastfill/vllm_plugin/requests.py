@@ -1,0 +1,53 @@
+"""Which requests of a step are read sparsely, and how long their prompts are.
+
+A model sees only where each request's tokens lie. vLLM tells logits processors what else is known of a request, before
+every step and row by row; so this is one, which leaves all logits alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from fastfill.vllm_plugin import settings
+
+_OF: dict[int, Requests] = {}
+
+
+class Requests(LogitsProcessor):
+    """prompts: row of the running batch -> length of the prompt, for requests that are read sparsely."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        settings.wants_sparse(sampling_params.extra_args)
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
+        self.min_tokens = settings.read(vllm_config).prefill.min_tokens
+        self.prompts: dict[int, int] = {}
+        self.vllm_config = vllm_config  # kept alive, so that its id stays its own
+        _OF[id(vllm_config)] = self
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self.prompts, batch_update, self._prompt)
+
+    def _prompt(self, params: Any, prompt: list[int] | None, _output: list[int]) -> int | None:
+        # A prompt of embeddings has no ids, and stays dense.
+        return len(prompt) if prompt and is_sparse(params, len(prompt), self.min_tokens) else None
+
+
+def is_sparse(params: Any, prompt_tokens: int, min_tokens: int) -> bool:
+    """Whether a request is read sparsely at all; scheduler and model decide by the same rule."""
+    return prompt_tokens >= min_tokens and settings.wants_sparse(params.extra_args if params is not None else None)
+
+
+def of(vllm_config: Any) -> Requests:
+    return _OF[id(vllm_config)]

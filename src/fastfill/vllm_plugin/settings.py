@@ -1,0 +1,215 @@
+"""What the user asks of the plugin: the field `fastfill` of the model's configuration, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fastfill import artifact as artifacts
+from fastfill import config as cfg
+from fastfill import families, kernels
+from fastfill.artifact import Artifact
+from fastfill.config import PrefillConfig
+from fastfill.errors import UserError
+
+SUPPORTED = ((0, 32), (0, 33))  # from, below
+FIELD = "fastfill"
+SWITCH = "fastfill"  # name of the per-request switch in SamplingParams.extra_args
+SALT = "fastfill-sparse"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """artifact: its folder. The next four override the artifact's (`PrefillConfig`). kernel: see `fastfill.kernels`.
+
+    one_copy: keep one copy of the FFN weights, the sparse kernel's, and compute dense tokens with it too.
+    """
+
+    artifact: str
+    sparsity: float | None = None
+    block_size: int | None = None
+    dense_head: int | None = None
+    min_tokens: int | None = None
+    kernel: str = "auto"
+    one_copy: bool = False
+
+    @property
+    def prefill(self) -> PrefillConfig:
+        """What is in force, once `configure` has filled in the artifact's values."""
+        return PrefillConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(PrefillConfig)})
+
+
+def read(vllm_config: Any) -> Settings:
+    """Raises UserError for a field that is missing or not understood."""
+    document = getattr(vllm_config.model_config.hf_config, FIELD, None)
+    known = {field.name for field in dataclasses.fields(Settings)}
+    if not isinstance(document, dict) or not isinstance(document.get("artifact"), str):
+        raise UserError(f'Give vLLM the artifact: --hf-overrides \'{{"{FIELD}": {{"artifact": "DIR"}}, ...}}\'.')
+    if unknown := sorted(set(document) - known):
+        raise UserError(f"{FIELD}: unknown setting(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+    return Settings(**document)
+
+
+def configure(vllm_config: Any) -> None:
+    """Check what can be checked before the engine starts, and name the parts of ours that vLLM is to load.
+
+    Raises UserError with one sentence for what does not fit.
+    """
+    check_version()
+    settings = read(vllm_config)
+    refuse(vllm_config)
+    if settings.kernel not in ("auto", *kernels.KERNELS):
+        raise UserError(f"kernel {settings.kernel!r} is not known; use auto, {' or '.join(kernels.KERNELS)}.")
+    if settings.one_copy not in (True, False):
+        raise UserError(f"one_copy must be true or false, not {settings.one_copy!r}.")
+    if settings.one_copy and vllm_config.device_config.device_type != "cpu":
+        raise UserError("one_copy is for CPUs; elsewhere vLLM's own copy of gate and up is the one that is used.")
+    artifact = artifacts.load(settings.artifact)
+    wanted = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+    settings = Settings(**{**cfg.to_dict(artifact.prefill), **wanted})
+    prefill = settings.prefill  # checks the values
+    check_shapes(artifact, vllm_config.model_config.hf_config)
+    check_checkpoint(artifact, Path(vllm_config.model_config.model))
+    model, parallel, scheduler = vllm_config.model_config, vllm_config.parallel_config, vllm_config.scheduler_config
+    setattr(model.hf_config, FIELD, dataclasses.asdict(settings))
+    parallel.worker_extension_cls = "fastfill.vllm_plugin.models.WorkerExtension"
+    if prefill.sparsity == 0:
+        return  # all of it is vLLM's own code
+    model.logits_processors = [*(model.logits_processors or []), "fastfill.vllm_plugin.requests:Requests"]
+    check_blocks(vllm_config, prefill.block_size)
+    scheduler.scheduler_cls = "fastfill.vllm_plugin.scheduler.scheduler"
+
+
+def check_blocks(vllm_config: Any, block_size: int) -> None:
+    """See that neither a chunk nor a hit of the prefix cache has to end inside a block. Raises UserError where it must."""
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    limits = {
+        "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
+        "--long-prefill-token-threshold": scheduler.long_prefill_token_threshold,
+    }
+    for option, limit in limits.items():
+        if 0 < limit < block_size:
+            raise UserError(f"{option} {limit} is less than a block; give {block_size} or more.")
+    default = 128 if vllm_config.device_config.device_type == "cpu" else 16
+    pages = cache.block_size if cache.user_specified_block_size else default
+    if not cache.enable_prefix_caching or pages % block_size == 0:
+        return
+    fitting = math.lcm(pages, block_size)
+    if cache.user_specified_block_size:
+        raise UserError(f"--block-size {pages} is no multiple of the sparse blocks of {block_size}; give {fitting}.")
+    cache.block_size, cache.user_specified_block_size = fitting, True
+
+
+def check_version() -> None:
+    import vllm
+
+    low, high = SUPPORTED
+    found = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
+    if not low <= found < high:
+        raise UserError(f"vLLM {vllm.__version__} is not supported by this fastfill; install {name_range()}.")
+
+
+def name_range() -> str:
+    """The supported versions, as pip writes them."""
+    low, high = (".".join(map(str, version)) for version in SUPPORTED)
+    return f"vllm>={low},<{high}"
+
+
+def refuse(vllm_config: Any) -> None:
+    """Raise UserError for what the sparse prefill does not know, rather than be wrong or silently dense."""
+    parallel, model, scheduler = vllm_config.parallel_config, vllm_config.model_config, vllm_config.scheduler_config
+    kind = getattr(model.hf_config, "hidden_act", None)
+    for given, what in (
+        (vllm_config.speculative_config is not None, "speculative decoding; start without it"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism; start with --pipeline-parallel-size 1"),
+        (getattr(parallel, "enable_dbo", False), "dual-batch overlap; start without --enable-dbo"),
+        (vllm_config.lora_config is not None, "LoRA adapters; merge them, and calibrate the merged model"),
+        (vllm_config.quant_config is not None or model.quantization, "quantised weights; serve the floating-point model"),
+        (vllm_config.load_config.load_format == "dummy", "dummy weights; leave --load-format out"),
+        (model.runner_type == "pooling", "pooling models"),
+        (scheduler.scheduler_cls is not None, "another scheduler class; start without --scheduler-cls"),
+        (parallel.worker_extension_cls, "another worker extension; start without --worker-extension-cls"),
+        (vllm_config.use_v2_model_runner, "vLLM's second model runner; set VLLM_USE_V2_MODEL_RUNNER=0"),
+        (kind not in ("silu", "swish"), f"the FFN activation {kind!r}"),
+    ):
+        if given:
+            raise UserError(f"The sparse prefill does not work with {what}.")
+
+
+def check_shapes(artifact: Artifact, model: Any) -> None:
+    """Raise UserError if the artifact was made for a model of another shape. model: the Hugging Face config."""
+    base = artifact.base_model
+    mine = (base["hidden_size"], base["intermediate_size"], base["layers"])
+    theirs = (model.hidden_size, model.intermediate_size, model.num_hidden_layers)
+    if mine != theirs:
+        raise UserError(artifacts.wrong_partner(base["name"], f"shapes {mine} against {theirs}"))
+
+
+def check_checkpoint(artifact: Artifact, folder: Path) -> None:
+    """Raise UserError if the weights in a local folder are not those the artifact was made for. Reads 24 rows a layer; a
+    checkpoint that is not a folder of safetensors is checked when it is loaded."""
+    base = artifact.base_model
+    try:
+        with ExitStack() as stack:
+            rows = _Rows(folder, stack)
+            names = [
+                [f"model.layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")] for i in range(base["layers"])
+            ]
+            if not all(name in rows.files for layer in names for name in layer):
+                return
+            samples: Iterator[list[torch.Tensor]] = ([rows.sample(name) for name in layer] for layer in names)
+            found = families.fingerprint_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return  # vLLM's loader will say what is wrong with the files
+    if found != base["fingerprint"]:
+        raise UserError(artifacts.wrong_partner(base["name"], "same shapes, other weights"))
+
+
+class _Rows:
+    """Single rows of the weights in a checkpoint folder. files: tensor name -> its open file."""
+
+    def __init__(self, folder: Path, stack: ExitStack):
+        index = folder / "model.safetensors.index.json"
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        self.files: dict[str, Any] = {}
+        for name in names:
+            file = stack.enter_context(safe_open(folder / name, framework="pt"))
+            self.files |= dict.fromkeys(file.keys(), file)
+
+    def sample(self, name: str) -> torch.Tensor:
+        rows = self.files[name].get_slice(name)
+        return torch.cat([rows[i : i + 1] for i in families.sampled_rows(rows.get_shape()[0])])
+
+
+def wants_sparse(extra_args: dict[str, Any] | None) -> bool:
+    """The per-request switch: true unless extra_args has {"fastfill": false} (or 0). Raises ValueError for other values."""
+    value = (extra_args or {}).get(SWITCH, True)
+    if value not in (True, False):  # 0 and 1 too: the HTTP fields know no booleans
+        raise ValueError(f"{SWITCH} must be true or false (1 or 0), not {value!r}.")
+    return bool(value)
+
+
+def overrides(model_type: str, artifact: str, **settings: Any) -> dict[str, Any]:
+    """The value of vLLM's option --hf-overrides that turns the artifact on for a model of this type.
+
+    settings: those of `Settings`; None leaves the artifact's. Raises UserError for a type that is not supported.
+    """
+    from fastfill.vllm_plugin import MODELS
+
+    ours = {stock.removesuffix("ForCausalLM").lower(): name for stock, name in MODELS.items()}
+    if model_type not in ours:
+        raise UserError(f"Models of type {model_type!r} are not supported in vLLM; supported are: {', '.join(ours)}.")
+    given = {key: value for key, value in settings.items() if value is not None}
+    if "sparsity" in given:
+        cfg.check_sparsity(given["sparsity"])
+    document = {"artifact": str(artifacts.folder_of(artifact).resolve()), **given}
+    return {"architectures": [ours[model_type]], FIELD: document}

@@ -1,0 +1,67 @@
+"""The serving benchmark's arithmetic and bookkeeping; the engines themselves are in tests/test_vllm_*.py."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "serving.py"
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    before = set(os.environ)
+    spec = importlib.util.spec_from_file_location("serving", FILE)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "serving", module)
+    spec.loader.exec_module(module)
+    yield module
+    for name in set(os.environ) - before:  # what the script sets for its engines
+        del os.environ[name]
+
+
+def parts(ffn, total):
+    return {"total": total, "ffn": ffn, "predictor": 0.01, "compensator": 0.02}
+
+
+def test_ceiling_and_what_is_reached_of_it(serving):
+    """0.4 s stock of which the FFN has 0.2: a half; at 50 % at most 1 / (1 - 0.25) = 1.3333; 0.4 / 0.32 = 1.25 is 93.75 %."""
+    step = serving.Speed("default", {1024: 3})
+    times = {"stock": [0.4, 0.5, 0.3], "sparse": [0.32, 0.32, 0.9], "off": [0.5, 0.4, 0.39]}
+    split = {"off": [parts(0.2, 0.5), parts(0.3, 0.6), parts(0.1, 0.5)], "sparse": [parts(0.12, 0.4)]}
+    row = serving.row(step, 1024, 960, times, split)
+    assert (row["speedup"], row["off_ratio"], row["ffn_share"]) == (1.25, 1.0, 0.5)
+    assert (row["ceiling"], row["ceiling_reached"]) == (1.3333, 0.9375)
+    assert row["ttft_stock_quartiles_s"] == [0.35, 0.4, 0.45]
+    document = {"rows": [row], "decode": None}
+    lines = serving.table({"smollm2": document}).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert lines[1].split() == ["smollm2", "1024", "0.400", "0.320", "0.400", "1.25x", "1.33x", "94%"]
+
+
+def test_kinds_take_turns_and_the_first_round_is_not_counted(serving):
+    calls = []
+    found = serving.Pair(None, None).in_turn(["stock", "sparse", "off"], 2, lambda kind: calls.append(kind) or len(calls))
+    assert calls == ["off", "sparse", "stock", "stock", "sparse", "off", "off", "sparse", "stock"]
+    assert found == {"stock": [4, 9], "sparse": [5, 8], "off": [6, 7]}
+
+
+def test_steps_that_are_there_are_skipped(serving, tmp_path, monkeypatch, capsys):
+    """Two steps, one stored; a failure in the second leaves the file as it was."""
+    file, asked = tmp_path / "vllm.jsonl", []
+    stored = {"step": "qwen", "rows": [], "decode": None}
+    serving.write(file, {"qwen": stored})
+
+    def fail(load):
+        asked.append(load.requests)
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(serving, "loaded", fail)
+    monkeypatch.setattr(serving.torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(sys, "argv", ["serving.py", "--steps", "qwen,load", "--out", str(file)])
+    with pytest.raises(RuntimeError):
+        serving.main()
+    assert asked == [32] and serving.read(file) == {"qwen": stored}
+    assert [path.name for path in tmp_path.iterdir()] == ["vllm.jsonl"]

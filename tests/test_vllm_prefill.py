@@ -1,0 +1,267 @@
+"""What the plugin computes, against the transformers engine and against stock vLLM."""
+
+# ruff: noqa: E402 (first of all, whether there is a vLLM)
+
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm")
+
+from vllm.exceptions import VLLMValidationError
+from vllm_tiny import answer, engine, folders, inside, logprobs_of, prompt, tokens_of, vllm_model
+
+import fastfill
+from fastfill.compensator import Compensator
+from fastfill.engines.transformers import generate
+from fastfill.predictor import LearnedPredictor
+from fastfill.sparse_ffn import SparseFFN, current_plan
+
+pytestmark = pytest.mark.vllm
+PROMPTS = [prompt(n) for n in (500, 97, 300, 95, 20)]
+
+
+def expected(family, artifact, prompts, tokens=12, change=lambda attachment: None):
+    """What the transformers engine answers with the same artifact, with log-probabilities, and what the dense model does."""
+    model, results = vllm_model(family), []
+    with fastfill.attach(model, artifact) as attachment:
+        change(attachment)
+        for ids in prompts:
+            row = torch.tensor([ids])
+            new = generate(model, row, tokens)
+            with attachment.dense():
+                dense = generate(model, row, tokens).tolist()
+            with torch.no_grad():
+                cache = model(input_ids=row, use_cache=True)
+                first = cache.logits[0, -1].log_softmax(-1)
+                rest = model(input_ids=new[None, :-1], past_key_values=cache.past_key_values).logits[0].log_softmax(-1)
+            lines = torch.cat([first[None], rest])
+            results.append((new.tolist(), lines.gather(1, new[:, None])[:, 0].tolist(), dense))
+        sparse = attachment.stats
+    assert sparse.sparse_tokens > 0
+    return results
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_answers_are_those_of_the_transformers_engine(family):
+    """Same tokens, and log-probabilities within 1e-4: both run in fp32 (24 bits), the sums differ in order only. Dense answers
+    differ from sparse ones for every prompt that is long enough, so a plugin that stays dense would not pass."""
+    model, artifact = folders(family)
+    wanted = expected(family, artifact, PROMPTS)
+    with engine(model, artifact, family=family) as llm:
+        found = answer(llm, PROMPTS)
+        _, loaded = inside(llm)
+        assert type(loaded).__name__.startswith("Fastfill")
+        # 500 -> 448 (32..480), 97 -> 64, 300 -> 256 (32..288), 95 and 20: shorter than 96
+        assert loaded.stats.sparse_tokens == 448 + 64 + 256
+    for ids, output, (new, logprobs, dense) in zip(PROMPTS, found, wanted, strict=True):
+        assert tokens_of([output])[0] == new
+        assert logprobs_of(output) == pytest.approx(logprobs, abs=1e-4)
+        assert (new == dense) == (len(ids) < 96)
+
+
+@pytest.fixture(scope="module")
+def stock():
+    model, _ = folders()
+    with engine(model) as llm:
+        assert type(inside(llm)[1]).__name__ == "LlamaForCausalLM"
+        found = answer(llm, PROMPTS)
+        return tokens_of(found), [logprobs_of(output) for output in found]
+
+
+def test_without_an_artifact_and_at_sparsity_0_it_is_stock_vllm(stock):
+    """To the last bit."""
+    with engine(*folders(), fastfill={"sparsity": 0.0}) as llm:
+        found = answer(llm, PROMPTS)
+    assert tokens_of(found) == stock[0]
+    assert [logprobs_of(output) for output in found] == stock[1]
+
+
+def test_a_request_that_is_switched_off_is_stock_vllm(stock):
+    with engine(*folders()) as llm:
+        found = answer(llm, PROMPTS, sparse=False)
+        assert tokens_of(found) == stock[0]
+        assert [logprobs_of(output) for output in found] == stock[1]
+        _, model = inside(llm)
+        assert model.stats.sparse_tokens == 0
+        with pytest.raises(VLLMValidationError, match="fastfill must be true or false"):
+            answer(llm, PROMPTS[:1], sparse="no")
+
+
+def test_mixed_batches_are_single_requests():
+    """Dense and sparse, long and short, some decoding while others are read: as each alone."""
+    with engine(*folders()) as llm:
+        alone = [tokens_of(answer(llm, [ids], sparse=i != 2))[0] for i, ids in enumerate(PROMPTS)]
+        params = [
+            vllm.SamplingParams(
+                temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False, extra_args={"fastfill": i != 2}
+            )
+            for i in range(len(PROMPTS))
+        ]
+        together = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+        assert tokens_of(together) == alone
+        # One after the other into the running batch: every step decodes some and reads one.
+        core = llm.llm_engine
+        for index, (ids, param) in enumerate(zip(PROMPTS, params, strict=True)):
+            core.add_request(str(index), {"prompt_token_ids": ids}, param)
+            core.step()
+            core.step()
+        done = {}
+        while core.has_unfinished_requests():
+            done |= {output.request_id: output for output in core.step() if output.finished}
+        assert [list(done[str(i)].outputs[0].token_ids) for i in range(len(PROMPTS))] == alone
+        two = answer(llm, [PROMPTS[0]], n=2)[0].outputs
+        again = answer(llm, [PROMPTS[0]], n=2)[0].outputs
+        assert [list(o.token_ids) for o in two] == [list(o.token_ids) for o in again]
+
+
+@pytest.mark.parametrize(("chunk", "calls"), [(128, 4), (100, 5)])
+def test_chunks_change_nothing(chunk, calls):
+    """Steps of 100 tokens read 96 = three blocks; the sixth reads 480..500, which fills none."""
+    model, artifact = folders()
+    ids = PROMPTS[0]
+    ((new, logprobs, _),) = expected("llama", artifact, [ids])
+    with engine(model, artifact, max_num_batched_tokens=chunk, max_num_seqs=4) as llm:
+        (found,) = answer(llm, [ids])
+        _, loaded = inside(llm)
+        assert loaded.stats.sparse_tokens == 448 and loaded.stats.sparse_calls == calls
+    assert tokens_of([found])[0] == new
+    assert logprobs_of(found) == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_chunks_of_several_prompts_change_nothing(stock):
+    """All at once through steps of 150 tokens: chunks begin and end where the others leave room, and with a cached prefix."""
+    with engine(*folders()) as llm:
+        alone = tokens_of(answer(llm, PROMPTS))
+        dense = tokens_of(answer(llm, PROMPTS, sparse=False))
+        assert dense == stock[0] != alone
+    with engine(*folders(), max_num_batched_tokens=150, max_num_seqs=8, enable_prefix_caching=True, block_size=32) as llm:
+        _, loaded = inside(llm)
+        assert tokens_of(answer(llm, PROMPTS)) == alone
+        assert loaded.stats.sparse_tokens == 448 + 64 + 256
+        assert tokens_of(answer(llm, PROMPTS)) == alone
+        assert tokens_of(answer(llm, PROMPTS, sparse=False)) == dense
+
+
+def test_prefix_cache_keeps_dense_and_sparse_apart():
+    long = PROMPTS[0]
+    other = long[:320] + prompt(100, seed=1)
+    short = long[:90]  # under the minimum: dense
+    with engine(*folders()) as llm:
+        sparse, dense = tokens_of(answer(llm, [long]))[0], tokens_of(answer(llm, [long], sparse=False))[0]
+        alone = tokens_of(answer(llm, [other]))[0]
+        alone_short = tokens_of(answer(llm, [short]))[0]
+    assert sparse != dense
+    with engine(*folders(), enable_prefix_caching=True, block_size=32) as llm:
+        (first,) = answer(llm, [long])
+        (hit,) = answer(llm, [long])
+        assert tokens_of([first, hit]) == [sparse, sparse]
+        assert (first.num_cached_tokens, hit.num_cached_tokens) == (0, 480)
+        (off,) = answer(llm, [long], sparse=False)
+        (off_hit,) = answer(llm, [long], sparse=False)
+        assert tokens_of([off, off_hit]) == [dense, dense]
+        assert (off.num_cached_tokens, off_hit.num_cached_tokens) == (0, 480)
+        (shared,) = answer(llm, [other])
+        assert shared.num_cached_tokens == 320
+        assert tokens_of([shared])[0] == alone
+        (brief,) = answer(llm, [short])
+        assert brief.num_cached_tokens == 64  # of the dense requests
+        assert tokens_of([brief])[0] == alone_short
+
+
+def test_preempted_requests_are_read_again_the_same_way(monkeypatch):
+    """24 blocks of 32 tokens hold one of these at its end, not two."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    prompts, preempted = [prompt(320, seed=2), prompt(321, seed=3)], []
+    with engine(*folders()) as llm:
+        alone = [tokens_of(answer(llm, [ids], tokens=120))[0] for ids in prompts]
+    original = Scheduler._preempt_request
+    monkeypatch.setattr(Scheduler, "_preempt_request", lambda *a, **k: (preempted.append(1), original(*a, **k))[1])
+    with engine(*folders(), block_size=32, num_gpu_blocks_override=25, max_model_len=512) as llm:
+        together = tokens_of(answer(llm, prompts, tokens=120))
+    assert preempted
+    assert together == alone
+
+
+def test_compiled_models_answer_the_same():
+    """The same tokens with torch.compile, for both views; log-probabilities within 1e-4 as above."""
+    model, artifact = folders()
+    wanted = expected("llama", artifact, PROMPTS)
+    with engine(model, artifact, enforce_eager=False) as llm:
+        found = answer(llm, PROMPTS)
+        _, loaded = inside(llm)
+        assert not loaded._hidden[0].do_not_compile and loaded.stats.sparse_tokens == 448 + 64 + 256
+        off = tokens_of(answer(llm, PROMPTS, sparse=False))
+    for output, (new, logprobs, dense), plain in zip(found, wanted, off, strict=True):
+        assert tokens_of([output])[0] == new
+        assert logprobs_of(output) == pytest.approx(logprobs, abs=1e-4)
+        assert plain == dense
+
+
+def test_one_copy_of_the_weights_answers_the_same(stock):
+    """As with two copies, within the same tolerance; dense steps too, which the sparse kernel does then. What is added is the
+    predictor and the compensator, and the stock modules are gone."""
+    model, artifact = folders()
+    wanted = expected("llama", artifact, PROMPTS)
+    with engine(model, artifact, fastfill={"one_copy": True}, enforce_eager=False) as llm:
+        found, off = answer(llm, PROMPTS), answer(llm, PROMPTS, sparse=False)
+        _, loaded = inside(llm)
+        assert loaded.stats.sparse_tokens == 448 + 64 + 256
+        assert loaded.extra_bytes == 2 * 4 * (8 * (128 + 256) + 256 + 2 * 8 * 128 + 128)
+        assert not any("gate_up_proj" in name for name, _ in loaded.named_modules())
+    for output, (new, logprobs, _) in zip(found, wanted, strict=True):
+        assert tokens_of([output])[0] == new
+        assert logprobs_of(output) == pytest.approx(logprobs, abs=1e-4)
+    assert tokens_of(off) == stock[0]
+    for output, logprobs in zip(off, stock[1], strict=True):
+        assert logprobs_of(output) == pytest.approx(logprobs, abs=1e-4)
+
+
+def halves(attachment):
+    """The FFNs of an attached model as two ranks compute them: each selects among its half of the neurons, by its predictor's
+    probabilities within that half, and adds its half of the compensator."""
+    for module, sparse in zip(attachment.modules, attachment.ffns, strict=True):
+        parts, dense = [], sparse.dense
+        for rank in range(2):
+            own = slice(128 * rank, 128 * (rank + 1))
+            predictor, correction = sparse.predictor, sparse.compensator
+            rows = [*range(2 * rank, 2 * rank + 2), *range(4 + 2 * rank, 6 + 2 * rank)]
+            parts.append(
+                SparseFFN(
+                    dense=dense,
+                    gate=sparse.gate[own],
+                    up=sparse.up[own],
+                    down_t=sparse.down_t[own],
+                    kept=(sparse.kept + rank) // 2,
+                    predictor=LearnedPredictor(predictor.w_in, predictor.w_out[own], predictor.bias[own]),
+                    compensator=Compensator(
+                        correction.w_in[rows], correction.w_out[:, rows].contiguous(), correction.bias * (rank == 0), 2
+                    ),
+                )
+            )
+        module.forward = lambda x, parts=parts, dense=dense: (
+            dense(x) if current_plan.get() is None else parts[0](x) + parts[1](x)
+        )
+
+
+def test_two_ranks_select_each_among_its_own_neurons():
+    """Tensor parallelism with gloo on one machine, against the transformers engine that does the same in one process."""
+    model, artifact = folders()
+    with engine(model, artifact, tensor_parallel_size=2, kv_cache_memory_bytes=2**26) as llm:
+        found, off = answer(llm, PROMPTS), tokens_of(answer(llm, PROMPTS, sparse=False))
+        counts = llm.collective_rpc("fastfill_stats")
+        assert [count["sparse_tokens"] for count in counts] == [448 + 64 + 256] * 2
+    wanted = expected("llama", artifact, PROMPTS, change=halves)
+    assert [new for new, _, _ in wanted] != [new for new, _, _ in expected("llama", artifact, PROMPTS)]
+    for output, plain, (new, logprobs, dense) in zip(found, off, wanted, strict=True):
+        assert tokens_of([output])[0] == new
+        assert logprobs_of(output) == pytest.approx(logprobs, abs=1e-4)
+        assert plain == dense
+
+
+def test_the_memory_that_is_added_is_counted():
+    """Down transposed, plain gate and up, predictor and compensator; layers are counted, H = 128, F = 256, ranks 8, 4 + 4."""
+    with engine(*folders()) as llm:
+        _, loaded = inside(llm)
+        added = 3 * 128 * 256 + 8 * (128 + 256) + 256 + 2 * 8 * 128 + 128
+        assert loaded.extra_bytes == 2 * 4 * added

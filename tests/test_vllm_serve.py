@@ -1,0 +1,258 @@
+"""The plugin at the door: what is refused, the server, and the commands."""
+
+# ruff: noqa: E402 (first of all, whether there is a vLLM)
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")
+
+import openai
+import psutil
+from conftest import one_sentence, tiny_tokenizer
+from test_readme import README, code_blocks
+from vllm.engine.arg_utils import EngineArgs
+from vllm_tiny import folders, prompt, vllm_model
+
+import fastfill
+from fastfill import cli, vllm_plugin
+from fastfill.engines import vllm as engine
+from fastfill.engines.transformers import generate
+from fastfill.errors import UserError
+from fastfill.vllm_plugin import settings
+
+pytestmark = pytest.mark.vllm
+START_S = 150
+
+
+def configure(model, artifact, fastfill=None, **arguments):
+    """The configuration of an engine, as every way to start one makes it."""
+    return EngineArgs(
+        model=model,
+        max_model_len=1024,
+        enforce_eager=True,
+        hf_overrides=settings.overrides("llama", artifact, **(fastfill or {})),
+        **arguments,
+    ).create_engine_config()
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(ValueError) as raised:
+        configure(*args, **kwargs)
+    error = engine.user_error(raised.value)
+    assert isinstance(error, UserError), raised.value
+    return one_sentence(error)
+
+
+def test_what_does_not_fit_is_refused_at_the_start(tmp_path):
+    model, artifact = folders()
+    other, _ = folders(seed=1)
+    assert configure(model, artifact).scheduler_config.scheduler_cls
+    assert "other weights" in refusal(other, artifact)
+    wide = tmp_path / "wide"
+    vllm_model(intermediate_size=512).save_pretrained(wide)
+    tiny_tokenizer().save_pretrained(wide)
+    assert "shapes (128, 256, 2) against (128, 512, 2)" in refusal(str(wide), artifact)
+    assert "pipeline parallelism" in refusal(model, artifact, pipeline_parallel_size=2)
+    assert "one_copy must be true or false, not 'yes'" in refusal(model, artifact, {"one_copy": "yes"})
+    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    assert "speculative decoding" in refusal(model, artifact, speculative_config=speculative)
+    assert "dummy weights" in refusal(model, artifact, load_format="dummy")
+    assert "LoRA" in refusal(model, artifact, enable_lora=True)
+    assert "sparsty" in refusal(model, artifact, {"sparsty": 0.5})
+    assert "kernel 'fast'" in refusal(model, artifact, {"kernel": "fast"})
+    assert "block_size" in refusal(model, artifact, {"block_size": 0})
+    assert "is less than a block; give 32 or more" in refusal(model, artifact, max_num_batched_tokens=16, max_num_seqs=4)
+    assert "--block-size 16 is no multiple of the sparse blocks of 32; give 32" in refusal(model, artifact, block_size=16)
+    assert configure(model, artifact, {"block_size": 96, "min_tokens": 192}).cache_config.block_size == 384
+    assert "nowhere" in refusal(model, str(tmp_path / "nowhere"))
+
+
+def test_other_versions_of_vllm_are_refused(monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.31.2")
+    with pytest.raises(UserError, match=r"vLLM 0\.31\.2 is not supported by this fastfill; install vllm>=0\.32,<0\.33\."):
+        settings.check_version()
+    monkeypatch.setattr(vllm, "__version__", "0.32.7+cpu")
+    settings.check_version()
+
+
+def test_registering_changes_no_model_of_vllm():
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    vllm_plugin.register()
+    vllm_plugin.register()
+    for stock, ours in vllm_plugin.MODELS.items():
+        assert ModelRegistry.models[stock].module_name.startswith("vllm.")
+        assert ModelRegistry.models[ours].module_name == "fastfill.vllm_plugin.models"
+    plain = EngineArgs(model=folders()[0], max_model_len=1024).create_engine_config()
+    assert plain.scheduler_config.scheduler_cls is None and not plain.model_config.logits_processors
+
+
+def test_the_switch_knows_true_and_false_only():
+    assert settings.wants_sparse(None) and settings.wants_sparse({}) and settings.wants_sparse({"other": 0})
+    assert settings.wants_sparse({"fastfill": True}) and settings.wants_sparse({"fastfill": 1})
+    assert not settings.wants_sparse({"fastfill": False}) and not settings.wants_sparse({"fastfill": 0})
+    with pytest.raises(ValueError, match="not 'off'"):
+        settings.wants_sparse({"fastfill": "off"})
+
+
+def test_a_model_that_is_not_supported_is_a_sentence():
+    with pytest.raises(UserError, match="'gpt2' are not supported"):
+        settings.overrides("gpt2", folders()[1])
+
+
+def environment():
+    """A process as a user starts it."""
+    kept = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    return {**kept, "VLLM_LOGGING_LEVEL": "INFO"}
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "fastfill.cli", *arguments]
+
+
+def test_serve_says_in_one_sentence_that_the_artifact_is_of_another_model():
+    done = subprocess.run(
+        command("serve", folders(seed=1)[0], "--artifact", folders()[1], "--max-model-len", "1024"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("fastfill: This artifact belongs to another model")
+    assert "Traceback" not in done.stderr
+
+
+def tiny_server(port, log):
+    model, artifact = folders()
+    options = ("--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
+    return server(port, log, "serve", model, "--artifact", artifact, "--served-model-name", "tiny", *options)
+
+
+@contextmanager
+def server(port, log, *arguments):
+    """`fastfill serve`, ready; killed at the end with all its children."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command(*arguments),
+            env=environment(),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+    try:
+        end = time.monotonic() + START_S
+        while True:
+            try:
+                client.models.list()
+                break
+            except openai.APIConnectionError:
+                assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+                time.sleep(0.5)
+        yield process, client
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ask(client, ids, tokens=12, **extra):
+    answer = client.completions.create(
+        model="tiny", prompt=ids, max_tokens=tokens, temperature=0.0, extra_body={"ignore_eos": True, **extra}
+    )
+    return answer.choices[0].text.split()
+
+
+def test_server(tmp_path):
+    """Sparse and dense answers over HTTP are the transformers engine's; it listens on localhost only; when it is killed in
+    the middle of a request, the next start answers as before."""
+    ids, model = prompt(500), vllm_model()
+    with fastfill.attach(model, folders()[1]) as attachment:
+        sparse = tiny_tokenizer().decode(generate(model, torch.tensor([ids]), 12)).split()
+        with attachment.dense():
+            dense = tiny_tokenizer().decode(generate(model, torch.tensor([ids]), 12)).split()
+    assert sparse != dense
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log, failed = tmp_path / "server.log", []
+
+    def long_request(client):
+        try:
+            ask(client, ids, tokens=500)
+        except openai.APIConnectionError as error:
+            failed.append(error)
+
+    with tiny_server(port, log) as (process, client):
+        assert ask(client, ids) == sparse
+        assert ask(client, ids, vllm_xargs={"fastfill": 0}) == dense
+        assert ask(client, ids, vllm_xargs={"fastfill": 1}) == sparse
+        with pytest.raises(openai.BadRequestError, match="fastfill must be true or false"):
+            ask(client, ids, vllm_xargs={"fastfill": "no"})
+        family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        listening = [c.laddr for c in psutil.net_connections("tcp") if c.pid in family and c.status == psutil.CONN_LISTEN]
+        assert {address.ip for address in listening if address.port == port} == {"127.0.0.1"}
+        # 32..480 of the sparse request, and of its repetition what is behind three cached pages of 128 tokens.
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+            lines = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if not line.startswith("#"))
+        read, dense_tokens = (float(lines[f"fastfill:{kind}_tokens_total"]) for kind in ("sparse", "dense"))
+        assert read == 448 + 96 and dense_tokens >= 52 + 500 + 20
+        assert float(lines["fastfill:predictor_seconds_total"]) > 0
+        assert float(lines["fastfill:mean_sparsity"]) == pytest.approx(0.5 * read / (read + dense_tokens))
+        assert any(line.startswith("vllm:prompt_tokens_total") for line in lines)
+        running = threading.Thread(target=long_request, args=(client,))
+        running.start()
+        time.sleep(0.3)
+    running.join()
+    assert failed
+    with tiny_server(port, log) as (_, client):
+        assert ask(client, ids) == sparse
+    assert "belongs to another model" not in log.read_text()
+
+
+def test_the_readme_serves(tmp_path):
+    """Its commands as printed, but for torch.compile, which takes a minute."""
+    section = README.partition("## Serve it\n")[2].partition("\n## ")[0]
+    lines = "".join(code_blocks(section, "sh")).replace("\\\n", " ").splitlines()
+    (serve,) = (shlex.split(line, comments=True) for line in lines if line.startswith("fastfill serve"))
+    (curl,) = (line for line in lines if line.startswith("curl"))
+    port = int(serve[serve.index("--port") + 1]) if "--port" in serve else 8000
+    with server(port, tmp_path / "server.log", *serve[1:], "--enforce-eager"):
+        done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=60)
+    assert "Paris" in json.loads(done.stdout)["choices"][0]["text"], done
+
+
+def test_bench_and_evaluate_in_vllm(tmp_path, capsys):
+    """The commands on the tiny model: rows with a split that adds up, and a task whose sparse answers are counted."""
+    model, artifact = folders()
+    common = ["--artifact", artifact, "--engine", "vllm", "--dtype", "fp32", "--json"]
+    assert cli.main(["bench", model, *common, "--prompt-lengths", "90,256", "--repeats", "1"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["engine"] == "vllm" and found["sparsity"] == 0.5 and found["attached_mb"] > 0 and found["model_mb"] > 0
+    assert [(row["prompt_tokens"], row["sparse_tokens"]) for row in found["rows"]] == [(90, 0), (256, 224)]
+    for row in found["rows"]:
+        assert row["peak_dense_mb"] is None and row["ttft_dense_s"] > 0
+        assert row["split_sparse"]["ffn"] > 0 and row["split_dense"]["attention"] > 0
+        assert (row["split_sparse"]["predictor"] > 0) == (row["sparse_tokens"] > 0)
+        assert row["split_dense"]["predictor"] == 0
+    task = ["--task", "ruler", "--lengths", "300", "--limit", "1", "--datasets", "niah_single", "--max-new-tokens", "4"]
+    assert cli.main(["evaluate", model, *common, *task, "--out", str(tmp_path / "out")]) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scores["engine"] == "vllm" and scores["examples"] == 1
+    assert 0 < scores["sparse_tokens"] < scores["prompt_tokens"]
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["engine"] == "vllm"
+    assert cli.main(["evaluate", model, *common, "--task", "recall", "--data", __file__]) == 2
+    assert "needs --engine transformers" in capsys.readouterr().err
