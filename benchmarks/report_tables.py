@@ -145,9 +145,9 @@ def _peers(rows: list[Row]) -> str:
 
 
 def split_tables(bench: list[Row]) -> str:
-    """Where the time of a prefill goes, its arithmetic and its memory; one table per bench result that has them."""
+    """Where the time of a prefill goes, its arithmetic and its memory; of the first bench result, the native kernel's."""
     tables = []
-    for result in bench:
+    for result in bench[:1]:
         if not all("split_dense" in row for row in result["rows"]):
             continue
         lines = [
