@@ -145,9 +145,8 @@ def _peers(rows: list[Row]) -> str:
 
 
 def split_tables(bench: list[Row]) -> str:
-    """Where the time of a prefill goes, its arithmetic and its memory; of the first bench result, the native kernel's."""
-    tables = []
-    for result in bench[:1]:
+    """Where the time of a prefill goes, its arithmetic and its memory; of the first bench result that has them."""
+    for result in bench:
         if not all("split_dense" in row for row in result["rows"]):
             continue
         lines = [
@@ -169,8 +168,8 @@ def split_tables(bench: list[Row]) -> str:
                     "" if peak is None else f"{peak:,.0f} MB",
                 )
                 lines.append(f"| {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables) or "{{split: from benchmarks/results/bench-*.json}}"
+        return "\n".join(lines)
+    return "{{split: from benchmarks/results/bench-*.json}}"
 
 
 def quality_tables(quality: list[Row]) -> str:

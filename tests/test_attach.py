@@ -531,7 +531,7 @@ def test_another_models_artifact_is_refused(model, other):
         ({"block_size": 0}, "block_size"),
         ({"min_tokens": 0}, "min_tokens"),
         ({"predictor": "psychic"}, "learned, oracle, static, first-block, low-rank, random"),
-        ({"kernel": "fast"}, "native, torch"),
+        ({"kernel": "fast"}, "native, triton, torch"),
     ],
     ids=str,
 )

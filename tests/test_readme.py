@@ -165,6 +165,14 @@ BENCH = {
         for tokens, speedup, sparse in ((128, 1.0, 0), (512, 0.97, 448), (1024, 1.19, 960))
     ],
 }
+PARTS = ("attention", "ffn", "predictor", "compensator", "rest")
+SPLIT = {
+    "split_dense": dict.fromkeys(PARTS, 0.25),
+    "split_sparse": dict(zip(PARTS, (0.25, 0.5, 0.125, 0.0625, 0.5), strict=True)),
+    **{"flops_dense": 2_500_000_000_000, "flops_sparse": 2_000_000_000_000, "ffn_flops_ratio": 0.6},
+    **{"peak_dense_mb": 70.4, "peak_sparse_mb": None},
+}
+WITH_SPLIT = {**BENCH, "rows": [{**row, **SPLIT} for row in BENCH["rows"]], "model_mb": 269.0, "attached_mb": 65.7}
 QUALITY = {
     "model": "maker/tiny",
     "dtype": "bfloat16",
@@ -185,7 +193,7 @@ QUALITY = {
 
 def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     report = load_report()
-    (tmp_path / "bench-tiny.json").write_text(json.dumps(BENCH))
+    (tmp_path / "bench-tiny.json").write_text(json.dumps(WITH_SPLIT))
     rows = [
         {**QUALITY, "predictor": "random", "compensator": False, "ppl_sparse": 25_819.0, "ppl_ratio": 1986.0},
         {**QUALITY, "ppl_ratio": 9.9},  # measured again below: the later row counts
@@ -204,17 +212,9 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
 
 
 def test_report_of_a_bench_with_split_growth_and_other_engines(tmp_path: Path) -> None:
-    parts = ("attention", "ffn", "predictor", "compensator", "rest")
-    more = {
-        "split_dense": dict.fromkeys(parts, 0.25),
-        "split_sparse": dict(zip(parts, (0.25, 0.5, 0.125, 0.0625, 0.5), strict=True)),
-        **{"flops_dense": 2_500_000_000_000, "flops_sparse": 2_000_000_000_000, "ffn_flops_ratio": 0.6},
-        **{"peak_dense_mb": 70.4, "peak_sparse_mb": None},
-    }
     result = {
-        **BENCH,
-        "rows": [{**row, **more} for row in BENCH["rows"]],
-        **{"growth_dense": 1.234, "growth_sparse": 1.2, "engine": "transformers", "model_mb": 269.0, "attached_mb": 65.7},
+        **WITH_SPLIT,
+        **{"growth_dense": 1.234, "growth_sparse": 1.2, "engine": "transformers"},
         "compare": [
             {"name": "vLLM", "version": None, "skipped": "not installed"},
             {"name": "llama-bench", "version": "b5163", "weights": "m.gguf", "prompt_tokens": 512, "ttft_s": 0.5},

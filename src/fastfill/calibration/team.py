@@ -92,11 +92,13 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes)
     team: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryFile() as errors:
         try:
             for rank in range(processes):
-                env = os.environ | {k: str(v) for k, v in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+                ranks = {"RANK": rank, "LOCAL_RANK": rank}
+                env = os.environ | {k: str(v) for k, v in (shared | ranks).items()} | {"OMP_NUM_THREADS": str(threads)}
                 quiet = {"stdout": subprocess.DEVNULL, "stderr": errors} if rank else {}
                 team.append(subprocess.Popen([sys.executable, "-m", "fastfill.cli", *arguments], env=env, **quiet))  # type: ignore[call-overload]
             codes: list[int | None] = [None]
