@@ -23,6 +23,7 @@ def test_shapes_have_the_published_number_of_parameters(name):
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(stand_in.config(name))
+    model.tie_weights()  # transformers 5.0 leaves it out on the meta device
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(PARAMETERS[name], rel=0.005)
 
 
