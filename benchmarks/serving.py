@@ -1,4 +1,4 @@
-"""Stock vLLM against vLLM with an artifact, on a CPU: every number of the README's "Serve it", in one run of half an hour.
+"""Stock vLLM against vLLM with an artifact, on a CPU, in one run. Not yet run to its end: expect half an hour or more.
 
     python benchmarks/serving.py [--steps smollm2,load] [--quick] [--again] [--out benchmarks/results/vllm.jsonl]
 
@@ -139,7 +139,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 class Pair:
     """The two engines. `read` times one request in one of the three kinds, while the other engine's processes stand still:
-    vLLM's processes poll on a core when they are idle, and stock read 0.65 s beside such a one instead of 0.42 s."""
+    vLLM's processes poll on a core for a while after their last request."""
 
     def __init__(
         self,
