@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HIDDEN, INTERMEDIATE, LAYERS, one_sentence, snapshot, tiny_artifact, tiny_model
+from conftest import HIDDEN, INTERMEDIATE, LAYERS, PREFILL, one_sentence, snapshot, tiny_artifact, tiny_model
 from safetensors.torch import load_file, save_file
 
 from fastfill import artifact as artifacts
 from fastfill import attach, families, schedule
+from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
 
 
@@ -66,7 +67,7 @@ def test_names_shapes_and_costs(model):
     assert flops["total"] == pytest.approx(flops["ffn"] + flops["predictor"] + flops["compensator"])
     # The shares are what the parts themselves count.
     assert flops["predictor"] * dense == pytest.approx(artifact.predictor(0, torch.zeros(1)).macs_per_token())
-    assert flops["compensator"] * dense == pytest.approx(artifact.compensator(0, torch.zeros(1)).macs_per_token())
+    assert flops["compensator"] * dense == pytest.approx(artifact.compensator(0, 1, torch.zeros(1)).macs_per_token())
     assert artifact.bytes() == sum(4 * torch.Size(s).numel() for s in shapes.values())
     assert artifact.kept(0.25) == schedule.allocate(artifact.layer_importance, 0.25, INTERMEDIATE)
 
@@ -74,8 +75,24 @@ def test_names_shapes_and_costs(model):
 def test_weights_come_in_the_models_dtype(model):
     artifact = tiny_artifact(model)
     assert artifact.predictor(0, torch.zeros(1, dtype=torch.bfloat16)).w_in.dtype == torch.bfloat16
-    assert artifact.compensator(0, torch.zeros(1, dtype=torch.float64)).w_out.dtype == torch.float64
-    assert tiny_artifact(model, ranks=(8, 0, 0)).compensator(0, torch.zeros(1)) is None
+    assert artifact.compensator(0, 1, torch.zeros(1, dtype=torch.float64)).w_out.dtype == torch.float64
+    assert tiny_artifact(model, ranks=(8, 0, 0)).compensator(0, 1, torch.zeros(1)) is None
+
+
+def test_the_correction_is_scaled_by_the_share_that_is_skipped(model):
+    artifact, like = tiny_artifact(model), torch.zeros(1)
+    learned, x = artifact.kept()[0], torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    skipped = INTERMEDIATE - learned
+    as_learned = artifact.compensator(0, learned, like)
+    assert torch.equal(as_learned.w_out, artifact.tensors["layers.0.compensator.w_out"])
+    assert torch.equal(as_learned.bias, artifact.tensors["layers.0.compensator.bias"])
+    for part in (0.25, 0.5, 1.25):  # of what was skipped when it was learned
+        kept = INTERMEDIATE - round(part * skipped)
+        scale = (INTERMEDIATE - kept) / skipped
+        torch.testing.assert_close(artifact.compensator(0, kept, like)(x), scale * as_learned(x))
+    whole = PrefillConfig(0.0, PREFILL.block_size, PREFILL.dense_head, PREFILL.min_tokens)
+    never_skipped = tiny_artifact(model, prefill=whole)  # no share to compare with: as it is
+    assert torch.equal(never_skipped.compensator(0, 1, like).w_out, as_learned.w_out)
 
 
 # name -> (what is done to a good folder, words that the sentence must have)

@@ -128,7 +128,7 @@ def test_parts_of_the_compensator_can_be_left_out(model, tokenizer, tmp_path, ra
     result = calibrate(model, tokenizer, tmp_path / "a", change(linear_rank=ranks[0], silu_rank=ranks[1], steps=3))
     loaded = artifacts.load(tmp_path / "a")
     same(result, loaded)
-    assert (loaded.compensator(0, torch.zeros(1)) is None) == (ranks == (0, 0))
+    assert (loaded.compensator(0, 1, torch.zeros(1)) is None) == (ranks == (0, 0))
 
 
 def test_a_head_that_is_no_multiple_of_the_block(model, tokenizer, tmp_path):

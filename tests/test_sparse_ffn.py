@@ -96,7 +96,7 @@ def sparse_ffn(model, artifact, kind, kernel, compensate=True, kept=KEPT, observ
         predictor = LowRank(part, torch.ones(HIDDEN), HIDDEN)
     else:
         predictor = BASELINES[kind](part, LAYER, artifact.statistics(LAYER, part.gate), 8)
-    compensator = artifact.compensator(LAYER, part.gate) if compensate else None
+    compensator = artifact.compensator(LAYER, artifact.kept()[LAYER], part.gate) if compensate else None
     down_t = part.down.t().contiguous()
     return SparseFFN(part.module.forward, part.gate, part.up, down_t, kept, predictor, compensator, kernel, observer)
 

@@ -58,10 +58,16 @@ class Artifact:
         w_in, w_out, bias = (self._weight(layer, f"predictor.{name}", like) for name in ("w_in", "w_out", "bias"))
         return LearnedPredictor(w_in, w_out, bias, kernel)
 
-    def compensator(self, layer: int, like: torch.Tensor, kernel: str = "auto") -> Compensator | None:
+    def compensator(self, layer: int, kept: int, like: torch.Tensor, kernel: str = "auto") -> Compensator | None:
+        """The correction of a layer that keeps `kept` neurons: as learned, times the share of neurons skipped now over the
+        share skipped when it was learned. Ours: at 30 % the one learned at 50 % adds too much (KL 0.296, scaled 0.266)."""
         if not self.ranks["linear"] + self.ranks["silu"]:
             return None
         w_in, w_out, bias = (self._weight(layer, f"compensator.{name}", like) for name in ("w_in", "w_out", "bias"))
+        intermediate, learned = self.base_model["intermediate_size"], self.kept()[layer]
+        if kept != learned < intermediate:
+            scale = (intermediate - kept) / (intermediate - learned)
+            w_out, bias = w_out * scale, bias * scale
         return Compensator(w_in, w_out, bias, self.ranks["linear"], kernel)
 
     def statistics(self, layer: int, like: torch.Tensor) -> dict[str, torch.Tensor]:

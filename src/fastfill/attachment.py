@@ -217,7 +217,7 @@ def attach(
             down_t=part.down.t().contiguous() if kept < anatomy.intermediate else part.down.new_empty(0),
             kept=kept,
             predictor=predictor_for(layer, part),
-            compensator=artifact.compensator(layer, part.gate, kernel) if compensator else None,
+            compensator=artifact.compensator(layer, kept, part.gate, kernel) if compensator else None,
             kernel=kernel,
         )
         for layer, (part, kept) in enumerate(zip(anatomy.ffns, artifact.kept(config.sparsity), strict=True))

@@ -187,7 +187,7 @@ class SparsePrefill:
             if kept == artifact.base_model["intermediate_size"]:
                 continue
             predictor = artifact.predictor(index, part.gate, kernel)
-            compensator = artifact.compensator(index, part.gate, kernel)
+            compensator = artifact.compensator(index, kept, part.gate, kernel)
             if ranks > 1:
                 kept = max(1, (rank + 1) * kept // ranks - rank * kept // ranks)
                 predictor, compensator = predictor.shard(rank, ranks), compensator and compensator.shard(rank, ranks)
