@@ -65,6 +65,13 @@ class Attachment:
         return [ffn.module for ffn in self._anatomy.ffns]
 
     @property
+    def choices(self) -> dict[str, Any]:
+        """What results depend on beside `config`."""
+        first = self.ffns[0]
+        predictor, compensator = type(first.predictor).__name__, first.compensator is not None
+        return {"kernel": first.kernel, "predictor": predictor, "compensator": compensator}
+
+    @property
     def extra_bytes(self) -> int:
         return sum(ffn.extra_bytes for ffn in self.ffns)
 

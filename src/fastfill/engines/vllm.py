@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -143,9 +142,7 @@ class VllmRunner:
         held = self._counts()
         self.model_mb, self.attached_mb = held["model_bytes"] / 1e6, held["extra_bytes"] / 1e6
         self.model = _Model(self)
-        self.ffns = [
-            SimpleNamespace(kernel=kernel, predictor=LearnedPredictor.__new__(LearnedPredictor), compensator=compensator)
-        ]
+        self.choices = {"kernel": kernel, "predictor": LearnedPredictor.__name__, "compensator": compensator > 0}
         self._dense = False
 
     def _counts(self) -> dict[str, Any]:

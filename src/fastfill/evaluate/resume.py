@@ -89,7 +89,7 @@ class Store:
 
 def settings(task: str, attachment: Attachment, artifact: Artifact, items: Any, **more: Any) -> dict[str, Any]:
     """What two runs must share to be one: model, artifact, settings in force, and the items themselves (by digest)."""
-    config, first = attachment.config, attachment.ffns[0]
+    config = attachment.config
     return {
         "fastfill": fastfill.__version__,
         "task": task,
@@ -102,9 +102,7 @@ def settings(task: str, attachment: Attachment, artifact: Artifact, items: Any, 
         "dense_head": config.dense_head,
         "min_tokens": config.min_tokens,
         "kept": attachment.kept,
-        "kernel": first.kernel,
-        "predictor": type(first.predictor).__name__,
-        "compensator": first.compensator is not None,
+        **attachment.choices,
         **({"engine": attachment.engine} if hasattr(attachment, "engine") else {}),
         "items": digest(items),
         **more,
