@@ -2,8 +2,9 @@
 
     python benchmarks/report_tables.py [--check]
 
-NAME is claim, bench, split or quality. Read are results/bench-*.json (each the JSON document of `fastfill bench --json`) and
-results/quality.jsonl (one line per `fastfill evaluate --json`). Where a result is missing a {{placeholder}} stays.
+NAME is claim, bench, split, quality or vllm. Read are results/bench-*.json (each the JSON document of `fastfill bench --json`),
+results/quality.jsonl (one line per `fastfill evaluate --json`) and results/vllm.jsonl (one line per step of serving.py). Where
+a result is missing a {{placeholder}} stays.
 --check changes nothing and exits 1 if the README is not what the results say.
 """
 
@@ -212,6 +213,74 @@ def quality_tables(quality: list[Row]) -> str:
     return "\n\n".join(tables)
 
 
+def load_vllm(folder: Path) -> list[Row]:
+    file = folder / "vllm.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def vllm_tables(steps: list[Row]) -> str:
+    """Stock vLLM beside vLLM with an artifact: speed, then what a server did under load."""
+    speed, load = [s for s in steps if "requests" not in s], [s for s in steps if "requests" in s]
+    if not speed:
+        return "{{vllm: from benchmarks/results/vllm.jsonl}}"
+    machine = speed[0]["machine"]
+    lines = [
+        f"vLLM {speed[0]['vllm']}, {speed[0]['dtype']}, blocks of {speed[0]['block_size']}; {_where(machine)}, torch "
+        f"{machine['torch']}; medians. The models called *shaped* have random weights.",
+        "",
+        "| model | sparsity | prompt tokens | stock vLLM | with fastfill | speed-up | ceiling | FFN share of stock |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for step in speed:
+        name = _short(step["model"]) + (" (one copy)" if step["one_copy"] else "")
+        for row in step["rows"]:
+            gain = f"{row['speedup']:.2f}x"
+            if not row["sparse_tokens"]:
+                gain += " (too short: all dense)"
+            elif row["speedup"] < 1:
+                gain += " (slower)"
+            cells = (
+                name,
+                f"{step['sparsity']:.0%}",
+                f"{row['prompt_tokens']:,}",
+                f"{row['ttft_stock_s']:.3f} s",
+                f"{row['ttft_sparse_s']:.3f} s",
+                gain,
+                f"{row['ceiling']:.2f}x",
+                f"{row['ffn_share']:.0%}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    decode = [
+        f"{_short(s['model'])}{' (one copy)' if s['one_copy'] else ''} {s['decode']['stock_tokens_s']:.1f} and "
+        f"{s['decode']['sparse_tokens_s']:.1f}"
+        for s in speed
+        if s["decode"]
+    ]
+    lines += ["", f"Decoding, tokens per second, stock and with fastfill: {'; '.join(decode)}."]
+    for step in load:
+        lines += [
+            "",
+            f"A server of {_short(step['model'])}, {step['dtype']}, under load: {step['requests']} prompts of "
+            f"{step['shortest']:,} to {step['longest']:,} tokens, {step['per_second']:g} a second (Poisson), "
+            f"{step['new_tokens']} new tokens each.",
+            "",
+            "| server | median TTFT | p99 | prompt tokens/s | new tokens/s | errors | answers as alone |",
+            "|---|--:|--:|--:|--:|--:|--:|",
+        ]
+        for row in step["rows"]:
+            cells = (
+                "stock" if row["engine"] == "stock" else "with fastfill",
+                f"{row['ttft_median_s']:.2f} s",
+                f"{row['ttft_p99_s']:.2f} s",
+                f"{row['prompt_tokens_s']:,.0f}",
+                f"{row['new_tokens_s']:.1f}",
+                f"{len(row['errors'])}",
+                f"{row['answers_equal_to_alone']} of {step['requests']}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _rank(predictor: str) -> int:
     return PREDICTORS.index(predictor) if predictor in PREDICTORS else len(PREDICTORS)
 
@@ -236,6 +305,7 @@ def render(readme: str, folder: Path = RESULTS) -> str:
         "bench": bench_tables(bench),
         "split": split_tables(bench),
         "quality": quality_tables(quality),
+        "vllm": vllm_tables(load_vllm(folder)),
     }
 
     def replace(match: re.Match[str]) -> str:

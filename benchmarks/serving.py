@@ -5,12 +5,13 @@
 Each step appends one JSON line to --out and is skipped when it is there, so a killed run goes on where it was. Steps of
 speed hold two engines side by side in this process, stock and with the artifact, and ask them in turn: a prompt of random
 tokens, one new token. "off" is the second engine with the request switched off; it should take what stock takes. Afterwards
-clocks in the second engine measure the FFN, without torch.compile, in runs of their own. The FFN's share is its clocked time
-over the stock TTFT; the ceiling is what would be left if every skipped neuron took its part of that time with it. The models
-but for the default one have random weights and a random artifact, which is enough for speed.
+clocks in the second engine measure the FFN in runs of their own, dense and sparse, without torch.compile. The FFN's share is
+its part of such a dense run; the ceiling is what would be left if every skipped neuron took its part of that time with it. The
+models but for the default one have random weights and a random artifact, which is enough for speed.
 
-The step "load" runs `fastfill serve` twice, with sparsity 0 (vLLM's own code) and with the artifact, and a real OpenAI client:
-32 prompts of 200 to 4,000 tokens at Poisson arrivals, then each of them alone. --quick is a short trial, not a result.
+The steps "load" run `fastfill serve` twice, with sparsity 0 (vLLM's own code) and with the artifact, and a real OpenAI client:
+32 prompts of 200 to 4,000 tokens at Poisson arrivals, then each of them alone; in bf16, and fewer and shorter ones in fp32,
+which rounds too little to change a word. --quick is a short trial, not a result.
 """
 
 # ruff: noqa: E402 (threads first)
@@ -91,13 +92,27 @@ class Speed:
     eager: bool = False
 
 
-STEPS: dict[str, Speed | None] = {
+@dataclass(frozen=True)
+class Load:
+    """What a server is asked. per_second: mean rate of the Poisson arrivals."""
+
+    requests: int = 32
+    shortest: int = 200
+    longest: int = 4000
+    per_second: float = 0.5
+    new_tokens: int = 32
+    dtype: str = "bfloat16"
+    eager: bool = False
+
+
+STEPS: dict[str, Speed | Load] = {
     "smollm2": Speed("default", {64: 15, 256: 9, 512: 9, 1024: 15, 4096: 5}),
     "qwen": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 9, 4096: 3}),
     "qwen-70": Speed("qwen2.5-0.5b-shaped", {1024: 9}, sparsity=0.7, decode_repeats=0),
     "qwen-one-copy": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 5}, one_copy=True, decode_repeats=3),
     "llama": Speed("llama-3.2-1b-shaped", {1024: 7}, decode_repeats=3),
-    "load": None,
+    "load": Load(),
+    "load-fp32": Load(requests=12, longest=1500, per_second=0.3, dtype="float32"),
 }
 
 
@@ -252,7 +267,7 @@ def row(step: Speed, tokens: int, sparse_tokens: int, times: Any, split: Any) ->
     stock, sparse, off = (statistics.median(times[kind]) for kind in ("stock", "sparse", "off"))
     # predictor and compensator are inside
     ffn_dense, ffn_sparse = (statistics.median(parts["ffn"] for parts in split[kind]) for kind in ("off", "sparse"))
-    share = ffn_dense / stock
+    share = statistics.median(parts["ffn"] / parts["total"] for parts in split["off"])
     ceiling = 1 / (1 - step.sparsity * share)
     return {
         "prompt_tokens": tokens,
@@ -287,16 +302,6 @@ def decoding(both: Pair, ids: list[int], repeats: int) -> dict[str, Any]:
 
 def block_size() -> int:
     return artifacts.load(artifacts.folder_of("default")).prefill.block_size
-
-
-@dataclass(frozen=True)
-class Load:
-    requests: int = 32
-    shortest: int = 200
-    longest: int = 4000
-    per_second: float = 0.5
-    new_tokens: int = 32
-    eager: bool = False
 
 
 @contextmanager
@@ -405,6 +410,8 @@ def loaded(load: Load) -> dict[str, Any]:
             options = (
                 "--sparsity",
                 sparsity,
+                "--dtype",
+                load.dtype,
                 "--max-model-len",
                 "4224",
                 "--no-enable-prefix-caching",
@@ -413,7 +420,7 @@ def loaded(load: Load) -> dict[str, Any]:
             )
             with server(*options, *(["--enforce-eager"] if load.eager else [])) as address:
                 rows.append({"engine": name, **asyncio.run(under_load(address, load))})
-    found = {"model": models.DEFAULT_NAME, "dtype": "bfloat16", "sparsity": 0.5, "block_size": block_size()}
+    found = {"model": models.DEFAULT_NAME, "sparsity": 0.5, "block_size": block_size()}
     return found | {**vars(load), "rows": rows}
 
 
@@ -421,7 +428,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """What was measured, 80 columns."""
     lines = [f"{'':18}{'tokens':>7}{'stock':>9}{'sparse':>9}{'off':>9}{'speed-up':>9}{'ceiling':>8}{'reached':>8}"]
     for name, found in results.items():
-        if name == "load":
+        if isinstance(STEPS[name], Load):
             continue
         for row in found["rows"]:
             times = "".join(f"{row[f'ttft_{kind}_s']:>9.3f}" for kind in ("stock", "sparse", "off"))
@@ -433,16 +440,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 f"{'':18} decode {rates['stock_tokens_s']:.1f} -> {rates['sparse_tokens_s']:.1f} tokens/s; "
                 f"{found['model_mb']:.0f} MB + {found['extra_mb']:.0f} MB"
             )
-    if "load" in results:
-        lines += [
-            "",
-            f"{'load':12}{'median TTFT':>12}{'p99':>8}{'prompt tok/s':>14}{'new tok/s':>11}{'errors':>8}{'as alone':>10}",
-        ]
-        for row in results["load"]["rows"]:
+    for name in (name for name in results if isinstance(STEPS[name], Load)):
+        head = f"{name:12}{'median TTFT':>12}{'p99':>8}{'prompt tok/s':>14}{'new tok/s':>11}{'errors':>8}{'as alone':>10}"
+        lines += ["", head]
+        for row in results[name]["rows"]:
             lines.append(
                 f"{row['engine']:12}{row['ttft_median_s']:>12.3f}{row['ttft_p99_s']:>8.3f}{row['prompt_tokens_s']:>14.0f}"
                 f"{row['new_tokens_s']:>11.1f}{len(row['errors']):>8}"
-                f"{row['answers_equal_to_alone']:>6}/{results['load']['requests']}"
+                f"{row['answers_equal_to_alone']:>6}/{results[name]['requests']}"
             )
     return "\n".join(lines)
 
@@ -478,10 +483,9 @@ def main() -> None:
         if name in results and not arguments.again:
             continue
         begin, step = time.monotonic(), STEPS[name]
-        if step is None:
-            document = loaded(
-                Load(requests=4, longest=600, per_second=2.0, new_tokens=8, eager=True) if arguments.quick else Load()
-            )
+        if isinstance(step, Load):
+            quick = Load(requests=4, longest=600, per_second=2.0, new_tokens=8, dtype=step.dtype, eager=True)
+            document = loaded(quick if arguments.quick else step)
         else:
             if arguments.quick:
                 step = Speed(step.model, {64: 1, 512: 1}, step.sparsity, step.one_copy, 1, eager=True)

@@ -191,6 +191,16 @@ QUALITY = {
 }
 
 
+TIMES = {"ttft_stock_s": 0.4, "ttft_sparse_s": 0.5, "speedup": 0.8, "ceiling": 1.25, "ffn_share": 0.4}
+VLLM: dict[str, Any] = {
+    **{"step": "m", "model": "org/M", "dtype": "bfloat16", "sparsity": 0.5, "block_size": 32, "vllm": "0.32.0"},
+    "machine": {"cpu": "A CPU", "gpu": None, "threads": 2, "torch": "2.13.0"},
+    "one_copy": True,
+    "rows": [{"prompt_tokens": 64, "sparse_tokens": 0, **TIMES}, {"prompt_tokens": 1024, "sparse_tokens": 960, **TIMES}],
+    "decode": {"stock_tokens_s": 40.04, "sparse_tokens_s": 39.5},
+}
+
+
 def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     report = load_report()
     (tmp_path / "bench-tiny.json").write_text(json.dumps(WITH_SPLIT))
@@ -200,6 +210,7 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
         QUALITY,
     ]
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "vllm.jsonl").write_text(json.dumps(VLLM) + "\n")
     page = report.render(README, tmp_path)
     assert "{{" not in page
     assert "2.00 s → 1.68 s, **1.19x**" in page and "at most 1.33x" in page and "**1.07x**" in page and "**1.50x**" in page
@@ -233,6 +244,23 @@ def test_report_of_a_bench_with_split_growth_and_other_engines(tmp_path: Path) -
     assert "llama-bench b5163 (m.gguf) takes 0.500 s for 512, 1.250 s for 1,024 tokens." in page
     assert "| 512 | dense | 0.250 s | 0.250 s | 0.250 s | 0.250 s | 0.250 s | 2,500 | 70 MB |" in page
     assert "| 1,024 | sparse | 0.250 s | 0.500 s | 0.125 s | 0.062 s | 0.500 s | 2,000 |  |" in page
+
+
+def test_report_of_vllm() -> None:
+    common = {key: VLLM[key] for key in ("model", "dtype", "sparsity", "block_size", "vllm", "machine")}
+    server = {"ttft_median_s": 1.5, "ttft_p99_s": 9.25, "prompt_tokens_s": 1234.4, "new_tokens_s": 5.0, "errors": ["x"]}
+    kinds = [{"engine": kind, **server, "answers_equal_to_alone": 31} for kind in ("stock", "fastfill")]
+    load = {"requests": 32, "shortest": 200, "longest": 4000, "per_second": 0.5, "new_tokens": 32}
+    report = load_report()
+    assert report.vllm_tables([]).startswith("{{vllm")
+    lines = report.vllm_tables([VLLM, {"step": "load", **common, **load, "rows": kinds}]).splitlines()
+    assert lines[0].startswith("vLLM 0.32.0, bfloat16, blocks of 32; A CPU, 2 threads, torch 2.13.0")
+    assert lines[4:6] == [
+        "| M (one copy) | 50% | 64 | 0.400 s | 0.500 s | 0.80x (too short: all dense) | 1.25x | 40% |",
+        "| M (one copy) | 50% | 1,024 | 0.400 s | 0.500 s | 0.80x (slower) | 1.25x | 40% |",
+    ]
+    assert "M (one copy) 40.0 and 39.5." in lines[7] and "32 prompts of 200 to 4,000 tokens" in lines[9]
+    assert lines[-1] == "| with fastfill | 1.50 s | 9.25 s | 1,234 | 5.0 | 1 | 31 of 32 |"
 
 
 def test_report_refuses_documents_that_were_calibrated_on(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (first of all, whether there is a vLLM)
 
+import dataclasses
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,9 +26,10 @@ import psutil
 from conftest import one_sentence, tiny_tokenizer
 from test_readme import README, code_blocks
 from vllm.engine.arg_utils import EngineArgs
-from vllm_tiny import folders, prompt, vllm_model
+from vllm_tiny import MIN_TOKENS, folders, prompt, vllm_model
 
 import fastfill
+from fastfill import artifact as artifacts
 from fastfill import cli, vllm_plugin
 from fastfill.engines import vllm as engine
 from fastfill.engines.transformers import generate
@@ -78,6 +81,18 @@ def test_what_does_not_fit_is_refused_at_the_start(tmp_path):
     assert "--block-size 16 is no multiple of the sparse blocks of 32; give 32" in refusal(model, artifact, block_size=16)
     assert configure(model, artifact, {"block_size": 96, "min_tokens": 192}).cache_config.block_size == 384
     assert "nowhere" in refusal(model, str(tmp_path / "nowhere"))
+
+
+def test_short_prompts_are_dense_unless_the_user_says_otherwise():
+    """The artifact would begin at 96 tokens; in vLLM 512 are the least by default."""
+    model, artifact = folders()
+
+    def least(**asked):
+        return settings.read(configure(model, artifact, asked)).prefill.min_tokens
+
+    assert MIN_TOKENS < least() == settings.MIN_TOKENS and least(min_tokens=MIN_TOKENS) == MIN_TOKENS
+    patient = dataclasses.replace(artifacts.load(artifact).prefill, min_tokens=700)
+    assert settings.defaults(SimpleNamespace(prefill=patient)).min_tokens == 700
 
 
 def test_other_versions_of_vllm_are_refused(monkeypatch):
@@ -138,7 +153,7 @@ def test_serve_says_in_one_sentence_that_the_artifact_is_of_another_model():
 
 def tiny_server(port, log):
     model, artifact = folders()
-    options = ("--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager")
+    options = ("--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--min-tokens", "96")
     return server(port, log, "serve", model, "--artifact", artifact, "--served-model-name", "tiny", *options)
 
 
@@ -238,7 +253,7 @@ def test_the_readme_serves(tmp_path):
 def test_bench_and_evaluate_in_vllm(tmp_path, capsys):
     """The commands on the tiny model: rows with a split that adds up, and a task whose sparse answers are counted."""
     model, artifact = folders()
-    common = ["--artifact", artifact, "--engine", "vllm", "--dtype", "fp32", "--json"]
+    common = ["--artifact", artifact, "--engine", "vllm", "--dtype", "fp32", "--min-tokens", "96", "--json"]
     assert cli.main(["bench", model, *common, "--prompt-lengths", "90,256", "--repeats", "1"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["engine"] == "vllm" and found["sparsity"] == 0.5 and found["attached_mb"] > 0 and found["model_mb"] > 0

@@ -72,7 +72,7 @@ def engine(model, artifact=None, *, family="llama", fastfill=None, **arguments):
 
     values = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "enable_prefix_caching": False, "seed": 0}
     if artifact is not None:
-        values["hf_overrides"] = settings.overrides(family, artifact, **(fastfill or {}))
+        values["hf_overrides"] = settings.overrides(family, artifact, **{"min_tokens": MIN_TOKENS, **(fastfill or {})})
     llm = vllm.LLM(model, **{**values, **arguments})
     try:
         yield llm

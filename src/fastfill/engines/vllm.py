@@ -234,7 +234,7 @@ def bench(model: str, artifact: Artifact, *, dtype: str, device: str, **override
         "enable_prefix_caching": False,
     }
     changes = {key: value for key, value in overrides.items() if value is not None and key != "kernel"}
-    config = dataclasses.replace(artifact.prefill, **changes)
+    config = dataclasses.replace(settings.defaults(artifact), **changes)
     with engine(model, str(artifact.folder), overrides=overrides, **arguments) as llm:
         kernel = kernels.choose(overrides.get("kernel") or "auto")
         yield VllmRunner(llm, models.DEFAULT_NAME if model == "default" else model, artifact, config, kernel, shape)
