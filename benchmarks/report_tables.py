@@ -252,7 +252,7 @@ def vllm_tables(steps: list[Row]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     decode = [
         f"{_short(s['model'])}{' (one copy)' if s['one_copy'] else ''} {s['decode']['stock_tokens_s']:.1f} and "
-        f"{s['decode']['sparse_tokens_s']:.1f}"
+        f"{s['decode']['sparse_tokens_s']:.1f} (ratio in pairs {s['decode']['ratio']:.2f})"
         for s in speed
         if s["decode"]
     ]

@@ -106,8 +106,8 @@ class Load:
 
 
 STEPS: dict[str, Speed | Load] = {
-    "smollm2": Speed("default", {64: 15, 256: 9, 512: 9, 1024: 15, 4096: 5}),
-    "qwen": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 9, 4096: 3}),
+    "smollm2": Speed("default", {64: 15, 256: 9, 512: 9, 1024: 15, 4096: 5}, decode_repeats=15),
+    "qwen": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 9, 4096: 3}, decode_repeats=9),
     "qwen-70": Speed("qwen2.5-0.5b-shaped", {1024: 9}, sparsity=0.7, decode_repeats=0),
     "qwen-one-copy": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 5}, one_copy=True, decode_repeats=3),
     "llama": Speed("llama-3.2-1b-shaped", {1024: 7}, decode_repeats=3),
@@ -287,16 +287,18 @@ def row(step: Speed, tokens: int, sparse_tokens: int, times: Any, split: Any) ->
 
 
 def decoding(both: Pair, ids: list[int], repeats: int) -> dict[str, Any]:
-    """Tokens per second after the first, one request at a time; off is the dense prompt's cache, sparse the sparse one's."""
+    """Tokens per second after the first, one request at a time; off is the dense prompt's cache, sparse the sparse one's.
+    ratio: median over the rounds, each of which asks all three."""
 
     def seconds(kind: str) -> float:
         return both.read(kind, ids, DECODE_TOKENS + 1) - both.read(kind, ids, 1)
 
     found = both.in_turn(["stock", "sparse", "off"], repeats, seconds)
-    rates = {kind: DECODE_TOKENS / statistics.median(values) for kind, values in found.items()}
+    ratios = [stock / sparse for stock, sparse in zip(found["stock"], found["sparse"], strict=True)]
     return {
-        **{f"{kind}_tokens_s": round(rate, 2) for kind, rate in rates.items()},
-        "ratio": round(rates["sparse"] / rates["stock"], 4),
+        **{f"{kind}_tokens_s": round(DECODE_TOKENS / statistics.median(values), 2) for kind, values in found.items()},
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_quartiles": quartiles(ratios),
     }
 
 

@@ -197,7 +197,7 @@ VLLM: dict[str, Any] = {
     "machine": {"cpu": "A CPU", "gpu": None, "threads": 2, "torch": "2.13.0"},
     "one_copy": True,
     "rows": [{"prompt_tokens": 64, "sparse_tokens": 0, **TIMES}, {"prompt_tokens": 1024, "sparse_tokens": 960, **TIMES}],
-    "decode": {"stock_tokens_s": 40.04, "sparse_tokens_s": 39.5},
+    "decode": {"stock_tokens_s": 40.04, "sparse_tokens_s": 39.5, "ratio": 0.98},
 }
 
 
@@ -259,7 +259,7 @@ def test_report_of_vllm() -> None:
         "| M (one copy) | 50% | 64 | 0.400 s | 0.500 s | 0.80x (too short: all dense) | 1.25x | 40% |",
         "| M (one copy) | 50% | 1,024 | 0.400 s | 0.500 s | 0.80x (slower) | 1.25x | 40% |",
     ]
-    assert "M (one copy) 40.0 and 39.5." in lines[7] and "32 prompts of 200 to 4,000 tokens" in lines[9]
+    assert "M (one copy) 40.0 and 39.5 (ratio in pairs 0.98)." in lines[7] and "32 prompts of 200 to 4,000 tokens" in lines[9]
     assert lines[-1] == "| with fastfill | 1.50 s | 9.25 s | 1,234 | 5.0 | 1 | 31 of 32 |"
 
 
