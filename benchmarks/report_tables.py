@@ -220,7 +220,7 @@ def load_vllm(folder: Path) -> list[Row]:
 
 def vllm_tables(steps: list[Row]) -> str:
     """Stock vLLM beside vLLM with an artifact: speed, then what a server did under load."""
-    speed, load = [s for s in steps if "requests" not in s], [s for s in steps if "requests" in s]
+    speed, load = [s for s in steps if "one_copy" in s], [s for s in steps if "requests" in s]
     if not speed:
         return "{{vllm: from benchmarks/results/vllm.jsonl}}"
     machine = speed[0]["machine"]
@@ -250,13 +250,9 @@ def vllm_tables(steps: list[Row]) -> str:
                 f"{row['ffn_share']:.0%}",
             )
             lines.append(f"| {' | '.join(cells)} |")
-    decode = [
-        f"{_short(s['model'])}{' (one copy)' if s['one_copy'] else ''} {s['decode']['stock_tokens_s']:.1f} and "
-        f"{s['decode']['sparse_tokens_s']:.1f} (ratio in pairs {s['decode']['ratio']:.2f})"
-        for s in speed
-        if s["decode"]
-    ]
-    lines += ["", f"Decoding, tokens per second, stock and with fastfill: {'; '.join(decode)}."]
+    for step in (s for s in steps if s["step"] == "decode"):
+        times = (f"{_short(r['model'])} {r['stock_ms']:.1f} and {r['sparse_ms']:.1f} ({r['ratio']:.2f}x)" for r in step["rows"])
+        lines += ["", f"Milliseconds from one new token to the next, stock and with fastfill: {', '.join(times)}."]
     for step in load:
         lines += [
             "",

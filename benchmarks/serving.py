@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,7 +58,7 @@ from fastfill.engines import vllm as engine
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "vllm.jsonl"
 MADE = Path("build") / "vllm-models"  # the random models
-LONGEST, DECODE_PROMPT, DECODE_TOKENS = 4096, 512, 64
+LONGEST = 4096
 SHAPES = {
     "qwen2.5-0.5b-shaped": {
         "model_type": "qwen2",
@@ -88,7 +89,17 @@ class Speed:
     lengths: dict[int, int]
     sparsity: float = 0.5
     one_copy: bool = False
-    decode_repeats: int = 5
+    eager: bool = False
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Pairs of engines, one after the other; each answers a prompt again and again, one request at a time."""
+
+    models: tuple[str, ...]
+    prompt: int = 512
+    tokens: int = 32
+    rounds: int = 7
     eager: bool = False
 
 
@@ -105,12 +116,13 @@ class Load:
     eager: bool = False
 
 
-STEPS: dict[str, Speed | Load] = {
-    "smollm2": Speed("default", {64: 15, 256: 9, 512: 9, 1024: 15, 4096: 5}, decode_repeats=15),
-    "qwen": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 9, 4096: 3}, decode_repeats=9),
-    "qwen-70": Speed("qwen2.5-0.5b-shaped", {1024: 9}, sparsity=0.7, decode_repeats=0),
-    "qwen-one-copy": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 5}, one_copy=True, decode_repeats=3),
-    "llama": Speed("llama-3.2-1b-shaped", {1024: 7}, decode_repeats=3),
+STEPS: dict[str, Speed | Decode | Load] = {
+    "smollm2": Speed("default", {64: 15, 256: 9, 512: 9, 1024: 15, 4096: 5}),
+    "qwen": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 9, 4096: 3}),
+    "qwen-70": Speed("qwen2.5-0.5b-shaped", {1024: 9}, sparsity=0.7),
+    "qwen-one-copy": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 5}, one_copy=True),
+    "llama": Speed("llama-3.2-1b-shaped", {1024: 7}),
+    "decode": Decode(("default", *SHAPES)),
     "load": Load(),
     "load-fp32": Load(requests=12, longest=1500, per_second=0.3, dtype="float32"),
 }
@@ -157,24 +169,40 @@ class Pair:
     def __init__(self, stock: Any, ours: Any):
         self.engines = {"stock": stock, "off": ours, "sparse": ours}
         self._last: Any = None
+        self._asked = 0
 
     def read(self, kind: str, ids: list[int], tokens: int = 1) -> float:
         """Seconds until `tokens` new ids are there."""
+        engine, params = self._turn_to(kind, ids, tokens)
+        begin = time.perf_counter()
+        engine.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+        return time.perf_counter() - begin
+
+    def token_time(self, kind: str, ids: list[int], tokens: int) -> float:
+        """Median of the seconds from one new id to the next, of `tokens` after the first."""
+        engine, params = self._turn_to(kind, ids, tokens + 1)
+        core, times = engine.llm_engine, []
+        self._asked += 1
+        core.add_request(f"{kind}-{self._asked}", {"prompt_token_ids": ids}, params)
+        while core.has_unfinished_requests():
+            if core.step():
+                times.append(time.perf_counter())
+        return statistics.median(after - before for before, after in pairwise(times))
+
+    def _turn_to(self, kind: str, ids: list[int], tokens: int) -> tuple[Any, Any]:
+        """The engine, and what it is to be asked. An engine that was not the last one first reads a few tokens: its weights are
+        no longer in the caches."""
         import vllm
 
+        def params(tokens: int) -> Any:
+            extra = {} if kind == "stock" else {"extra_args": {"fastfill": kind == "sparse"}}
+            return vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, **extra)
+
         engine = self.engines[kind]
-        extra = {} if kind == "stock" else {"extra_args": {"fastfill": kind == "sparse"}}
-
-        def ask(ids: list[int], tokens: int) -> float:
-            params = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, **extra)
-            begin = time.perf_counter()
-            engine.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
-            return time.perf_counter() - begin
-
         if engine is not self._last:
             self._last = engine
-            ask(ids[:8], 1)  # its weights are no longer in the caches
-        return ask(ids, tokens)
+            engine.generate([{"prompt_token_ids": ids[:8]}], params(1), use_tqdm=False)
+        return engine, params(tokens)
 
     def in_turn(
         self, kinds: list[str], repeats: int, call: Callable[[str], float], warm: bool = True
@@ -191,7 +219,7 @@ class Pair:
 
     def clocked(self, kind: str, ids: list[int]) -> dict[str, float]:
         """Seconds by part of one prefill in the engine with the artifact."""
-        ours = self.engines["off"]
+        ours, _ = self._turn_to(kind, ids, 1)
         ours.collective_rpc("fastfill_start_clocks")
         try:
             total = self.read(kind, ids)
@@ -248,7 +276,6 @@ def speed(step: Speed) -> dict[str, Any]:
                     found.append(both.clocked(kind, ids))
             rows.append(row(step, tokens, sparse_tokens, times, split))
             bar.step(note=f"{tokens}: {rows[-1]['speedup']}x")
-        decode = decoding(both, prompt(DECODE_PROMPT), step.decode_repeats) if step.decode_repeats else None
         held = both.counts()
         bar.step()
     name = models.DEFAULT_NAME if step.model == "default" else step.model
@@ -260,7 +287,7 @@ def speed(step: Speed) -> dict[str, Any]:
         "one_copy": step.one_copy,
     }
     memory = {f"{key}_mb": round(held[f"{key}_bytes"] / 1e6, 1) for key in ("model", "extra")}
-    return found | {"rows": rows, "decode": decode, **memory}
+    return found | {"rows": rows, **memory}
 
 
 def row(step: Speed, tokens: int, sparse_tokens: int, times: Any, split: Any) -> dict[str, Any]:
@@ -286,20 +313,31 @@ def row(step: Speed, tokens: int, sparse_tokens: int, times: Any, split: Any) ->
     }
 
 
-def decoding(both: Pair, ids: list[int], repeats: int) -> dict[str, Any]:
-    """Tokens per second after the first, one request at a time; off is the dense prompt's cache, sparse the sparse one's.
-    ratio: median over the rounds, each of which asks all three."""
-
-    def seconds(kind: str) -> float:
-        return both.read(kind, ids, DECODE_TOKENS + 1) - both.read(kind, ids, 1)
-
-    found = both.in_turn(["stock", "sparse", "off"], repeats, seconds)
-    ratios = [stock / sparse for stock, sparse in zip(found["stock"], found["sparse"], strict=True)]
-    return {
-        **{f"{kind}_tokens_s": round(DECODE_TOKENS / statistics.median(values), 2) for kind, values in found.items()},
-        "ratio": round(statistics.median(ratios), 4),
-        "ratio_quartiles": quartiles(ratios),
-    }
+def decoding(step: Decode) -> dict[str, Any]:
+    """Milliseconds from one new token to the next; off is a dense prompt's cache, sparse a sparse one's. ratio: stock over
+    sparse, median of the rounds, each of which asks all three."""
+    rows = []
+    with progress.stage("decoding", len(step.models)) as bar:
+        for model in step.models:
+            ids = torch.randint(3, 30000, (step.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+            with pair(Speed(model, {}, eager=step.eager)) as both:
+                found = both.in_turn(
+                    ["stock", "sparse", "off"],
+                    step.rounds,
+                    lambda kind, both=both, ids=ids: both.token_time(kind, ids, step.tokens),
+                )
+            ratios = [stock / sparse for stock, sparse in zip(found["stock"], found["sparse"], strict=True)]
+            rows.append(
+                {
+                    "model": models.DEFAULT_NAME if model == "default" else model,
+                    **{f"{kind}_ms": round(1000 * statistics.median(times), 3) for kind, times in found.items()},
+                    "ratio": round(statistics.median(ratios), 4),
+                    "ratio_quartiles": quartiles(ratios),
+                }
+            )
+            bar.step(note=f"{rows[-1]['ratio']}x")
+    shape = {"prompt_tokens": step.prompt, "new_tokens": step.tokens, "rounds": step.rounds}
+    return {"dtype": "bfloat16", "sparsity": 0.5, "block_size": block_size(), **shape, "rows": rows}
 
 
 def block_size() -> int:
@@ -429,19 +467,15 @@ def loaded(load: Load) -> dict[str, Any]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """What was measured, 80 columns."""
     lines = [f"{'':18}{'tokens':>7}{'stock':>9}{'sparse':>9}{'off':>9}{'speed-up':>9}{'ceiling':>8}{'reached':>8}"]
-    for name, found in results.items():
-        if isinstance(STEPS[name], Load):
-            continue
-        for row in found["rows"]:
+    for name in (name for name in results if isinstance(STEPS[name], Speed)):
+        for row in results[name]["rows"]:
             times = "".join(f"{row[f'ttft_{kind}_s']:>9.3f}" for kind in ("stock", "sparse", "off"))
             ratio = f"{row['speedup']:>8.2f}x{row['ceiling']:>7.2f}x{row['ceiling_reached']:>8.0%}"
             lines.append(f"{name:18}{row['prompt_tokens']:>7}{times}{ratio}")
-        rates = found["decode"]
-        if rates:
-            lines.append(
-                f"{'':18} decode {rates['stock_tokens_s']:.1f} -> {rates['sparse_tokens_s']:.1f} tokens/s; "
-                f"{found['model_mb']:.0f} MB + {found['extra_mb']:.0f} MB"
-            )
+        lines.append(f"{'':18}{results[name]['model_mb']:.0f} MB + {results[name]['extra_mb']:.0f} MB")
+    for row in results["decode"]["rows"] if "decode" in results else []:
+        times = "".join(f"{row[f'{kind}_ms']:>9.2f}" for kind in ("stock", "sparse", "off"))
+        lines.append(f"{row['model'].rsplit('/', 1)[-1]:25}{times}{row['ratio']:>8.2f}x (ms a token)")
     for name in (name for name in results if isinstance(STEPS[name], Load)):
         head = f"{name:12}{'median TTFT':>12}{'p99':>8}{'prompt tok/s':>14}{'new tok/s':>11}{'errors':>8}{'as alone':>10}"
         lines += ["", head]
@@ -485,12 +519,14 @@ def main() -> None:
         if name in results and not arguments.again:
             continue
         begin, step = time.monotonic(), STEPS[name]
-        if isinstance(step, Load):
+        if isinstance(step, Decode):
+            document = decoding(Decode(step.models[:1], tokens=4, rounds=1, eager=True) if arguments.quick else step)
+        elif isinstance(step, Load):
             quick = Load(requests=4, longest=600, per_second=2.0, new_tokens=8, dtype=step.dtype, eager=True)
             document = loaded(quick if arguments.quick else step)
         else:
             if arguments.quick:
-                step = Speed(step.model, {64: 1, 512: 1}, step.sparsity, step.one_copy, 1, eager=True)
+                step = Speed(step.model, {64: 1, 512: 1}, step.sparsity, step.one_copy, eager=True)
             document = speed(step)
         import vllm
 

@@ -36,7 +36,7 @@ def test_ceiling_and_what_is_reached_of_it(serving):
     assert row["ffn_dense_s"] == 0.2
     assert (row["ceiling"], row["ceiling_reached"]) == (1.3333, 0.9375)
     assert row["ttft_stock_quartiles_s"] == [0.35, 0.4, 0.45]
-    document = {"rows": [row], "decode": None}
+    document = {"rows": [row], "model_mb": 269.0, "extra_mb": 171.9}
     lines = serving.table({"smollm2": document}).splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert lines[1].split() == ["smollm2", "1024", "0.400", "0.320", "0.400", "1.25x", "1.33x", "94%"]
@@ -52,7 +52,7 @@ def test_kinds_take_turns_and_the_first_round_is_not_counted(serving):
 def test_steps_that_are_there_are_skipped(serving, tmp_path, monkeypatch, capsys):
     """Two steps, one stored; a failure in the second leaves the file as it was."""
     file, asked = tmp_path / "vllm.jsonl", []
-    stored = {"step": "qwen", "rows": [], "decode": None}
+    stored = {"step": "qwen", "rows": [], "model_mb": 1.0, "extra_mb": 1.0}
     serving.write(file, {"qwen": stored})
 
     def fail(load):
