@@ -228,7 +228,7 @@ def vllm_tables(steps: list[Row]) -> str:
         f"vLLM {speed[0]['vllm']}, {speed[0]['dtype']}, blocks of {speed[0]['block_size']}; {_where(machine)}, torch "
         f"{machine['torch']}; medians. The models called *shaped* have random weights.",
         "",
-        "| model | sparsity | prompt tokens | stock vLLM | with fastfill | speed-up | ceiling | FFN share of stock |",
+        "| model | sparsity | prompt tokens | stock vLLM | with fastfill | speed-up | ceiling | FFN share of dense |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for step in speed:
