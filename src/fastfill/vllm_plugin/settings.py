@@ -26,7 +26,7 @@ FIELD = "fastfill"
 SWITCH = "fastfill"  # name of the per-request switch in SamplingParams.extra_args
 SALT = "fastfill-sparse"
 # Shorter prompts stay dense unless the user says otherwise: vLLM's dense prefill is the faster one there (SmolLM2 on two
-# cores: 0.92x at 256 tokens, 1.04x at 512; benchmarks/serving.py).
+# cores: 0.92x at 256 tokens, 1.04x at 512; docs/log.md).
 MIN_TOKENS = 512
 
 
