@@ -27,6 +27,7 @@ LISTS: dict[str, dict[str, type]] = {  # kind: fields that hold a list, and of w
     "gpu-check": {},
     "gpu-tiles": {},
     "gpu-ffn-op": {},
+    "serving": {"rows": dict},  # from benchmarks/serving.py; no figure either
 }
 STORE = ("predictions.jsonl", "settings.json")  # of a run that can be resumed, no result
 MARKS = {  # kinds without a task: fields that tell them
@@ -34,6 +35,7 @@ MARKS = {  # kinds without a task: fields that tell them
     "demo": {"ttft_dense_s", "ttft_sparse_s", "answer_dense"},
     "kernel": {"H", "F", "B", "dense_s", "sparse_s"},
     "bench": {"rows", "repeats"},
+    "serving": {"step", "vllm"},
 }
 
 
