@@ -99,16 +99,11 @@ def bench_tables(bench: list[Row]) -> str:
             "|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for row in result["rows"]:
-            gain = f"{row['speedup']:.2f}x"
-            if not row["sparse_tokens"]:
-                gain += " (too short: all dense)"
-            elif row["speedup"] < 1:
-                gain += " (slower)"
             cells = (
                 f"{row['prompt_tokens']:,}",
                 f"{row['ttft_dense_s']:.3f} s",
                 f"{row['ttft_sparse_s']:.3f} s",
-                gain,
+                _gain(row),
                 f"{row['ceiling']:.2f}x",
                 f"{row['ffn_share']:.0%}",
                 f"{row['ffn_ratio']:.2f}",
@@ -120,6 +115,11 @@ def bench_tables(bench: list[Row]) -> str:
             lines += ["", _peers(result["compare"])]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def _gain(row: Row) -> str:
+    word = " (too short: all dense)" if not row["sparse_tokens"] else " (slower)" if row["speedup"] < 1 else ""
+    return f"{row['speedup']:.2f}x{word}"
 
 
 def _growth(result: Row) -> str:
@@ -234,18 +234,13 @@ def vllm_tables(steps: list[Row]) -> str:
     for step in speed:
         name = _short(step["model"]) + (" (one copy)" if step["one_copy"] else "")
         for row in step["rows"]:
-            gain = f"{row['speedup']:.2f}x"
-            if not row["sparse_tokens"]:
-                gain += " (too short: all dense)"
-            elif row["speedup"] < 1:
-                gain += " (slower)"
             cells = (
                 name,
                 f"{step['sparsity']:.0%}",
                 f"{row['prompt_tokens']:,}",
                 f"{row['ttft_stock_s']:.3f} s",
                 f"{row['ttft_sparse_s']:.3f} s",
-                gain,
+                _gain(row),
                 f"{row['ceiling']:.2f}x",
                 f"{row['ffn_share']:.0%}",
             )

@@ -10,8 +10,8 @@ its part of such a dense run; the ceiling is what would be left if every skipped
 models but for the default one have random weights and a random artifact, which is enough for speed.
 
 The steps "load" run `fastfill serve` twice, with sparsity 0 (vLLM's own code) and with the artifact, and a real OpenAI client:
-32 prompts of 200 to 4,000 tokens at Poisson arrivals, then each of them alone; in bf16, and fewer and shorter ones in fp32,
-which rounds too little to change a word. --quick is a short trial, not a result.
+32 prompts of 200 to 4,000 tokens at Poisson arrivals, then each of them alone; in bf16, and fewer and shorter ones in fp32, to
+see whether it is rounding that changes answers. --quick is a short trial, not a result.
 """
 
 # ruff: noqa: E402 (threads first)
@@ -171,9 +171,9 @@ class Pair:
         self._last: Any = None
         self._asked = 0
 
-    def read(self, kind: str, ids: list[int], tokens: int = 1) -> float:
-        """Seconds until `tokens` new ids are there."""
-        engine, params = self._turn_to(kind, ids, tokens)
+    def read(self, kind: str, ids: list[int]) -> float:
+        """Seconds until the first new id is there."""
+        engine, params = self._turn_to(kind, ids, 1)
         begin = time.perf_counter()
         engine.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
         return time.perf_counter() - begin
