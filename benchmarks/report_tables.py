@@ -49,7 +49,12 @@ def load_quality(folder: Path) -> list[Row]:
 
 def _setting(row: Row) -> tuple[Any, ...]:
     """What rows of one quality table have in common."""
-    return tuple(row[key] for key in ("model", "dtype", "sparsity", "block_size", "documents", "tokens"))
+    return (*(row[key] for key in ("model", "dtype", "sparsity", "block_size", "tokens")), tuple(row["sources"]))
+
+
+def _documents(row: Row) -> str:
+    kind = "Python modules" if all(".py#" in source for source in row["sources"]) else "documents"
+    return f"{row['documents']} held-out {kind}"
 
 
 def claim(bench: list[Row], quality: list[Row]) -> str:
@@ -186,7 +191,7 @@ def quality_tables(quality: list[Row]) -> str:
         first = rows[0]
         lines = [
             f"{_short(first['model'])}, {first['dtype']}, {first['sparsity']:.0%} sparsity, blocks of {first['block_size']}; "
-            f"{first['documents']} held-out documents, {first['tokens']:,} tokens scored strictly, "
+            f"{_documents(first)}, {first['tokens']:,} tokens scored strictly, "
             f"{first['cont_tokens']:,} as continuation. Without any context the continuation has perplexity "
             f"{first['no_context_ppl']:.2f}.",
             "",

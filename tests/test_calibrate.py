@@ -432,6 +432,45 @@ def test_sensitivity_is_the_cost_of_each_layer_alone(model, tokenizer):
         assert found[layer] == pytest.approx(float((dense.exp() * (dense - sparse)).sum(-1).mean()), rel=1e-3)
 
 
+def a_trainer(model, artifact, answer, weight):
+    anatomy = families.dissect(model)
+    students = [
+        student.StudentFFN(
+            ffn,
+            {k.split(".", 2)[2]: v for k, v in artifact.tensors.items() if k.startswith(f"layers.{i}.")},
+            kept,
+            artifact.ranks["linear"],
+            PREFILL.block_size,
+            PREFILL.dense_head,
+            CONFIG.gate_temperature,
+            answer,
+        )
+        for i, (ffn, kept) in enumerate(zip(anatomy.ffns, artifact.kept(), strict=True))
+    ]
+    config = change(answer=answer, answer_weight=weight)
+    return distill.Distiller(model, anatomy, students, config, PREFILL.dense_head)
+
+
+@pytest.mark.parametrize("answer, weight", [(0.25, 3.0), (0.3, 0.5), (0.0, 3.0)])
+def test_the_loss_is_that_of_a_sparse_prompt_and_a_dense_answer(model, tokenizer, answer, weight):
+    """Against the attached model: the prompt prefilled sparsely into a cache, the answer read from it."""
+    artifact = tiny_artifact(model)
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"][:, :64]
+    prompt = int(64 * (1 - answer)) // BLOCK * BLOCK
+    dense = logits(model, ids)[0].log_softmax(-1)
+    with fastfill.attach(model, artifact) as attachment, torch.no_grad():
+        read = model(input_ids=ids[:, :prompt], use_cache=True)
+        assert attachment.stats.sparse_tokens == prompt - PREFILL.dense_head
+        parts = [read.logits[0]]
+        if answer:
+            with attachment.dense():
+                parts.append(model(input_ids=ids[:, prompt:], past_key_values=read.past_key_values).logits[0])
+    sparse = torch.cat(parts).log_softmax(-1)
+    kl = (dense.exp() * (dense - sparse)).sum(-1)
+    expected = kl[PREFILL.dense_head : prompt].mean() + (weight * kl[prompt:].mean() if answer else 0)
+    assert a_trainer(model, artifact, answer, weight).step(ids) == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_swapped_restores_after_an_exception(model):
     anatomy = families.dissect(model)
     with pytest.raises(RuntimeError), student.swapped(anatomy, [lambda x: x] * LAYERS):

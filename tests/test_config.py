@@ -59,6 +59,10 @@ def test_prefill_integers(field, value):
         ("compensator_lr", -1e-3),
         ("predictor_lr", float("nan")),
         ("gate_temperature", 0.0),
+        ("answer", 1.0),
+        ("answer", -0.1),
+        ("answer_weight", float("inf")),
+        ("answer_weight", "much"),
     ],
 )
 def test_calibration_values(field, value):

@@ -50,6 +50,8 @@ class CalibrationConfig:
     schedule_tokens: tokens on which the schedule is measured.
     steps: end-to-end distillation steps, each of `batch` sequences of `sequence_length` tokens; 0 skips the stage. Several
         processes share the batch: it must be a multiple of their number.
+    answer, answer_weight: share of each of these sequences, at its end, that is read densely after the sparse rest, as an answer
+        is; its weight in the loss beside the rest.
     compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth; the predictor's is relative, times the standard
         deviation of each of its tensors.
     gate_temperature: width of the soft gate through which the predictor gets its gradient (in nats of score).
@@ -64,9 +66,11 @@ class CalibrationConfig:
     fit_lr: float = 5e-3
     schedule: str = "sensitivity"
     schedule_tokens: int = 4096
-    steps: int = 600
+    steps: int = 300
     batch: int = 1
     sequence_length: int = 1024
+    answer: float = 0.25
+    answer_weight: float = 3.0
     compensator_lr: float = 1e-3
     predictor_lr: float = 3e-3
     gate_temperature: float = 0.5
@@ -83,6 +87,10 @@ class CalibrationConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise UserError(f"{name} must be a positive number, not {value!r}.")
+        for name, most in (("answer", 1.0), ("answer_weight", float("inf"))):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < most:
+                raise UserError(f"{name} must be a number of at least 0 and below {most}, not {value!r}.")
         for name in ("predictor_rank", "linear_rank", "silu_rank"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1 if name == "predictor_rank" else 0)

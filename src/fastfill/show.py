@@ -71,7 +71,7 @@ def artifact(artifact: Artifact, folder: Path) -> None:
     if record:
         out.print(
             f"\ncalibrated on {record.get('sequences')} sequences from {', '.join(record.get('documents', []))}:\n"
-            f"{record.get('tokens_distilled')} tokens distilled, KL {record.get('loss_first')} -> {record.get('loss_last')} "
+            f"{record.get('tokens_distilled')} tokens distilled, loss {record.get('loss_first')} -> {record.get('loss_last')} "
             f"nats, {record.get('seconds')} s"
         )
     if artifact.quality:

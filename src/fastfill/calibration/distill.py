@@ -47,7 +47,7 @@ class Distiller:
 
     def step(self, ids: torch.Tensor) -> float:
         """One step on ids (batch, T), of which each process of a team reads its share. Loss: mean over the tokens behind the
-        dense head of KL(dense || sparse) of the logits, nats."""
+        dense head of KL(dense || sparse) of the logits, nats, and `answer_weight` times that over the densely read answer."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._warm_cosine()
         self.optimizer.zero_grad(set_to_none=True)
@@ -64,12 +64,16 @@ class Distiller:
     def _backward(self, ids: torch.Tensor, batch: int) -> float:
         """Add the gradient of ids (1, T), one of a batch; their part of the loss."""
         head = self.model.get_output_embeddings()
+        prompt = self.students[0].stop(ids.shape[1]) - self.head if self.config.answer else ids.shape[1]
         with torch.no_grad():
             teacher = head(self.anatomy.base(input_ids=ids, use_cache=False)[0][0, self.head :])
         with torch.enable_grad():
             with swapped(self.anatomy, self.students):
                 student = head(self.anatomy.base(input_ids=ids, use_cache=False)[0][0, self.head :])
-            loss = kl_divergence(teacher, student).mean() / batch
+            kl = kl_divergence(teacher, student)
+            loss = kl[:prompt].mean() / batch
+            if prompt < len(kl):
+                loss = loss + self.config.answer_weight * kl[prompt:].mean() / batch
             loss.backward()
         return float(loss.detach())
 

@@ -200,13 +200,13 @@ def _importance(job: Job, weights: list[Weights]) -> list[float]:
     return values
 
 
-def _students(job: Job, weights: list[Weights], kept: list[int]) -> list[StudentFFN]:
+def _students(job: Job, weights: list[Weights], kept: list[int], answer: float = 0.0) -> list[StudentFFN]:
     device = job.anatomy.ffns[0].gate.device
     for layer in weights:
         layer.update({key: value.to(device) for key, value in layer.items() if not value.requires_grad})
     block, head, temperature = job.prefill.block_size, job.prefill.dense_head, job.config.gate_temperature
     return [
-        StudentFFN(ffn, w, k, job.ranks["linear"], block, head, temperature)
+        StudentFFN(ffn, w, k, job.ranks["linear"], block, head, temperature, answer)
         for ffn, w, k in zip(job.anatomy.ffns, weights, kept, strict=True)
     ]
 
@@ -216,7 +216,8 @@ def _distill(job: Job, weights: list[Weights], kept: list[int], begin: float) ->
     config, tokens, checkpoint = job.config, job.tokens, job.checkpoint
     if config.steps == 0 or min(kept) == job.anatomy.intermediate:  # nothing to train, or nothing skipped
         return []
-    trainer = Distiller(job.model, job.anatomy, _students(job, weights, kept), config, job.prefill.dense_head, job.team)
+    students = _students(job, weights, kept, config.answer)
+    trainer = Distiller(job.model, job.anatomy, students, config, job.prefill.dense_head, job.team)
     saved = checkpoint.tensors("distill")
     if saved is not None:
         trainer.load(saved)
@@ -225,7 +226,7 @@ def _distill(job: Job, weights: list[Weights], kept: list[int], begin: float) ->
         while trainer.step_done < config.steps:
             rows = torch.arange(config.batch) + trainer.step_done * config.batch
             trainer.step(tokens[rows % len(tokens)])
-            bar.step(note=f"KL {_mean(trainer.losses[-20:]):.3f} nats")
+            bar.step(note=f"loss {_mean(trainer.losses[-20:]):.3f} nats")
             if time.monotonic() - last_save > SAVE_EVERY_S:
                 checkpoint.put_tensors("distill", trainer.state())
                 checkpoint.put_json("seconds", time.monotonic() - begin)

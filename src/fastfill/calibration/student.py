@@ -21,19 +21,34 @@ Weights = dict[str, torch.Tensor]
 class StudentFFN:
     """Stands in for one FFN's forward during distillation.
 
-    The dense head (the first `dense_head` tokens of the sequence) and what does not fill a block stay dense. The predictor
-    gets its gradient through a soft gate (straight-through, ours): forward 1 for kept and 0 for skipped neurons,
+    The dense head (the first `dense_head` tokens of the sequence) and what does not fill a block stay dense, and so does the
+    share `answer` at the sequence's end, which reads a sparse prompt as an answer does. The predictor gets its gradient through a soft gate (straight-through, ours): forward 1 for kept and 0 for skipped neurons,
     backward the slope of sigmoid((log score - log score of the K-th) / temperature).
     """
 
-    def __init__(self, ffn: FFN, weights: Weights, kept: int, linear_rank: int, block: int, head: int, temperature: float):
+    def __init__(
+        self,
+        ffn: FFN,
+        weights: Weights,
+        kept: int,
+        linear_rank: int,
+        block: int,
+        head: int,
+        temperature: float,
+        answer: float = 0.0,
+    ):
         self.ffn, self.weights, self.kept, self.linear_rank = ffn, weights, kept, linear_rank
-        self.block, self.head, self.temperature = block, -(-head // block) * block, temperature
+        self.block, self.head, self.temperature, self.answer = block, -(-head // block) * block, temperature, answer
+
+    def stop(self, tokens: int) -> int:
+        """Where the sparse part of a sequence of so many tokens ends. One block is sparse if any can be."""
+        prompt = min(tokens, max(self.head + self.block, int(tokens * (1 - self.answer))))
+        return prompt // self.block * self.block
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (1, T, H) -> (1, T, H)."""
         h = F.silu(F.linear(x, self.ffn.gate)) * F.linear(x, self.ffn.up)
-        stop = x.shape[1] // self.block * self.block
+        stop = self.stop(x.shape[1])
         if self.kept == h.shape[-1] or stop <= self.head:
             return F.linear(h, self.ffn.down)
         rows = x[0, self.head : stop]
