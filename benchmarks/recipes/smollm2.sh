@@ -4,7 +4,8 @@
 # (NLTK's inaugural and state_union, one {"text"} a line), wikitext2_valid.txt (WikiText-2 validation split).
 # A quarter of the calibration text is program text: Python's standard library, modules a to h.
 # Calibration text and evaluation text are disjoint documents: the first 20 news rows, the last 21 speeches, the end of
-# WikiText and the modules behind h are never calibrated on. About 60 minutes on two cores. A killed run goes on when the script is run again.
+# WikiText and the modules behind h are never calibrated on. About 60 minutes on two cores. A killed run goes on when the script is
+# run again.
 set -euo pipefail
 : "${DATA:?set DATA to the folder with the text files}"
 OUT=${OUT:-artifacts/smollm2-135m-instruct}

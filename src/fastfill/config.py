@@ -50,8 +50,8 @@ class CalibrationConfig:
     schedule_tokens: tokens on which the schedule is measured.
     steps: end-to-end distillation steps, each of `batch` sequences of `sequence_length` tokens; 0 skips the stage. Several
         processes share the batch: it must be a multiple of their number.
-    answer, answer_weight: share of each of these sequences, at its end, that is read densely after the sparse rest, as an answer
-        is; its weight in the loss beside the rest.
+    answer, answer_weight: share of each of these sequences, at its end, that is read densely after the sparse rest, as
+        an answer is; its weight in the loss beside the rest.
     compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth; the predictor's is relative, times the standard
         deviation of each of its tensors.
     gate_temperature: width of the soft gate through which the predictor gets its gradient (in nats of score).
