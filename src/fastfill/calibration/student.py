@@ -23,7 +23,8 @@ class StudentFFN:
 
     The dense head (the first `dense_head` tokens of the sequence) and what does not fill a block stay dense, and so does the
     share `answer` at the sequence's end, which reads a sparse prompt as an answer does. The predictor gets its gradient
-    through a soft gate (straight-through, ours): forward 1 for kept and 0 for skipped neurons, backward the slope of sigmoid((log score - log score of the K-th) / temperature).
+    through a soft gate (straight-through, ours): forward 1 for kept and 0 for skipped neurons, backward the slope of
+    sigmoid((log score - log score of the K-th) / temperature).
     """
 
     def __init__(
