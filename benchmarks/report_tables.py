@@ -3,14 +3,15 @@
     python benchmarks/report_tables.py [--check]
 
 NAME is claim, bench, split, quality or vllm. Read are results/bench-*.json (each the JSON document of `fastfill bench --json`),
-results/quality.jsonl (one line per `fastfill evaluate --json`) and results/vllm.jsonl (one line per step of serving.py). Where
-a result is missing a {{placeholder}} stays.
+results/quality.jsonl and seeds.jsonl (one line per `fastfill evaluate --json`) and results/vllm.jsonl (one line per step of
+serving.py). Where a result is missing a {{placeholder}} stays.
 --check changes nothing and exits 1 if the README is not what the results say.
 """
 
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,8 @@ def load_quality(folder: Path) -> list[Row]:
     Raises ValueError for a row measured on documents that were calibrated on: the README says held-out.
     """
     file = folder / "quality.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     latest: dict[tuple[Any, ...], Row] = {}
-    for row in (json.loads(line) for line in lines if line.strip()):
+    for row in load_lines(file):
         if row["calibrated_on"]:
             raise ValueError(f"{file.name}: {row['predictor']}: {row['calibrated_on']} of the documents were calibrated on")
         latest[(*_setting(row), row["predictor"], row["compensator"])] = row
@@ -178,6 +178,24 @@ def split_tables(bench: list[Row]) -> str:
     return "{{split: from benchmarks/results/bench-*.json}}"
 
 
+SEEDED = {
+    "ppl_ratio": ("strict ratio", "{:.3f}"),
+    "kl": ("KL", "{:.4f}"),
+    "cont_ppl_ratio": ("continuation ratio", "{:.4f}"),
+    "cont_kl": ("KL", "{:.4f}"),
+}
+
+
+def seeds(rows: list[Row]) -> str:
+    """What the seed of the calibration changes: every value, and their standard deviation."""
+    parts = []
+    for key, (name, form) in SEEDED.items():
+        values = [row[key] for row in rows]
+        listed = ", ".join(form.format(value) for value in values)
+        parts.append(f"{name} {listed} (standard deviation {form.format(statistics.stdev(values))})")
+    return f"The learned row of the first table, from {len(rows)} calibrations with different seeds: {'; '.join(parts)}."
+
+
 def quality_tables(quality: list[Row]) -> str:
     """One table per setting: dense, then the learned selection beside the baselines."""
     if not quality:
@@ -218,8 +236,7 @@ def quality_tables(quality: list[Row]) -> str:
     return "\n\n".join(tables)
 
 
-def load_vllm(folder: Path) -> list[Row]:
-    file = folder / "vllm.jsonl"
+def load_lines(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
@@ -295,13 +312,13 @@ def _where(machine: Row) -> str:
 
 def render(readme: str, folder: Path = RESULTS) -> str:
     """The README's text with every marked part written anew. Raises ValueError for a marker of unknown name."""
-    bench, quality = load_bench(folder), load_quality(folder)
+    bench, quality, seeded = load_bench(folder), load_quality(folder), load_lines(folder / "seeds.jsonl")
     parts = {
         "claim": claim(bench, quality),
         "bench": bench_tables(bench),
         "split": split_tables(bench),
-        "quality": quality_tables(quality),
-        "vllm": vllm_tables(load_vllm(folder)),
+        "quality": "\n\n".join([quality_tables(quality), *([seeds(seeded)] if len(seeded) > 1 else [])]),
+        "vllm": vllm_tables(load_lines(folder / "vllm.jsonl")),
     }
 
     def replace(match: re.Match[str]) -> str:

@@ -410,16 +410,20 @@ def test_token_mixing_by_hand(model):
         assert found[layer] == pytest.approx(total / 11, rel=1e-4)
 
 
-def test_sensitivity_is_the_cost_of_each_layer_alone(model, tokenizer):
-    artifact = tiny_artifact(model)
-    anatomy = families.dissect(model)
-    tokens = data.sequences(tokenizer, [data.Document(t, "t") for t in TEXTS[:1]], 64, 0)[:2]
+def make_students(anatomy, artifact, kept, answer=0.0):
+    shape = (artifact.ranks["linear"], PREFILL.block_size, PREFILL.dense_head, CONFIG.gate_temperature, answer)
     weights = [
         {k.removeprefix(f"layers.{i}."): v for k, v in artifact.tensors.items() if k.startswith(f"layers.{i}.")}
         for i in range(LAYERS)
     ]
-    shape = (artifact.ranks["linear"], PREFILL.block_size, PREFILL.dense_head, CONFIG.gate_temperature)
-    students = [student.StudentFFN(ffn, w, 48, *shape) for ffn, w in zip(anatomy.ffns, weights, strict=True)]
+    return [student.StudentFFN(*parts, *shape) for parts in zip(anatomy.ffns, weights, kept, strict=True)]
+
+
+def test_sensitivity_is_the_cost_of_each_layer_alone(model, tokenizer):
+    artifact = tiny_artifact(model)
+    anatomy = families.dissect(model)
+    tokens = data.sequences(tokenizer, [data.Document(t, "t") for t in TEXTS[:1]], 64, 0)[:2]
+    students = make_students(anatomy, artifact, [48] * LAYERS)
     found = importance.sensitivity(model, anatomy, students, tokens)
     assert [s.kept for s in students] == [48] * LAYERS
     for layer in range(LAYERS):
@@ -434,19 +438,7 @@ def test_sensitivity_is_the_cost_of_each_layer_alone(model, tokenizer):
 
 def a_trainer(model, artifact, answer, weight):
     anatomy = families.dissect(model)
-    students = [
-        student.StudentFFN(
-            ffn,
-            {k.split(".", 2)[2]: v for k, v in artifact.tensors.items() if k.startswith(f"layers.{i}.")},
-            kept,
-            artifact.ranks["linear"],
-            PREFILL.block_size,
-            PREFILL.dense_head,
-            CONFIG.gate_temperature,
-            answer,
-        )
-        for i, (ffn, kept) in enumerate(zip(anatomy.ffns, artifact.kept(), strict=True))
-    ]
+    students = make_students(anatomy, artifact, artifact.kept(), answer)
     config = change(answer=answer, answer_weight=weight)
     return distill.Distiller(model, anatomy, students, config, PREFILL.dense_head)
 

@@ -181,6 +181,7 @@ QUALITY = {
     "sparsity": 0.5,
     "block_size": 64,
     "documents": 9,
+    "sources": [f"news.jsonl#{row}" for row in range(9)],
     "tokens": 17_847,
     "cont_tokens": 2295,
     "no_context_ppl": 25.0,
@@ -209,6 +210,7 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
         {**QUALITY, "predictor": "random", "compensator": False, "ppl_sparse": 25_819.0, "ppl_ratio": 1986.0},
         {**QUALITY, "ppl_ratio": 9.9},  # measured again below: the later row counts
         QUALITY,
+        {**QUALITY, "sources": [f"module{row}.py#0" for row in range(9)], "ppl_ratio": 1.8},  # other text, so another table
     ]
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "vllm.jsonl").write_text(json.dumps(VLLM) + "\n")
@@ -217,10 +219,26 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     assert "2.00 s → 1.68 s, **1.19x**" in page and "at most 1.33x" in page and "**1.07x**" in page and "**1.50x**" in page
     assert "| 128 | 2.000 s | 2.000 s | 1.00x (too short: all dense) |" in page
     assert "0.97x (slower)" in page
+    assert "; 9 held-out documents, 17,847 tokens" in page and "; 9 held-out Python modules, 17,847 tokens" in page
+    assert "| **learned** | yes | 19.50 | 1.80x |" in page and "different seeds" not in page
     assert "9.90x" not in page and "| random | no | 25,819 | 1986.00x |" in page
     assert page.index("**learned**") < page.index("| random |")
     assert report.render(page, tmp_path) == page  # writing twice changes nothing
     assert report.render(page.replace("1.19x", "1.91x"), tmp_path) == page  # an edited number is put right
+
+
+def test_report_of_seeds(tmp_path: Path) -> None:
+    report = load_report()
+    (tmp_path / "quality.jsonl").write_text(json.dumps(QUALITY))
+    rows = [{**QUALITY, "ppl_ratio": ratio, "kl": kl} for ratio, kl in ((1.5, 0.4), (1.4, 0.41), (1.6, 0.42))]
+    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report.render("<!-- results:quality -->\n<!-- /results -->\n", tmp_path)
+    # Standard deviations by hand, n - 1 in the denominator: 0.1 of 1.4, 1.5, 1.6, and 0.01 of the KL.
+    assert (
+        "from 3 calibrations with different seeds: strict ratio 1.500, 1.400, 1.600 (standard deviation 0.100); KL 0.4000"
+        in page
+    )
+    assert "0.4200 (standard deviation 0.0100)" in page and "1.0677 (standard deviation 0.0000)" in page
 
 
 def test_report_of_a_bench_with_split_growth_and_other_engines(tmp_path: Path) -> None:

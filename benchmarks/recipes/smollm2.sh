@@ -9,17 +9,20 @@
 set -euo pipefail
 : "${DATA:?set DATA to the folder with the text files}"
 OUT=${OUT:-artifacts/smollm2-135m-instruct}
-HELD_OUT=("$DATA/longbench_multi_news_part.jsonl[:20]" "$DATA/us_presidential_speeches.jsonl[100:]")
+PROSE=("$DATA/longbench_multi_news_part.jsonl[:20]" "$DATA/us_presidential_speeches.jsonl[100:]")
 STDLIB=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 CODE=()
 for module in pickle random shutil subprocess tarfile threading typing zipfile; do CODE+=("$STDLIB/$module.py[:1]"); done
 
-fastfill calibrate default --resume --out "$OUT" --data \
-  "$DATA/longbench_multi_news_part.jsonl[20:]" "$DATA/us_presidential_speeches.jsonl[:100]" "$DATA/wikitext2_valid.txt[:60]" \
-  "$STDLIB"/[a-h]*.py
+calibrate() {
+  fastfill calibrate default --resume --out "$OUT" --seed "$1" --data "$DATA/longbench_multi_news_part.jsonl[20:]" \
+    "$DATA/us_presidential_speeches.jsonl[:100]" "$DATA/wikitext2_valid.txt[:60]" "$STDLIB"/[a-h]*.py
+}
+calibrate 0
 evaluate() { fastfill evaluate default --artifact "$OUT" --data "${HELD_OUT[@]}" --limit 8 --json "$@" | tail -n 1; }
 mkdir -p benchmarks/results
 {
+  HELD_OUT=("${PROSE[@]}")
   evaluate --record
   for predictor in static first-block low-rank random oracle; do evaluate --predictor $predictor; done
   evaluate --no-compensator
@@ -28,6 +31,15 @@ mkdir -p benchmarks/results
   HELD_OUT=("${CODE[@]}")
   evaluate
 } >benchmarks/results/quality.jsonl
+# SEEDS="1 2" OTHERS=folder: the same with other seeds, to see what chance does; 35 minutes each.
+if [ -n "${SEEDS:-}" ]; then
+  HELD_OUT=("${PROSE[@]}")
+  evaluate >benchmarks/results/seeds.jsonl
+  for seed in $SEEDS; do
+    OUT="$OTHERS/seed$seed" calibrate "$seed"
+    OUT="$OTHERS/seed$seed" evaluate >>benchmarks/results/seeds.jsonl
+  done
+fi
 bench() { fastfill bench default --artifact "$OUT" --prompt-lengths 128,256,512,1024,2048,4096 --repeats 5 --json "$@" | tail -n 1; }
 bench >benchmarks/results/bench-native.json
 # Without a compiler: plain torch copies the selected rows, which wants larger blocks.
