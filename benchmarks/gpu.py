@@ -30,6 +30,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 CASES = [(tokens, block, 0.5) for tokens in (1024, 4096, 16384) for block in (128, 64, 32)]
 CASES += [(4096, 128, sparsity) for sparsity in (0.3, 0.7)]
 MAIN = "Llama-3.1-8B"
+PREFILL = PrefillConfig(sparsity=0.5, block_size=128)
 SANITIZED = "test_matches_fp64 or test_scores_match_fp64 or test_top_k"
 # (T, B) -> op over dense at 50 %; T -> whole prefill over dense; at the shape of Llama-3.1-8B
 OP_TARGETS = {(4096, 128): 1.7, (4096, 64): 1.5, (1024, 128): 1.5}
@@ -63,7 +64,7 @@ def floors(names: list[str]) -> dict[str, Any]:
         for tokens in LENGTHS:
             row = {"shape": name, "T": tokens, "B": 128, "sparsity": 0.5}
             for chip, rates in CHIPS.items():
-                least = ffn_op.prefill_floors(shape, tokens, PrefillConfig().dense_head, 128, 0.5, rates)
+                least = ffn_op.prefill_floors(shape, tokens, PREFILL, rates)
                 row[chip] = {kind: round(seconds, 6) for kind, seconds in least.items()}
                 row[chip] |= {"speedup": round(least["dense"] / least["sparse"], 3),
                               "ceiling": round(least["dense"] / least["bare"], 3)}  # fmt: skip
@@ -174,9 +175,7 @@ def ttft(names: list[str], repeats: int, add: Any) -> None:
                 row["target"] = TTFT_TARGETS.get(row["prompt_tokens"])
         least = {}
         for tokens in LENGTHS:
-            least[tokens] = ffn_op.prefill_floors(
-                stand_in.config(name), tokens, PrefillConfig().dense_head, 128, 0.5, CHIPS["H200 reached"]
-            )
+            least[tokens] = ffn_op.prefill_floors(stand_in.config(name), tokens, PREFILL, CHIPS["H200 reached"])
         for row in result["rows"]:
             found = least.get(row["prompt_tokens"])
             row["over_floor"] = found and {kind: row[f"ttft_{kind}_s"] / found[kind] for kind in ("dense", "sparse")}

@@ -29,7 +29,7 @@ from fastfill.config import PrefillConfig
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 KERNELS = ("torch", pytest.param("native", marks=pytest.mark.skipif(not kernels.cpu.usable(), reason=kernels.cpu.status())))
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, BLOCK = 128, 32, 96, 3, 8
-PREFILL = PrefillConfig(sparsity=0.5, block_size=BLOCK, dense_head=BLOCK, min_tokens=2 * BLOCK)
+PREFILL = PrefillConfig(sparsity=0.5, block_size=BLOCK, dense_head=BLOCK, min_tokens=2 * BLOCK, dense_tail=0)
 
 settings.register_profile("fastfill", deadline=None, derandomize=True)  # no timing assertions, the same cases every time
 settings.load_profile("fastfill")

@@ -90,7 +90,7 @@ def test_the_correction_is_scaled_by_the_share_that_is_skipped(model):
         kept = INTERMEDIATE - round(part * skipped)
         scale = (INTERMEDIATE - kept) / skipped
         torch.testing.assert_close(artifact.compensator(0, kept, like)(x), scale * as_learned(x))
-    whole = PrefillConfig(0.0, PREFILL.block_size, PREFILL.dense_head, PREFILL.min_tokens)
+    whole = PrefillConfig(0.0, PREFILL.block_size, PREFILL.dense_head, PREFILL.min_tokens, PREFILL.dense_tail)
     never_skipped = tiny_artifact(model, prefill=whole)  # no share to compare with: as it is
     assert torch.equal(never_skipped.compensator(0, 1, like).w_out, as_learned.w_out)
 

@@ -193,6 +193,26 @@ def test_padding_changes_nothing_for_real_tokens(family, side):
         torch.testing.assert_close(row[m.bool()], expected, **EXACT)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tail_of_every_prompt_is_dense(side):
+    """Of 45 tokens 8..32 are sparse where the last 13 are dense, of 38 8..24; and what is computed is what a prompt read up to
+    there, and then densely, gives."""
+    model = tiny_model(dtype=torch.float64)
+    rows, stops = [token_ids(n, seed=n) for n in (45, 38)], (32, 24)
+    ids, mask = (
+        torch.cat(t) for t in zip(*(padded(r, side, 45, torch.zeros(45, dtype=torch.long)) for r in rows), strict=True)
+    )
+    with attach(model, tiny_artifact(model), dense_tail=13) as attachment:
+        out = logits(model, ids, attention_mask=mask, position_ids=positions(mask))
+        assert attachment.stats.sparse_tokens == 24 + 16
+    with attach(model, tiny_artifact(model)) as attachment:
+        for row, stop, found, real in zip(rows, stops, out, mask, strict=True):
+            first = model(input_ids=row[None, :stop], use_cache=True)
+            with attachment.dense():
+                rest = logits(model, row[None, stop:], past_key_values=first.past_key_values)
+            torch.testing.assert_close(found[real.bool()], torch.cat([first.logits, rest], 1)[0], **EXACT)
+
+
 @pytest.mark.parametrize("predictor", ["learned", "oracle", "first-block"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_garbage_in_the_padding_changes_nothing(exact_model, side, predictor):
@@ -474,7 +494,7 @@ def test_settings_override_the_artifacts(model):
     with attach(model, artifact) as attachment:
         assert attachment.config == PREFILL and attachment.kept == artifact.kept()
     with attach(model, artifact, sparsity=0.25, block_size=4, min_tokens=30) as attachment:
-        assert attachment.config == PrefillConfig(0.25, 4, PREFILL.dense_head, 30)
+        assert attachment.config == PrefillConfig(0.25, 4, PREFILL.dense_head, 30, 0)
         assert sum(attachment.kept) == round(0.75 * 3 * INTERMEDIATE)
         assert attachment.kept == schedule.allocate(artifact.layer_importance, 0.25, INTERMEDIATE)
         logits(model, token_ids(1, 29))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from fastfill.blocks import make_plan, rows_from_mask
 
 
-def expected_sparse(rows, tokens, block, head, least):
-    """Independent: token by token. A token is sparse if its whole block is in the call and behind the head."""
+def expected_sparse(rows, tokens, block, head, least, tail=0):
+    """Independent: token by token. A token is sparse if its whole block is in the call, behind the head and before the tail."""
     sparse = set()
     for index, (first, last, position) in enumerate(rows):
         if last - first < least:
@@ -17,7 +17,7 @@ def expected_sparse(rows, tokens, block, head, least):
         here = range(position, position + last - first)  # absolute positions in this call
         for p in here:
             whole = range(p // block * block, p // block * block + block)
-            if whole[0] in here and whole[-1] in here and whole[0] >= head:
+            if whole[0] in here and whole[-1] in here and whole[0] >= head and whole[-1] < here.stop - tail:
                 sparse.add(index * tokens + first + p - position)
     return sparse
 
@@ -33,11 +33,11 @@ def calls(draw):
     return rows, tokens, draw(st.integers(1, 12)), draw(st.integers(0, 30)), draw(st.integers(1, 20))
 
 
-@given(calls())
-def test_the_plan_equals_a_token_by_token_reading_of_the_rule(call):
+@given(calls(), st.integers(0, 30))
+def test_the_plan_equals_a_token_by_token_reading_of_the_rule(call, tail):
     rows, tokens, block, head, least = call
-    plan = make_plan(rows, tokens, block, head, least)
-    expected = expected_sparse(rows, tokens, block, head, least)
+    plan = make_plan(rows, tokens, block, head, least, tail)
+    expected = expected_sparse(rows, tokens, block, head, least, tail)
     if plan is None:
         assert not expected
         return

@@ -38,6 +38,8 @@ FAST = [
     str(BLOCK),
     "--min-tokens",
     "16",
+    "--dense-tail",
+    "0",
 ]
 
 

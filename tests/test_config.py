@@ -36,7 +36,8 @@ def test_sparsity_outside_the_range(value):
 
 
 @pytest.mark.parametrize("field, value", [("block_size", 0), ("block_size", -8), ("block_size", 8.0), ("block_size", True),
-                                          ("dense_head", -1), ("min_tokens", 0), ("min_tokens", "16")])  # fmt: skip
+                                          ("dense_head", -1), ("dense_tail", -1), ("min_tokens", 0),
+                                          ("min_tokens", "16")])  # fmt: skip
 def test_prefill_integers(field, value):
     with pytest.raises(UserError, match=field):
         PrefillConfig(**{field: value})

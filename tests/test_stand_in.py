@@ -8,6 +8,7 @@ import torch
 from conftest import LAYERS, one_sentence, tiny_artifact, token_ids
 
 from fastfill import attach, cli, families, stand_in
+from fastfill.config import PrefillConfig
 from fastfill.engines import cuda
 from fastfill.engines.cuda import CudaRunner
 from fastfill.errors import UserError
@@ -33,8 +34,8 @@ def test_a_folder_is_a_shape_and_layers_cut_it(model_folder):
     assert loaded.name.endswith("(random weights, 2 layers)")
     artifact = stand_in.artifact(loaded.model, loaded.name)
     with attach(loaded.model, artifact, min_tokens=16, block_size=8) as attached:
-        loaded.model(token_ids(1, 80))
-        assert attached.stats.sparse_tokens == 16  # behind a dense head of 64
+        loaded.model(token_ids(1, 144))
+        assert attached.stats.sparse_tokens == 16  # between a dense head and a dense tail of 64
         assert attached.kept == [48, 48]
     for arguments in (("nothing",), (str(model_folder), 9), (str(model_folder), 0)):
         with pytest.raises(UserError) as error:
@@ -46,7 +47,7 @@ def test_bench_of_a_shape(model_folder, capsys):
     words = ["bench", "--shape", str(model_folder), "--layers", "2", "--prompt-lengths", "300", "--repeats", "1", "--json"]
     assert cli.main([*words, "--dtype", "fp32", "--block-size", "16"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert "random weights" in result["model"] and result["rows"][0]["sparse_tokens"] == 224
+    assert "random weights" in result["model"] and result["rows"][0]["sparse_tokens"] == 160
     for wrong in (["default"], ["--artifact", "default"], ["--compare"]):
         assert cli.main([*words, *wrong]) == 2
     assert cli.main(["bench", "default"]) == 2 and cli.main(["bench", "default", "--artifact", "default", "--layers", "1"]) == 2
@@ -72,17 +73,17 @@ def test_work_and_floors_by_hand():
 
 
 def test_prefill_floors_by_hand():
-    """A shape where only FFNs cost anything worth naming: half of them is half the time, but for the dense head."""
+    """A shape where only FFNs cost anything worth naming: half of them is half the time, but for head and tail."""
     from fastfill.evaluate import flops
 
     shape = stand_in.config("Llama-3.1-8B")
-    found = ffn_op.prefill_floors(shape, 4096, 64, 128, 0.5, Chip(1e12, 1e30, ""))
+    found = ffn_op.prefill_floors(shape, 4096, PrefillConfig(block_size=128), Chip(1e12, 1e30, ""))
     parts = flops.prefill(shape, 4096)
     assert found["dense"] == pytest.approx(sum(parts.values()) / 1e12)
-    sparse = (4096 - 128) / 4096
+    sparse = (4096 - 128 - 128) / 4096  # both ends fall into a block of their own
     assert found["bare"] == pytest.approx((sum(parts.values()) - 0.5 * sparse * parts["ffn"]) / 1e12)
     assert found["bare"] < found["sparse"] < found["dense"]
-    one_token = ffn_op.prefill_floors(shape, 1, 64, 128, 0.5, Chip(1e30, 1.0, ""))
+    one_token = ffn_op.prefill_floors(shape, 1, PrefillConfig(), Chip(1e30, 1.0, ""))
     assert one_token["dense"] == pytest.approx(2 * (8.03e9 - 128256 * 4096), rel=0.01)  # all weights but the embedding
 
 

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.vllm
 PROMPTS = [prompt(n) for n in (500, 97, 300, 95, 20)]
 
 
-def expected(family, artifact, prompts, tokens=12, change=lambda attachment: None):
+def expected(family, artifact, prompts, tokens=12, change=lambda attachment: None, **settings):
     """What the transformers engine answers with the same artifact, with log-probabilities, and what the dense model does."""
     model, results = vllm_model(family), []
-    with fastfill.attach(model, artifact) as attachment:
+    with fastfill.attach(model, artifact, **settings) as attachment:
         change(attachment)
         for ids in prompts:
             row = torch.tensor([ids])
@@ -124,6 +124,19 @@ def test_chunks_change_nothing(chunk, calls):
         (found,) = answer(llm, [ids])
         _, loaded = inside(llm)
         assert loaded.stats.sparse_tokens == 448 and loaded.stats.sparse_calls == calls
+    assert tokens_of([found])[0] == new
+    assert logprobs_of(found) == pytest.approx(logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [128, 480, 1024])
+def test_the_prompts_end_is_dense_and_no_chunks_end(chunk):
+    """40 tokens at the end leave 32..448, the same in one step, in four, and where a chunk ends inside the tail."""
+    model, artifact = folders()
+    ids = PROMPTS[0]
+    ((new, logprobs, _),) = expected("llama", artifact, [ids], dense_tail=40)
+    with engine(model, artifact, fastfill={"dense_tail": 40}, max_num_batched_tokens=chunk, max_num_seqs=4) as llm:
+        (found,) = answer(llm, [ids])
+        assert inside(llm)[1].stats.sparse_tokens == 416
     assert tokens_of([found])[0] == new
     assert logprobs_of(found) == pytest.approx(logprobs, abs=1e-4)
 

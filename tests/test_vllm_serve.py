@@ -91,8 +91,10 @@ def test_short_prompts_are_dense_unless_the_user_says_otherwise():
         return settings.read(configure(model, artifact, asked)).prefill.min_tokens
 
     assert MIN_TOKENS < least() == settings.MIN_TOKENS and least(min_tokens=MIN_TOKENS) == MIN_TOKENS
-    patient = dataclasses.replace(artifacts.load(artifact).prefill, min_tokens=700)
-    assert settings.defaults(SimpleNamespace(prefill=patient)).min_tokens == 700
+    patient = dataclasses.replace(artifacts.load(artifact).prefill, min_tokens=700, dense_tail=64)
+    found = settings.defaults(SimpleNamespace(prefill=patient))
+    assert found.min_tokens == 700 and found.dense_tail == 0
+    assert settings.read(configure(model, artifact, {"dense_tail": 40})).prefill.dense_tail == 40
 
 
 def test_other_versions_of_vllm_are_refused(monkeypatch):

@@ -33,7 +33,7 @@ from fastfill.config import PrefillConfig
 from fastfill.vllm_plugin import settings
 
 BLOCK, HEAD, MIN_TOKENS = 32, 32, 96
-PREFILL = PrefillConfig(sparsity=0.5, block_size=BLOCK, dense_head=HEAD, min_tokens=MIN_TOKENS)
+PREFILL = PrefillConfig(sparsity=0.5, block_size=BLOCK, dense_head=HEAD, min_tokens=MIN_TOKENS, dense_tail=0)
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 256,

@@ -124,7 +124,8 @@ class Attachment:
         valid = sum(last - first for first, last, _ in rows) if rows else shape[0] * shape[1]
         plan, config = None, self.config
         if rows and self._thins and not getattr(self._force_dense, "on", False):
-            plan = blocks.make_plan(rows, shape[1], config.block_size, config.dense_head, config.min_tokens)
+            sizes = config.block_size, config.dense_head, config.min_tokens, config.dense_tail
+            plan = blocks.make_plan(rows, shape[1], *sizes)
         current_plan.set(plan)
         sparse = plan.sparse_tokens if plan else 0
         with self._lock:
@@ -185,14 +186,15 @@ def attach(
     sparsity: float | None = None,
     block_size: int | None = None,
     min_tokens: int | None = None,
+    dense_tail: int | None = None,
     predictor: str = LEARNED,
     compensator: bool = True,
     kernel: str = "auto",
 ) -> Attachment:
     """Make a loaded `transformers` model read prompts with a sparse FFN.
 
-    sparsity, block_size, min_tokens: override the artifact's settings (`PrefillConfig`). predictor: "learned" or a baseline
-    (oracle, static, first-block, low-rank, random). compensator: False leaves the correction out.
+    sparsity, block_size, min_tokens, dense_tail: override the artifact's settings (`PrefillConfig`). predictor: "learned" or a
+    baseline (oracle, static, first-block, low-rank, random). compensator: False leaves the correction out.
     kernel: see `fastfill.kernels`. Decode steps and short calls stay dense and unchanged.
 
     Raises UserError for a model or an artifact that does not fit, or a model that is attached already.
@@ -202,7 +204,10 @@ def attach(
     anatomy = families.dissect(model)
     check_detached(anatomy)
     artifact.check_partner(anatomy)
-    changes: dict[str, Any] = {"sparsity": sparsity, "block_size": block_size, "min_tokens": min_tokens}
+    changes: dict[str, Any] = {
+        **{"sparsity": sparsity, "block_size": block_size},
+        **{"min_tokens": min_tokens, "dense_tail": dense_tail},
+    }
     config = dataclasses.replace(artifact.prefill, **{k: v for k, v in changes.items() if v is not None})
     if predictor != LEARNED and predictor not in BASELINES:
         raise UserError(f"predictor {predictor!r} is not known; use one of {', '.join([LEARNED, *BASELINES])}.")

@@ -94,17 +94,20 @@ class Plan:
         return x
 
 
-def make_plan(rows: list[tuple[int, int, int]], tokens: int, block_size: int, dense_head: int, min_tokens: int) -> Plan | None:
+def make_plan(
+    rows: list[tuple[int, int, int]], tokens: int, block_size: int, dense_head: int, min_tokens: int, dense_tail: int = 0
+) -> Plan | None:
     """Plan one call, or None if all of it is dense.
 
     rows: per sequence (first, last, position): its tokens are rows [first, last) of its T = `tokens` columns and the first
     of them has this absolute position (tokens already in the cache). Block b covers positions [bB, (b+1)B); it is
-    sparse if it lies whole inside the call and behind the dense head. What is left over at either end is dense.
+    sparse if it lies whole inside the call, behind the dense head and before the last `dense_tail` tokens of the sequence's
+    part of the call. What is left over at either end is dense.
     """
     spans = []
     for index, (first, last, position) in enumerate(rows):
         if last - first >= min_tokens:
-            spans += _span(index * tokens + first, last - first, position, block_size, dense_head)
+            spans += _span(index * tokens + first, last - first - dense_tail, position, block_size, dense_head)
     if not spans:
         return None
     return Plan(len(rows), tokens, sum(last - first for first, last, _ in rows), block_size, tuple(spans))
@@ -120,7 +123,7 @@ def make_packed_plan(rows: list[tuple[int, int, int]], tokens: int, block_size: 
 
 
 def _span(row: int, tokens: int, position: int, block_size: int, dense_head: int) -> list[Span]:
-    """The sparse rows of one sequence, or nothing: it has this many tokens from `row` on, the first at this position."""
+    """The sparse rows of one sequence, or nothing: so many tokens from `row` on may be sparse, the first has this position."""
     start = -(-max(position, dense_head) // block_size) * block_size
     stop = (position + tokens) // block_size * block_size
     zero = row - position  # the row that position 0 has, or would have

@@ -25,16 +25,19 @@ class PrefillConfig:
         sparse only if all of it lies behind the head.
     min_tokens: calls with fewer tokens per sequence (decode, speculative checks, short prompts and short
         multi-turn extensions) stay dense.
+    dense_tail: last tokens of every prompt that stay dense; they ask the question. `transformers` does not say where a
+        prompt ends: the end of a call is taken for it.
     """
 
     sparsity: float = 0.5
     block_size: int = 32
     dense_head: int = 64
     min_tokens: int = 256
+    dense_tail: int = 64
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
-        for name, least in (("block_size", 1), ("dense_head", 0), ("min_tokens", 1)):
+        for name, least in (("block_size", 1), ("dense_head", 0), ("min_tokens", 1), ("dense_tail", 0)):
             check_integer(name, getattr(self, name), least)
 
 

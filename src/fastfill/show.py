@@ -37,6 +37,7 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         "block_size": artifact.prefill.block_size,
         "dense_head": artifact.prefill.dense_head,
         "min_tokens": artifact.prefill.min_tokens,
+        "dense_tail": artifact.prefill.dense_tail,
         "kept": artifact.kept(),
         "layer_sparsity": [round(1 - k / base["intermediate_size"], 4) for k in artifact.kept()],
         "ranks": artifact.ranks,
@@ -56,7 +57,8 @@ def artifact(artifact: Artifact, folder: Path) -> None:
     out.print(f"[bold]{folder}[/bold]: artifact for {base['name']} ({base['model_type']})", soft_wrap=True)
     out.print(f"{base['layers']} layers, hidden size {base['hidden_size']}, intermediate size {base['intermediate_size']}")
     out.print(f"sparsity {prefill.sparsity:.0%}, blocks of {prefill.block_size} tokens")
-    out.print(f"dense: the first {prefill.dense_head} tokens, and prompts under {prefill.min_tokens}")
+    ends = f"the first {prefill.dense_head} and the last {prefill.dense_tail} tokens"
+    out.print(f"dense: {ends}, and prompts under {prefill.min_tokens}")
     out.print(
         f"FFN arithmetic per sparse token: {flops['total']:.1%} of dense\n"
         f"  = neurons {flops['ffn']:.1%} + predictor {flops['predictor']:.1%} + compensator {flops['compensator']:.1%}"

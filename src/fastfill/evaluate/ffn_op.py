@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastfill import blocks, kernels
 from fastfill import config as cfg
-from fastfill import kernels
 from fastfill.evaluate import flops
 
 
@@ -79,15 +79,14 @@ def floors(size: Size, chip: Chip) -> dict[str, float]:
     return least | {"layer": sum(least[part] for part in PARTS)}
 
 
-def prefill_floors(
-    shape: Any, tokens: int, dense_head: int, block: int, sparsity: float, chip: Chip, item: int = 2
-) -> dict[str, float]:
+def prefill_floors(shape: Any, tokens: int, prefill: cfg.PrefillConfig, chip: Chip, item: int = 2) -> dict[str, float]:
     """The least seconds of a whole prefill: FLOPs (`flops.prefill`) or reading all weights once, whichever takes longer.
     bare: without predictor and compensator, what their skipped neurons alone would allow."""
     predictor, linear, silu = cfg.default_ranks(shape.hidden_size)
     overhead = (predictor * (shape.hidden_size + shape.intermediate_size), 2 * shape.hidden_size * (linear + silu))
-    kept = [round((1 - sparsity) * shape.intermediate_size)] * shape.num_hidden_layers
-    sparse_tokens = max(0, tokens // block * block - -(-dense_head // block) * block)
+    kept = [round((1 - prefill.sparsity) * shape.intermediate_size)] * shape.num_hidden_layers
+    plan = blocks.make_plan([(0, tokens, 0)], tokens, prefill.block_size, prefill.dense_head, 1, prefill.dense_tail)
+    sparse_tokens = plan.sparse_tokens if plan else 0
     linears = flops.prefill(shape, 1)
     weights = (linears["projections"] + linears["ffn"] + linears["head"]) // 2
     found = {}

@@ -88,7 +88,8 @@ class Cost:
     @classmethod
     def of(cls, attachment: Attachment, tokens: int) -> Cost:
         config = attachment.config
-        plan = blocks.make_plan([(0, tokens, 0)], tokens, config.block_size, config.dense_head, config.min_tokens)
+        sizes = config.block_size, config.dense_head, config.min_tokens, config.dense_tail
+        plan = blocks.make_plan([(0, tokens, 0)], tokens, *sizes)
         return cls(attachment.model.config, tokens, plan.sparse_tokens if plan else 0)
 
     def _dense(self, tokens: int) -> dict[str, int]:

@@ -277,7 +277,7 @@ class SparsePrefill:
         return parts
 
     def _plan(self, metadata: Any, tokens: int) -> Plan | None:
-        """Which rows of this step are sparse: blocks that lie whole in one request's prompt, in this step, behind the head."""
+        """Which rows of this step are sparse: blocks that lie whole in this step and in a prompt, between head and tail."""
         config, plan = self._prefill, None
         prompts = requests.of(self._vllm_config).prompts
         if prompts and metadata.max_query_len >= config.block_size:  # a number of the host: decoding costs nothing here
@@ -288,7 +288,7 @@ class SparsePrefill:
                     first, last = starts[index], starts[index + 1]
                     position = lengths[index] - (last - first)
                     # What was generated is read again after a preemption; it was dense then and is dense now.
-                    last = min(last, first + prompt - position)
+                    last = min(last, first + prompt - config.dense_tail - position)
                     rows.append((first, max(first, last), position))
             plan = blocks.make_packed_plan(rows, tokens, config.block_size, config.dense_head)
         sparse = plan.sparse_tokens if plan else 0

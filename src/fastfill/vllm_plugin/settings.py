@@ -28,11 +28,14 @@ SALT = "fastfill-sparse"
 # Shorter prompts stay dense unless the user says otherwise: vLLM's dense prefill is the faster one there (SmolLM2 on two
 # cores: 0.92x at 256 tokens, 1.04x at 512; docs/log.md).
 MIN_TOKENS = 512
+# No dense tail unless the user says so: a prompt that goes on where another ended would find that one's tail in the prefix
+# cache, so that an answer would depend on what the server read before.
+DENSE_TAIL = 0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """artifact: its folder. The next four override the artifact's (`PrefillConfig`). kernel: see `fastfill.kernels`.
+    """artifact: its folder. The next five override the artifact's (`PrefillConfig`). kernel: see `fastfill.kernels`.
 
     one_copy: keep one copy of the FFN weights, the sparse kernel's, and compute dense tokens with it too.
     """
@@ -42,6 +45,7 @@ class Settings:
     block_size: int | None = None
     dense_head: int | None = None
     min_tokens: int | None = None
+    dense_tail: int | None = None
     kernel: str = "auto"
     one_copy: bool = False
 
@@ -93,8 +97,9 @@ def configure(vllm_config: Any) -> None:
 
 
 def defaults(artifact: Artifact) -> PrefillConfig:
-    """What is in force if the user says nothing: the artifact's, from MIN_TOKENS on."""
-    return dataclasses.replace(artifact.prefill, min_tokens=max(artifact.prefill.min_tokens, MIN_TOKENS))
+    """What is in force if the user says nothing: the artifact's, from MIN_TOKENS on and with DENSE_TAIL."""
+    least = max(artifact.prefill.min_tokens, MIN_TOKENS)
+    return dataclasses.replace(artifact.prefill, min_tokens=least, dense_tail=DENSE_TAIL)
 
 
 def check_blocks(vllm_config: Any, block_size: int) -> None:
