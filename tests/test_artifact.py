@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -281,6 +282,9 @@ def test_the_artifacts_own_page(model):
     assert "Not measured yet" in artifacts.readme(artifact)
     artifact.quality = {"ppl_ratio": 1.234, "sources": ["long"]}
     artifact.calibration = {"sequences": 7, "documents": ["news.jsonl"], "tokens_distilled": 640, "seconds": 5.0}
+    assert artifacts.documents(artifact) == "news.jsonl"
+    many = {"documents": list("abcdef"), "document_rows": ["e#0", "a#0", "e#1"]}
+    assert artifacts.documents(dataclasses.replace(artifact, calibration=many)) == "e, a, b, c, 2 more"
     page = artifacts.readme(artifact)
     assert "| ppl_ratio | 1.234 |" in page and "sources" not in page
     assert "7 sequences of text from news.jsonl; 640 tokens" in page

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,14 @@ def _same_keys(values: Any, keys: set[str], where: str) -> None:
         raise UserError(f"{where} lacks {', '.join(missing)}; calibrate again or restore the file.")
 
 
+def documents(artifact: Artifact) -> str:
+    """Where the calibration text came from, sources of many documents first; of more than five, four and a number."""
+    rows = Counter(row.split("#")[0] for row in artifact.calibration.get("document_rows", []))
+    names = sorted(artifact.calibration.get("documents", []), key=lambda name: -rows[name])
+    shown = names if len(names) <= 5 else [*names[:4], f"{len(names) - 4} more"]
+    return ", ".join(shown) or "unknown sources"
+
+
 def readme(artifact: Artifact) -> str:
     """The artifact's own page: what it is for, how it was made, what it scores."""
     base, prefill, record, quality = artifact.base_model, artifact.prefill, artifact.calibration, artifact.quality
@@ -301,7 +310,7 @@ def readme(artifact: Artifact) -> str:
         "",
         "## How it was made",
         "",
-        f"{record.get('sequences', 0)} sequences of text from {', '.join(record.get('documents', [])) or 'unknown sources'}; "
+        f"{record.get('sequences', 0)} sequences of text from {documents(artifact)}; "
         f"{record.get('tokens_distilled', 0)} tokens of end-to-end distillation; {record.get('seconds', 0):.0f} s. "
         "Settings, documents and machine are in `config.json` under `calibration`.",
         "",

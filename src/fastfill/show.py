@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastfill.artifact import Artifact
+from fastfill.artifact import Artifact, documents
 
 
 def console() -> Console:
@@ -72,7 +72,7 @@ def artifact(artifact: Artifact, folder: Path) -> None:
         out.print(f"{layer:3d} {'█' * round(sparsity * 50):50s} {sparsity:6.1%}")
     if record:
         out.print(
-            f"\ncalibrated on {record.get('sequences')} sequences from {', '.join(record.get('documents', []))}:\n"
+            f"\ncalibrated on {record.get('sequences')} sequences from {documents(artifact)}:\n"
             f"{record.get('tokens_distilled')} tokens distilled, loss {record.get('loss_first')} -> {record.get('loss_last')} "
             f"nats, {record.get('seconds')} s"
         )
