@@ -303,6 +303,7 @@ class Attacher:
             sparsity=sparsity,
             block_size=self.config.block_size,
             min_tokens=self.config.min_tokens,
+            dense_tail=self.config.dense_tail,
             predictor=predictor,
             compensator=compensator,
             kernel=self.kernel,
