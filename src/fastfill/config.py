@@ -69,7 +69,7 @@ class CalibrationConfig:
     fit_lr: float = 5e-3
     schedule: str = "sensitivity"
     schedule_tokens: int = 4096
-    steps: int = 300
+    steps: int = 500
     batch: int = 1
     sequence_length: int = 1024
     answer: float = 0.25
