@@ -205,8 +205,10 @@ def attach(
     check_detached(anatomy)
     artifact.check_partner(anatomy)
     changes: dict[str, Any] = {
-        **{"sparsity": sparsity, "block_size": block_size},
-        **{"min_tokens": min_tokens, "dense_tail": dense_tail},
+        "sparsity": sparsity,
+        "block_size": block_size,
+        "min_tokens": min_tokens,
+        "dense_tail": dense_tail,
     }
     config = dataclasses.replace(artifact.prefill, **{k: v for k, v in changes.items() if v is not None})
     if predictor != LEARNED and predictor not in BASELINES:
