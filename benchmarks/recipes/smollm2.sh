@@ -31,7 +31,7 @@ mkdir -p benchmarks/results
   HELD_OUT=("${CODE[@]}")
   evaluate
 } >benchmarks/results/quality.jsonl
-# SEEDS="1 2" OTHERS=folder: the same with other seeds, to see what chance does; 35 minutes each.
+# SEEDS="1 2" OTHERS=folder: the same with other seeds, to see what chance does; 40 minutes each.
 if [ -n "${SEEDS:-}" ]; then
   HELD_OUT=("${PROSE[@]}")
   evaluate >benchmarks/results/seeds.jsonl
