@@ -76,6 +76,7 @@ def plan(text: Text, out: Path, tasks: Path) -> list[Step]:
         return Step(name, ["evaluate", *MODEL, *options, "--json"], seconds)
 
     kernel = [str(KERNEL)] if KERNEL.is_file() else []
+    both = ["--methods", "learned,oracle"]
     steps = [
         Step("inspect", ["inspect", "default", "--json"], 2),
         Step("demo", ["demo", "--json"], 20),
@@ -86,18 +87,7 @@ def plan(text: Text, out: Path, tasks: Path) -> list[Step]:
         evaluate("ruler", "ruler", "--lengths", "1024,4096", "--limit", "2", seconds=330),
         evaluate("longbench-made", "longbench", seconds=240 if text.squad else 60, data=[str(tasks)]),
         evaluate("peers", "peers", "--limit", "6", "--calibration", *text.other, seconds=600, data=text.documents),
-        evaluate(
-            "pareto",
-            "pareto",
-            "--limit",
-            "3",
-            "--methods",
-            "learned,oracle",
-            "--repeats",
-            "9",
-            seconds=640,
-            data=text.documents,
-        ),
+        evaluate("pareto", "pareto", "--limit", "3", *both, "--repeats", "9", seconds=640, data=text.documents),
         Step("report", ["report", str(out), *kernel, "--out", str(out / "report.html"), "--svg", FIGURES], 10, result=False),
     ]
     if text.news:
