@@ -34,7 +34,7 @@ bench: $(VENV)/.installed
 bench-kernel: $(VENV)/.installed
 	$(BIN)/python benchmarks/kernel.py
 
-# All results for the embedded model and a report on them: 36 minutes on two cores. DATA names a folder of text (benchmarks/eval.py).
+# All results for the embedded model and a report on them: 40 minutes on two cores. DATA names a folder of text (benchmarks/eval.py).
 eval: $(VENV)/.installed
 	$(BIN)/python benchmarks/eval.py
 

@@ -1,4 +1,4 @@
-"""All results for the embedded model, as files in benchmarks/results/eval and a report on them; 36 minutes on two cores.
+"""All results for the embedded model, as files in benchmarks/results/eval and a report on them; 40 minutes on two cores.
 
     [DATA=folder] python benchmarks/eval.py [--steps bench,peers] [--out benchmarks/results/eval]
 

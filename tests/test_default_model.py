@@ -64,7 +64,7 @@ def mean_kl(loaded, artifact, ids, dense, **settings):
     with attach(loaded.model, artifact, **settings) as attachment:
         sparse = logits(loaded.model, ids)
         head = -(-attachment.config.dense_head // attachment.config.block_size) * attachment.config.block_size
-        stop = TOKENS // attachment.config.block_size * attachment.config.block_size
+        stop = (TOKENS - attachment.config.dense_tail) // attachment.config.block_size * attachment.config.block_size
         assert attachment.stats.sparse_tokens == stop - head > 0
     a, b = dense[:, head:stop].log_softmax(-1), sparse[:, head:stop].log_softmax(-1)
     return float((a.exp() * (a - b)).sum(-1).mean())
@@ -113,4 +113,4 @@ def test_generate_reads_the_prompt_sparsely(loaded, ids, bare):
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2, do_sample=False
         )
         assert out.shape == (1, TOKENS + 2)
-        assert (attachment.stats.sparse_tokens, attachment.stats.dense_tokens) == (512, TOKENS - 512 + 1)
+        assert (attachment.stats.sparse_tokens, attachment.stats.dense_tokens) == (448, TOKENS - 448 + 1)
