@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastfill.blocks import make_plan, rows_from_mask
+from fastfill.config import PrefillConfig
 
 
 def expected_sparse(rows, tokens, block, head, least, tail=0):
@@ -48,6 +49,13 @@ def test_the_plan_equals_a_token_by_token_reading_of_the_rule(call, tail):
         assert (span.stop - span.start) % block == 0
         first, _, position = rows[span.start // tokens]
         assert span.first == (span.start // tokens * tokens + first if position == 0 else None)
+
+
+@given(st.integers(1, 12), st.integers(0, 30), st.integers(1, 40), st.integers(0, 30))
+def test_the_shortest_prompt_is_the_first_with_a_sparse_token(block, head, least, tail):
+    config = PrefillConfig(block_size=block, dense_head=head, min_tokens=least, dense_tail=tail)
+    tokens = next(n for n in range(1, 200) if expected_sparse([(0, n, 0)], n, block, head, least, tail))
+    assert config.shortest_prompt == tokens
 
 
 @given(calls(), st.integers(0, 5))

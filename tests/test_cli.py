@@ -365,6 +365,7 @@ def generate(model_folder, artifact_folder, prompt, *more):
         (["--kernel", "cuda"], "native, triton, torch"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--threads", "0"], "--threads"),
+        (["--threads", "1000000"], "--threads 1000000 is more than the"),
         (["--dtype", "int4"], "dtype 'int4' is not known"),
         (["--device", "abacus"], "abacus"),
         (["--device", "cuda:99"], "cuda:99"),
@@ -512,7 +513,8 @@ def test_bad_prompts_and_lengths(capsys, model_folder, artifact_folder, tmp_path
 def test_a_demo_document_that_is_too_short_or_too_long(capsys, default_is_tiny, artifact_folder, tmp_path):
     demo = ["demo", "--artifact", artifact_folder, "--repeats", 1, "--max-new-tokens", 2, "--document", tmp_path / "doc.txt"]
     (tmp_path / "doc.txt").write_text("w9")
-    assert "stays dense" in refusal(capsys, *demo)
+    assert f"prompts under {2 * BLOCK} stay dense" in refusal(capsys, *demo)
+    assert f"prompts under {20 * BLOCK} stay dense" in refusal(capsys, *demo, "--block-size", 10 * BLOCK)
     (tmp_path / "doc.txt").write_text(tiny_text(600))
     assert "more than the 512" in refusal(capsys, *demo)
     (tmp_path / "doc.txt").write_text(tiny_text(40))

@@ -146,3 +146,6 @@ def test_the_command(tmp_path, capsys, model_folder, artifact_folder):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["document"], result["tokens"], result["overlap"]) == ("demo_document.txt", 512, [1.0] * LAYERS)
     assert result["blocks"] == 512 // BLOCK - 1
+    for more in ("--limit", "1"), ("--out", str(tmp_path / "out")):
+        assert cli.main([*command, *more]) == 2
+        assert "reads one document" in capsys.readouterr().err

@@ -584,3 +584,5 @@ def test_names_tell_documents_apart() -> None:
     assert distinct([{"kernel": "native"}, {"kernel": "torch"}], ("kernel", "model")) == ["native kernel", "torch kernel"]
     assert distinct([{"kernel": "native"}], ("kernel",)) == [""]
     assert distinct([{"file": "a"}, {"file": "b"}, {"file": "b"}], ("kernel",)) == ["a", "b (1)", "b (2)"]
+    texts = [{"sources": ["news.jsonl#0", "news.jsonl#7"]}, {"sources": ["code/a.py#0", "b.py#0", "c.py#0"]}, {}]
+    assert distinct(texts, ("sources",)) == ["news.jsonl", "a.py and 2 more", ""]

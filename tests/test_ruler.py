@@ -148,7 +148,7 @@ def test_the_command(tmp_path, capsys, model_folder, artifact_folder):
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    command = [*base, "--lengths", "256,400", "--datasets", "niah_single,qa", "--limit", "2", "--max-new-tokens", "3"]
+    command = [*base, "--lengths", "256,400,256", "--datasets", "niah_single,qa", "--limit", "2", "--max-new-tokens", "3"]
     command += ["--data", str(file), "--json", "--seed", "3"]
     assert cli.main(command) == 0
     out = capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -273,6 +274,8 @@ def _threads(arguments: argparse.Namespace) -> None:
 
     if arguments.threads is not None:
         check_integer("--threads", arguments.threads, 1)
+        if arguments.threads > (os.cpu_count() or arguments.threads):
+            raise UserError(f"--threads {arguments.threads} is more than the {os.cpu_count()} processors of this machine.")
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 

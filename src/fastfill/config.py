@@ -40,6 +40,12 @@ class PrefillConfig:
         for name, least in (("block_size", 1), ("dense_head", 0), ("min_tokens", 1), ("dense_tail", 0)):
             check_integer(name, getattr(self, name), least)
 
+    @property
+    def shortest_prompt(self) -> int:
+        """Tokens of the shortest prompt of which anything is sparse: one block between the dense head and the dense tail."""
+        first = -(-self.dense_head // self.block_size) * self.block_size
+        return max(self.min_tokens, first + self.block_size + self.dense_tail)
+
 
 @dataclass(frozen=True)
 class CalibrationConfig:

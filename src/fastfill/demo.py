@@ -56,7 +56,9 @@ def run(
     with stage("time to first token", 2 * (repeats + 2)) as bar:
         row = speed.ttft(runner, ids, repeats, bar.step) | speed.split(runner, ids, 1, bar.step)
     if config.sparsity and not row["sparse_tokens"]:
-        raise UserError(f"The prompt has {ids.shape[1]} tokens; all of it stays dense (--min-tokens {config.min_tokens}).")
+        raise UserError(
+            f"The prompt has {ids.shape[1]} tokens; with these settings prompts under {config.shortest_prompt} stay dense."
+        )
     text = engine.encode(loaded.tokenizer, document.strip(), chat=False)[0]
     scores = perplexity.evaluate(attachment, [("the document", text)])
     with stage("answers", 2) as bar:

@@ -155,7 +155,7 @@ class Comparison:
         sparse_tokens = stats.sparse_tokens - before
         if not sparse_tokens:
             config = attachment.config
-            reason = f"prompts under {config.min_tokens} tokens stay so." if config.sparsity else "the sparsity is 0."
+            reason = f"prompts under {config.shortest_prompt} tokens stay so." if config.sparsity else "the sparsity is 0."
             run.show(status=f"Done. Both runs were dense: {reason}")
             return
         found = picks.summarize(attachment, seen, range(len(attachment.ffns)))

@@ -173,7 +173,7 @@ def read_dense(attachment: Attachment, source: str, row: torch.Tensor, continuat
     first = -(-config.dense_head // config.block_size) * config.block_size
     last = (tokens - config.dense_tail) // config.block_size * config.block_size
     part = tokens - continuation
-    if last <= first or part < max(config.min_tokens, first + config.block_size + config.dense_tail):
+    if part < config.shortest_prompt:
         raise UserError(f"{source} has {tokens} tokens, too few for a sparse part and {continuation} after it.")
     with attachment.dense():
         hidden = model.base_model(input_ids=ids, use_cache=False)[0][0]

@@ -156,6 +156,8 @@ def _pareto(options: argparse.Namespace, artifact: Artifact) -> Task:
 
 def _picks(options: argparse.Namespace, artifact: Artifact) -> Task:
     check_integer("--tokens", options.tokens, 2)
+    if options.limit is not None or options.out:
+        raise UserError("--task picks reads one document, the first; leave --limit and --out out.")
     document = data.load_documents(options.data)[0] if options.data else data.demo_document()
 
     def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
@@ -190,7 +192,7 @@ def _longbench(options: argparse.Namespace, artifact: Artifact) -> Task:
 
 def _ruler(options: argparse.Namespace, artifact: Artifact) -> Task:
     try:
-        lengths = [int(length) for length in options.lengths.split(",")]
+        lengths = list(dict.fromkeys(int(length) for length in options.lengths.split(",")))
     except ValueError as error:
         raise UserError(f"--lengths must be numbers separated by commas, not {options.lengths!r}.") from error
     for length in lengths:
@@ -233,7 +235,8 @@ def _answers(
     settings = resume.settings(options.task, attachment, artifact, runner.identity(examples), **more)
     result = runner.run(attachment, loaded.tokenizer, examples, Store(options.out, settings), seed=options.seed)
     if attachment.config.sparsity and not result["sparse_tokens"]:
-        print("fastfill: warning: all prompts are so short that they stayed dense (--min-tokens).", file=sys.stderr)
+        least = attachment.config.shortest_prompt
+        print(f"fastfill: warning: all prompts stayed dense, as those under {least} tokens do.", file=sys.stderr)
     limits = {"max_prompt_tokens": options.max_prompt_tokens, "max_new_tokens": options.max_new_tokens}
     return {**result, **limits, "chat": not options.no_chat}
 

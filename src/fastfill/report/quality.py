@@ -15,7 +15,7 @@ METHODS = ("learned", "oracle", "static", "low-rank", "first-block", "random")  
 PER_TOKEN = ("gate-threshold", "input-threshold")  # each token has its own choice, which no matrix product of a prefill can use
 TASKS = {"longbench": "LongBench", "ruler": "RULER"}
 READINGS = (("strict", "ppl_ratio"), ("continuation", "cont_ppl_ratio"))
-NAMED_BY = ("model", "dtype", "predictor", "compensator", "sparsity", "block_size")
+NAMED_BY = ("model", "dtype", "predictor", "compensator", "sparsity", "block_size", "sources")
 
 
 def looks(methods: Sequence[str]) -> list[Style]:
