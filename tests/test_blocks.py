@@ -9,6 +9,10 @@ from fastfill.blocks import make_plan, rows_from_mask
 from fastfill.config import PrefillConfig
 
 
+def rule(block, head, least, tail=0):
+    return PrefillConfig(block_size=block, dense_head=head, min_tokens=least, dense_tail=tail)
+
+
 def expected_sparse(rows, tokens, block, head, least, tail=0):
     """Independent: token by token. A token is sparse if its whole block is in the call, behind the head and before the tail."""
     sparse = set()
@@ -37,7 +41,7 @@ def calls(draw):
 @given(calls(), st.integers(0, 30))
 def test_the_plan_equals_a_token_by_token_reading_of_the_rule(call, tail):
     rows, tokens, block, head, least = call
-    plan = make_plan(rows, tokens, block, head, least, tail)
+    plan = make_plan(rows, tokens, rule(block, head, least, tail))
     expected = expected_sparse(rows, tokens, block, head, least, tail)
     if plan is None:
         assert not expected
@@ -53,15 +57,14 @@ def test_the_plan_equals_a_token_by_token_reading_of_the_rule(call, tail):
 
 @given(st.integers(1, 12), st.integers(0, 30), st.integers(1, 40), st.integers(0, 30))
 def test_the_shortest_prompt_is_the_first_with_a_sparse_token(block, head, least, tail):
-    config = PrefillConfig(block_size=block, dense_head=head, min_tokens=least, dense_tail=tail)
     tokens = next(n for n in range(1, 200) if expected_sparse([(0, n, 0)], n, block, head, least, tail))
-    assert config.shortest_prompt == tokens
+    assert rule(block, head, least, tail).shortest_prompt == tokens
 
 
 @given(calls(), st.integers(0, 5))
 def test_every_row_is_in_one_block_with_its_neurons(call, kept):
     rows, tokens, block, head, least = call
-    plan = make_plan(rows, tokens, block, head, least)
+    plan = make_plan(rows, tokens, rule(block, head, least))
     if plan is None:
         return
     total, neurons = len(rows) * tokens, 5
@@ -85,7 +88,7 @@ def test_every_row_is_in_one_block_with_its_neurons(call, kept):
 
 
 def test_blocks_of_a_call_by_hand():
-    plan = make_plan([(0, 20, 0), (6, 20, 0)], 20, 4, 4, 1)
+    plan = make_plan([(0, 20, 0), (6, 20, 0)], 20, rule(4, 4, 1))
     # Head 0..3, sparse 4..19; then 6 rows of padding with the head 6..9 behind them, sparse 10..17, tail.
     assert plan.rows.tolist() == [0, 4, 8, 12, 16, 20, 30, 34, 38, 40]
     ids, bounds = plan.with_dense(torch.tensor([[0, 2]] * 4 + [[1, 2]] * 2), 3)
@@ -95,16 +98,16 @@ def test_blocks_of_a_call_by_hand():
 
 def test_worked_numbers():
     # 20 tokens, blocks of 8, head 8: block 1 (8..15) is sparse, the tail 16..19 dense.
-    (span,) = make_plan([(0, 20, 0)], 20, 8, 8, 16).spans
+    (span,) = make_plan([(0, 20, 0)], 20, rule(8, 8, 16)).spans
     assert (span.start, span.stop, span.first) == (8, 16, 0)
     # A head that ends inside a block keeps the whole block dense.
-    (span,) = make_plan([(0, 24, 0)], 24, 8, 9, 16).spans
+    (span,) = make_plan([(0, 24, 0)], 24, rule(8, 9, 16)).spans
     assert (span.start, span.stop) == (16, 24)
     # 20 cached, 20 more: positions 20..39; blocks 3 and 4 are whole, 20..23 are not.
-    (span,) = make_plan([(0, 20, 20)], 20, 8, 8, 16).spans
+    (span,) = make_plan([(0, 20, 20)], 20, rule(8, 8, 16)).spans
     assert (span.start, span.stop, span.first) == (4, 20, None)
-    assert make_plan([(0, 15, 0)], 15, 8, 0, 16) is None
-    assert make_plan([(0, 16, 0)], 16, 8, 16, 16) is None
+    assert make_plan([(0, 15, 0)], 15, rule(8, 0, 16)) is None
+    assert make_plan([(0, 16, 0)], 16, rule(8, 16, 16)) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 20), st.integers(0, 12)), min_size=1, max_size=4), st.data())

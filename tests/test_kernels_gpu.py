@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_artifact, tiny_model, token_ids
+from conftest import PREFILL, tiny_artifact, tiny_model, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import ACTS, excess, problem, problems, reference, run
@@ -273,7 +273,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
     found = {}
     for name in ("triton", "torch"):
         with fastfill.attach(model, tiny_artifact(model), kernel=name) as attached:
-            token = current_plan.set(blocks.make_plan([(0, 45, 0)], 45, 8, 8, 16))
+            token = current_plan.set(blocks.make_plan([(0, 45, 0)], 45, PREFILL))
             try:
                 with Watch() as watch:
                     attached.ffns[0](torch.randn(1, 45, 32, device=DEVICE))

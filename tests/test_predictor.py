@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCK, HIDDEN, INTERMEDIATE, tiny_artifact, tiny_model
+from conftest import BLOCK, HIDDEN, INTERMEDIATE, PREFILL, tiny_artifact, tiny_model
 
 from fastfill import families, select
 from fastfill.blocks import make_plan
 from fastfill.predictor import BASELINES, FirstBlock, LearnedPredictor, LowRank, Oracle, Random, Static, importance
 
-PLAN = make_plan([(0, 32, 0), (5, 32, 0)], 32, BLOCK, BLOCK, 16)  # two sequences, the second left-padded
+PLAN = make_plan([(0, 32, 0), (5, 32, 0)], 32, PREFILL)  # two sequences, the second left-padded
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_first_block_reads_only_the_first_block_of_each_sequence(x, ffn):
     expected = np.stack([h[0:8].sum(0)] * 3 + [h[37:45].sum(0)] * 2)
     torch.testing.assert_close(scores.double(), torch.from_numpy(expected), rtol=2e-6, atol=1e-12)
     with pytest.raises(ValueError, match="whole prompt"):
-        FirstBlock(ffn).scores(x, make_plan([(0, 64, 16)], 64, BLOCK, BLOCK, 16))
+        FirstBlock(ffn).scores(x, make_plan([(0, 64, 16)], 64, PREFILL))
 
 
 def test_low_rank_at_full_rank_is_the_oracle(x, ffn):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCK, HIDDEN, INTERMEDIATE, KERNELS, tiny_artifact, tiny_model
+from conftest import BLOCK, HIDDEN, INTERMEDIATE, KERNELS, PREFILL, tiny_artifact, tiny_model
 
 from fastfill import families, kernels
 from fastfill.blocks import make_plan
@@ -15,7 +15,7 @@ from fastfill.sparse_ffn import SparseFFN, current_plan
 
 TOKENS, KEPT, LAYER = 45, 40, 1
 # Sequence 0: head 0..7, sparse 8..39, tail. Sequence 1: 4 rows of padding, head, sparse 12..43, tail.
-PLAN = make_plan([(0, 45, 0), (4, 45, 0)], TOKENS, BLOCK, BLOCK, 16)
+PLAN = make_plan([(0, 45, 0), (4, 45, 0)], TOKENS, PREFILL)
 SPARSE = [(0, 8, 40), (1, 12, 44)]  # the same, by hand: sequence, first, last
 EPS = 2.0**-23
 
@@ -171,7 +171,7 @@ def test_without_a_plan_or_at_full_width_it_is_the_dense_ffn(parts):
         expected = dense(x)
     assert torch.equal(run(sparse_ffn(model, artifact, "learned", "torch"), x, plan=None), expected)
     assert torch.equal(run(sparse_ffn(model, artifact, "learned", "torch", kept=INTERMEDIATE), x), expected)
-    other = make_plan([(0, 44, 0)], 44, BLOCK, BLOCK, 16)  # a plan of another call
+    other = make_plan([(0, 44, 0)], 44, PREFILL)  # a plan of another call
     assert torch.equal(run(sparse_ffn(model, artifact, "learned", "torch"), x, plan=other), expected)
 
 
@@ -199,7 +199,8 @@ def test_the_student_of_calibration_is_the_same_function(parts, ranks, tokens, h
     x = parts[2][:1, :tokens]
     student = StudentFFN(part, weights, KEPT, artifact.ranks["linear"], BLOCK, head, temperature=0.5)
     expected = student(x)
-    got = run(sparse_ffn(model, artifact, "learned", kernel), x, make_plan([(0, tokens, 0)], tokens, BLOCK, head, 1))
+    rule = dataclasses.replace(PREFILL, dense_head=head, min_tokens=1)
+    got = run(sparse_ffn(model, artifact, "learned", kernel), x, make_plan([(0, tokens, 0)], tokens, rule))
     # Both are fp32: two rounding errors of the size above; the student's sum runs over F terms.
     limit = 2 * 4 * EPS * (HIDDEN**0.5 + INTERMEDIATE**0.5) * float(expected.abs().max())
     torch.testing.assert_close(got, expected, rtol=0, atol=limit)

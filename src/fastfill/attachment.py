@@ -122,10 +122,9 @@ class Attachment:
         shape = (tokens.shape[0], tokens.shape[1])
         rows = call_rows(shape, named.get("attention_mask"), named)
         valid = sum(last - first for first, last, _ in rows) if rows else shape[0] * shape[1]
-        plan, config = None, self.config
+        plan = None
         if rows and self._thins and not getattr(self._force_dense, "on", False):
-            sizes = config.block_size, config.dense_head, config.min_tokens, config.dense_tail
-            plan = blocks.make_plan(rows, shape[1], *sizes)
+            plan = blocks.make_plan(rows, shape[1], self.config)
         current_plan.set(plan)
         sparse = plan.sparse_tokens if plan else 0
         with self._lock:

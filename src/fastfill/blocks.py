@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import torch
 
+from fastfill.config import PrefillConfig
+
 
 @dataclass(frozen=True)
 class Span:
@@ -94,23 +96,22 @@ class Plan:
         return x
 
 
-def make_plan(
-    rows: list[tuple[int, int, int]], tokens: int, block_size: int, dense_head: int, min_tokens: int, dense_tail: int = 0
-) -> Plan | None:
+def make_plan(rows: list[tuple[int, int, int]], tokens: int, config: PrefillConfig) -> Plan | None:
     """Plan one call, or None if all of it is dense.
 
     rows: per sequence (first, last, position): its tokens are rows [first, last) of its T = `tokens` columns and the first
     of them has this absolute position (tokens already in the cache). Block b covers positions [bB, (b+1)B); it is
     sparse if it lies whole inside the call, behind the dense head and before the last `dense_tail` tokens of the sequence's
-    part of the call. What is left over at either end is dense.
+    part of the call. What is left over at either end is dense, and so is a part shorter than `min_tokens`.
     """
     spans = []
     for index, (first, last, position) in enumerate(rows):
-        if last - first >= min_tokens:
-            spans += _span(index * tokens + first, last - first - dense_tail, position, block_size, dense_head)
+        if last - first >= config.min_tokens:
+            part = last - first - config.dense_tail
+            spans += _span(index * tokens + first, part, position, config.block_size, config.dense_head)
     if not spans:
         return None
-    return Plan(len(rows), tokens, sum(last - first for first, last, _ in rows), block_size, tuple(spans))
+    return Plan(len(rows), tokens, sum(last - first for first, last, _ in rows), config.block_size, tuple(spans))
 
 
 def make_packed_plan(rows: list[tuple[int, int, int]], tokens: int, block_size: int, dense_head: int) -> Plan | None:

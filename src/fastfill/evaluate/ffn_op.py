@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -85,7 +86,7 @@ def prefill_floors(shape: Any, tokens: int, prefill: cfg.PrefillConfig, chip: Ch
     predictor, linear, silu = cfg.default_ranks(shape.hidden_size)
     overhead = (predictor * (shape.hidden_size + shape.intermediate_size), 2 * shape.hidden_size * (linear + silu))
     kept = [round((1 - prefill.sparsity) * shape.intermediate_size)] * shape.num_hidden_layers
-    plan = blocks.make_plan([(0, tokens, 0)], tokens, prefill.block_size, prefill.dense_head, 1, prefill.dense_tail)
+    plan = blocks.make_plan([(0, tokens, 0)], tokens, dataclasses.replace(prefill, min_tokens=1))
     sparse_tokens = plan.sparse_tokens if plan else 0
     linears = flops.prefill(shape, 1)
     weights = (linears["projections"] + linears["ffn"] + linears["head"]) // 2

@@ -87,9 +87,7 @@ class Cost:
 
     @classmethod
     def of(cls, attachment: Attachment, tokens: int) -> Cost:
-        config = attachment.config
-        sizes = config.block_size, config.dense_head, config.min_tokens, config.dense_tail
-        plan = blocks.make_plan([(0, tokens, 0)], tokens, *sizes)
+        plan = blocks.make_plan([(0, tokens, 0)], tokens, attachment.config)
         return cls(attachment.model.config, tokens, plan.sparse_tokens if plan else 0)
 
     def _dense(self, tokens: int) -> dict[str, int]:
