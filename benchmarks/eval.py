@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FASTFILL = [sys.executable, "-m", "fastfill.cli"]
 MAKE_TASKS = [sys.executable, str(ROOT / "benchmarks" / "make_tasks.py")]
 RUNS = Path("build") / "eval"  # what a killed step has finished
-FIGURES = "docs/figures"  # two of them are in the README
+RESULTS = Path("benchmarks") / "results" / "eval"
+FIGURES = "docs/figures"  # of those results; two of them are in the README
 KERNEL = Path("benchmarks") / "results" / "kernel.jsonl"  # of `make bench-kernel`, shown too if it is there
 MODEL = ["default", "--artifact", "default"]
 
@@ -72,10 +73,12 @@ def plan(text: Text, out: Path, tasks: Path) -> list[Step]:
     """What is run, in order."""
 
     def evaluate(name: str, task: str, *more: str, seconds: float, data: Sequence[str] = ()) -> Step:
-        options = ["--task", task, *(["--data", *data] if data else []), *more, "--out", str(RUNS / name)]
+        kept = ["--out", str(RUNS / name)] if task != "picks" else []  # which reads one document
+        options = ["--task", task, *(["--data", *data] if data else []), *more, *kept]
         return Step(name, ["evaluate", *MODEL, *options, "--json"], seconds)
 
     kernel = [str(KERNEL)] if KERNEL.is_file() else []
+    figures = FIGURES if out == RESULTS else str(out / "figures")
     both = ["--methods", "learned,oracle"]
     steps = [
         Step("inspect", ["inspect", "default", "--json"], 2),
@@ -83,12 +86,12 @@ def plan(text: Text, out: Path, tasks: Path) -> list[Step]:
         Step("bench", ["bench", *MODEL, "--prompt-lengths", "128,256,512,1024,2048,4096", "--repeats", "5", "--json"], 240),
         evaluate("perplexity", "perplexity", "--limit", "8", seconds=90, data=text.documents),
         evaluate("recall", "recall", "--limit", "4", seconds=40, data=text.documents),
-        evaluate("picks", "picks", "--limit", "1", seconds=20, data=text.documents),
+        evaluate("picks", "picks", seconds=20, data=text.documents),
         evaluate("ruler", "ruler", "--lengths", "1024,4096", "--limit", "2", seconds=330),
         evaluate("longbench-made", "longbench", seconds=240 if text.squad else 60, data=[str(tasks)]),
         evaluate("peers", "peers", "--limit", "6", "--calibration", *text.other, seconds=600, data=text.documents),
         evaluate("pareto", "pareto", "--limit", "3", *both, "--repeats", "9", seconds=640, data=text.documents),
-        Step("report", ["report", str(out), *kernel, "--out", str(out / "report.html"), "--svg", FIGURES], 10, result=False),
+        Step("report", ["report", str(out), *kernel, "--out", str(out / "report.html"), "--svg", figures], 10, result=False),
     ]
     if text.news:
         steps.insert(8, evaluate("multi_news", "longbench", "--datasets", "multi_news", seconds=150, data=[text.news]))
@@ -125,7 +128,7 @@ def minutes(seconds: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="All results for the embedded model, and a report on them.")
     parser.add_argument("--steps", help="only these, separated by commas")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks") / "results" / "eval", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args(argv)
     out, tasks = arguments.out, RUNS / "tasks"
     text = find_text(os.environ.get("DATA"))

@@ -192,8 +192,9 @@ def _worth(line: str) -> bool:
 
 
 def library_files() -> list[Path]:
-    """Modules of the standard library (top level, sorted), without what is installed beside it."""
-    return sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    """Modules of the standard library (top level, sorted), without what is installed beside it, and without modules a to c:
+    the shipped artifact was calibrated on them."""
+    return sorted(Path(sysconfig.get_path("stdlib")).glob("[!a-c]*.py"))
 
 
 MAKERS: dict[str, Callable[[Squad, Question, int, random.Random], Row]] = {

@@ -141,6 +141,8 @@ def test_calibrate_inspect_generate_bench_evaluate(capsys, model_folder, texts, 
     assert (said["prompt_tokens"], said["sparse_tokens"]) == (45, 32)
     dense = answer(capsys, "generate", *common, "--prompt-file", prompt, "--max-new-tokens", 4, "--dense")
     assert (dense["sparse_tokens"], dense["dense_tokens"]) == (0, 45 + dense["new_tokens"] - 1)
+    tail = answer(capsys, "generate", *common, "--prompt-file", prompt, "--max-new-tokens", 1, "--dense-tail", 12)
+    assert tail["sparse_tokens"] == 24
     chat = answer(capsys, "generate", *common, "--prompt-file", prompt, "--max-new-tokens", 1, "--chat")
     assert chat["prompt_tokens"] == 48
 
@@ -149,6 +151,7 @@ def test_calibrate_inspect_generate_bench_evaluate(capsys, model_folder, texts, 
     promised = {"prompt_tokens", "ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_dense_s", "ffn_sparse_s", "ceiling"}
     promised |= {"flops_dense", "flops_sparse", "split_dense", "split_sparse", "peak_dense_mb", "peak_sparse_mb"}
     assert all(promised <= row.keys() for row in bench["rows"])
+    assert (bench["dense_head"], bench["dense_tail"], bench["min_tokens"]) == (BLOCK, 0, 2 * BLOCK)
     assert bench["engine"] == "transformers" and bench["compare"] == [] and bench["growth_dense"] is not None
     assert {"cpu", "threads", "torch", "transformers"} <= bench["machine"].keys()
 
@@ -167,6 +170,7 @@ def test_calibrate_inspect_generate_bench_evaluate(capsys, model_folder, texts, 
         "documents",
         "tokens",
     ]
+    assert (scores["dense_tail"], scores["kernel"]) == (0, bench["kernel"])
     assert all(key in scores for key in promised) and scores["documents"] == 1 and scores["calibrated_on"] == 0
     assert answer(capsys, "inspect", out)["quality"]["ppl_ratio"] == scores["ppl_ratio"]
     assert "ppl_ratio" in (out / "README.md").read_text()
@@ -364,6 +368,8 @@ def generate(model_folder, artifact_folder, prompt, *more):
         (["--min-tokens", "0"], "min_tokens"),
         (["--kernel", "cuda"], "native, triton, torch"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--max-new-tokens", "468"], "The prompt has 45 tokens and the answer up to 468, more than the 512"),
+        (["--dense-tail", "-1"], "dense_tail must be a whole number of at least 0"),
         (["--threads", "0"], "--threads"),
         (["--threads", "1000000"], "--threads 1000000 is more than the"),
         (["--dtype", "int4"], "dtype 'int4' is not known"),
@@ -392,6 +398,7 @@ def test_a_kernel_that_cannot_run_the_dtype(capsys, model_folder, artifact_folde
         (["--sparsity", "1.0"], "sparsity must lie in"),
         (["--block-size", "0"], "block_size"),
         (["--sequence-length", "8"], "sequence_length must be a whole number of at least 16"),
+        (["--sequence-length", "513"], "sequence_length 513 is more than the 512 tokens"),
         (["--schedule", "best"], "schedule must be"),
         (["--fit-lr", "-1"], "fit_lr"),
         (["--steps", "-1"], "steps"),
@@ -518,7 +525,7 @@ def test_a_demo_document_that_is_too_short_or_too_long(capsys, default_is_tiny, 
     (tmp_path / "doc.txt").write_text(tiny_text(600))
     assert "more than the 512" in refusal(capsys, *demo)
     (tmp_path / "doc.txt").write_text(tiny_text(40))
-    assert "too few for a sparse part" in refusal(capsys, *demo)
+    assert f"{2 * BLOCK + 256} are needed to measure perplexity" in refusal(capsys, *demo)
     assert "--repeats" in refusal(capsys, *demo, "--repeats", 0)
 
 

@@ -94,6 +94,12 @@ def test_a_slice_with_nothing_in_it(news):
         data.load_documents([f"{news}[50:]"])
 
 
+def test_a_slice_without_numbers_is_part_of_the_name(news):
+    with pytest.raises(UserError, match="cannot be read"):
+        data.load_documents([f"{news}[-:5].jsonl"])
+    assert data.split_slice("a[-:5]") == ("a[-:5]", slice(None))
+
+
 def documents_of(*counts):
     return [data.Document(tiny_text(n, seed=n), f"doc#{n}") for n in counts]
 

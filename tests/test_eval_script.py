@@ -4,10 +4,12 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fastfill import cli
+from fastfill import cli, data
+from fastfill.evaluate import longbench, tasks
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "eval.py"
 FAKE = """
@@ -66,11 +68,20 @@ def test_every_step_writes_its_result_and_the_report_ends_it(script, folder, cap
     assert lines[-1].startswith("all") and [line.split()[0] for line in lines[-1 - len(names) : -1]] == names
 
 
-def test_the_commands_are_understood(script, folder):
-    """Each by the real parser; `picks` and `report` come from elsewhere."""
+def test_the_commands_are_understood(script, folder, monkeypatch):
+    """Each by the real parser, and what `evaluate` refuses before it loads a model."""
+    monkeypatch.setattr(data, "load_documents", lambda sources: [data.Document(str(sources), "elsewhere#0")])
+    monkeypatch.setattr(longbench, "read", lambda *_: [])
     for step in script.plan(script.find_text(folder), Path("out"), Path("tasks")):
-        if step.name not in ("picks", "report"):
-            assert cli.build_parser().parse_args(step.command).json
+        options = cli.build_parser().parse_args(step.command)
+        assert options.json or step.name == "report"
+        if step.command[0] == "evaluate":
+            tasks.prepare(options, SimpleNamespace(calibration={}))
+
+
+def test_figures_of_other_results_are_not_the_readmes(script, folder):
+    report = script.plan(script.find_text(folder), Path("elsewhere"), Path("tasks"))[-1].command
+    assert report[report.index("--svg") + 1] == "elsewhere/figures"
 
 
 def test_it_fits_the_time(script, folder):

@@ -127,6 +127,8 @@ def test_peers_by_the_command(capsys, common, tmp_path):
     wanted |= {"cont_ppl_ratio", "cont_kl", "context_kept"}
     assert all(wanted <= row.keys() for row in found["rows"]) and len(found["rows"]) == 16
     assert all(name in captured.out for name in ("GRIFFIN-like", "CATS-like", "TEAL-like", "POP-like", "learned"))
+    code, captured = call(capsys, *common, "--task", "peers", "--out", tmp_path / "run", "--seed", 1)
+    assert code == 2 and "other settings (seed was 0, is 1)" in captured.err
     assert max(len(line) for line in captured.out.splitlines()[:-1]) <= 80
 
 
@@ -158,6 +160,11 @@ def test_pareto_by_the_command(capsys, common):
         (["--task", "pareto", "--prompt-tokens", "10"], "too short to be sparse"),
         (["--task", "pareto", "--prompt-tokens", "512"], "more than the model holds"),
         (["--task", "pareto", "--repeats", "0"], "--repeats"),
+        (["--tokens", "513"], "more than the 512 that the model holds"),
+        (["--record", "--sparsity", "0.3"], "--record stores what the artifact scores as it is"),
+        (["--record", "--dense-tail", "8"], "--record stores what the artifact scores as it is"),
+        (["--record", "--predictor", "static"], "--record stores what the artifact scores as it is"),
+        (["--record", "--no-compensator"], "--record stores what the artifact scores as it is"),
     ],
     ids=str,
 )
@@ -168,10 +175,10 @@ def test_options_that_do_not_fit(capsys, common, more, words):
 
 def test_thresholds_from_the_evaluated_text_are_refused(capsys, common):
     code, captured = call(capsys, *common[:-1], common[5], "--task", "peers")
-    assert code == 2 and "text.jsonl#0 is in --data and in --calibration" in captured.err
+    assert code == 2 and "text.jsonl#0 is evaluated on; thresholds must come from other text" in captured.err
 
 
 def test_the_demo_document_is_the_default_calibration(capsys, common):
     """The tiny tokenizer knows none of its words, so it makes enough tokens of one kind: here only the name matters."""
     code, captured = call(capsys, *common[:-2], "--task", "peers", "--limit", 1)
-    assert code == 0 and json.loads(captured.out.splitlines()[-1])["calibration"] == ["demo_document.txt#0"]
+    assert code == 0 and json.loads(captured.out.splitlines()[-1])["calibration"] == ["demo_document.txt"]

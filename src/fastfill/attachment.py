@@ -69,7 +69,7 @@ class Attachment:
         """What results depend on beside `config`."""
         first = self.ffns[0]
         predictor, compensator = type(first.predictor).__name__, first.compensator is not None
-        return {"kernel": first.kernel, "predictor": predictor, "compensator": compensator}
+        return {"kernel": kernels.choose(first.kernel, first.gate), "predictor": predictor, "compensator": compensator}
 
     @property
     def extra_bytes(self) -> int:

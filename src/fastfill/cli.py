@@ -13,6 +13,7 @@ from typing import Any
 
 from fastfill.errors import UserError
 
+OVERRIDES = ("sparsity", "block_size", "min_tokens", "dense_tail", "kernel")  # options in place of the artifact's settings
 MODEL_HELP = "a Hugging Face id, a local folder, a .gguf file, or 'default' (the embedded SmolLM2-135M-Instruct)"
 
 
@@ -91,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--sparsity", type=float, help="share of FFN neurons skipped, 0 to 0.95 (default: the artifact's)")
         sub.add_argument("--block-size", type=int, help="tokens per selection (default: the artifact's)")
         sub.add_argument("--min-tokens", type=int, help="shorter prompts stay dense (default: the artifact's)")
+        sub.add_argument("--dense-tail", type=int, help="last tokens of a prompt that stay dense (default: the artifact's)")
         sub.add_argument("--kernel", default="auto", help="auto, native, triton or torch (default: auto)")
 
     demo = command("demo", run_demo, "Read a long document, dense and sparse, side by side.", "fastfill demo")
@@ -228,6 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--sparsity", type=float, help="share of FFN neurons skipped, 0 to 0.95 (default: the artifact's)")
     serve.add_argument("--sparse-block-size", type=int, help="tokens per selection (default: the artifact's)")
     serve.add_argument("--min-tokens", type=int, help="shorter prompts stay dense (default: the artifact's)")
+    serve.add_argument("--dense-tail", type=int, help="last tokens of a prompt that stay dense (default: 0, see docs/vllm.md)")
     serve.add_argument("--kernel", help="auto, native or torch (default: auto)")
     serve.add_argument(
         "--one-copy",
@@ -290,15 +293,7 @@ def _load(arguments: argparse.Namespace) -> Any:
 def _attach(arguments: argparse.Namespace, model: Any, artifact: Any, **extra: Any) -> Any:
     from fastfill.attachment import attach
 
-    return attach(
-        model,
-        artifact,
-        sparsity=arguments.sparsity,
-        block_size=arguments.block_size,
-        min_tokens=arguments.min_tokens,
-        kernel=arguments.kernel,
-        **extra,
-    )
+    return attach(model, artifact, **{key: getattr(arguments, key) for key in OVERRIDES}, **extra)
 
 
 def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -397,6 +392,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     loaded = _load(arguments)
     ids = engine.encode(loaded.tokenizer, prompt, arguments.chat)
     with _attach(arguments, loaded.model, artifact) as attachment:
+        engine.check_length(loaded.model, ids, arguments.max_new_tokens)
         if arguments.dense:
             with attachment.dense():
                 new = engine.generate(loaded.model, ids, arguments.max_new_tokens)
@@ -437,13 +433,14 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
     """The document of `bench` without its peers, and the model's vocabulary. The model is gone afterwards."""
     import torch
 
+    from fastfill import config as cfg
     from fastfill import engines, machine
     from fastfill.evaluate import ffn_op, speed
 
     bench = engines.bench_of(arguments.engine)
     _threads(arguments)
     model, artifact = _bench_model(arguments)
-    settings = {key: getattr(arguments, key) for key in ("dtype", "device", "sparsity", "block_size", "min_tokens", "kernel")}
+    settings = {key: getattr(arguments, key) for key in ("dtype", "device", *OVERRIDES)}
     with bench(model, artifact, **settings) as runner:
         limit = getattr(runner.shape, "max_position_embeddings", None)
         fitting = speed.fitting(lengths, limit)
@@ -454,8 +451,7 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
         result = {
             "model": runner.name,
             "dtype": runner.dtype,
-            "sparsity": runner.config.sparsity,
-            "block_size": runner.config.block_size,
+            **cfg.to_dict(runner.config),
             "kernel": runner.kernel,
             "engine": arguments.engine,
             "repeats": arguments.repeats,
@@ -518,6 +514,7 @@ def _compare(arguments: argparse.Namespace, result: dict[str, Any], vocabulary: 
 
 def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import artifact as artifacts
+    from fastfill import config as cfg
     from fastfill import machine, show
     from fastfill.evaluate import tasks
 
@@ -534,8 +531,8 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "predictor": arguments.predictor,
         "compensator": not arguments.no_compensator,
-        "sparsity": config.sparsity,
-        "block_size": config.block_size,
+        **cfg.to_dict(config),
+        "kernel": attachment.choices["kernel"],
         **scores,
         "machine": machine.describe(),
     }
@@ -583,7 +580,7 @@ def _evaluated(arguments: argparse.Namespace, artifact: Any) -> Iterator[tuple[A
     from fastfill.engines import vllm
 
     _threads(arguments)
-    settings = {key: getattr(arguments, key) for key in ("dtype", "device", "sparsity", "block_size", "min_tokens", "kernel")}
+    settings = {key: getattr(arguments, key) for key in ("dtype", "device", *OVERRIDES)}
     with vllm.bench(arguments.model, artifact, **settings) as runner:
         tokenizer = transformers.AutoTokenizer.from_pretrained(models.resolve(arguments.model))
         yield runner, models.LoadedModel(runner.model, tokenizer, runner.name)
@@ -599,6 +596,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
         sparsity=arguments.sparsity,
         block_size=arguments.sparse_block_size,
         min_tokens=arguments.min_tokens,
+        dense_tail=arguments.dense_tail,
         kernel=arguments.kernel,
         one_copy=arguments.one_copy or None,
     )

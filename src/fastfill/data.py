@@ -35,15 +35,20 @@ def load_documents(sources: Sequence[str]) -> list[Document]:
     """
     documents: list[Document] = []
     for source in sources:
-        match = re.fullmatch(r"(.+?)\[(-?\d*):(-?\d*)\]", source)
-        name, window = (
-            (match[1], slice(*(int(g) if g else None for g in match.groups()[1:]))) if match else (source, slice(None))
-        )
+        name, window = split_slice(source)
         found = _read(name)[window]
         if not found:
             raise UserError(f"{source} holds no text; give a file with at least one document.")
         documents += found
     return documents
+
+
+def split_slice(source: str) -> tuple[str, slice]:
+    """`news.jsonl[20:100]` -> the name and the slice; all of it where there is none."""
+    match = re.fullmatch(r"(.+?)\[(-?\d+)?:(-?\d+)?\]", source)
+    if not match:
+        return source, slice(None)
+    return match[1], slice(*(int(bound) if bound else None for bound in match.groups()[1:]))
 
 
 def demo_document() -> Document:

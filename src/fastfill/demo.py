@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastfill import config as cfg
 from fastfill import data, kernels, machine, show
 from fastfill.attachment import Attachment
 from fastfill.engines import transformers as engine
@@ -26,12 +27,7 @@ def fill_in(document: str | None, question: str | None) -> tuple[str, str]:
 def prompt(loaded: LoadedModel, document: str, question: str, max_new_tokens: int) -> torch.Tensor:
     """Document and question as one user turn -> ids (1, T). Raises UserError if the model cannot hold them and the answer."""
     ids = engine.encode(loaded.tokenizer, f"{document.strip()}\n\nQuestion: {question}", chat=True)
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    if limit and ids.shape[1] + max_new_tokens > limit:
-        raise UserError(
-            f"The prompt has {ids.shape[1]:,} tokens and the answer up to {max_new_tokens}, more than the {limit:,} that the "
-            "model holds; shorten the document."
-        )
+    engine.check_length(loaded.model, ids, max_new_tokens)
     return ids
 
 
@@ -52,14 +48,17 @@ def run(
     out.print(f"{loaded.name}, {ids.shape[1]} prompt tokens, {config.sparsity:.0%} FFN sparsity, blocks of {config.block_size}")
     out.print(kernels.describe())
 
-    runner = engine.TransformersRunner(attachment, loaded.name)
-    with stage("time to first token", 2 * (repeats + 2)) as bar:
-        row = speed.ttft(runner, ids, repeats, bar.step) | speed.split(runner, ids, 1, bar.step)
-    if config.sparsity and not row["sparse_tokens"]:
+    if config.sparsity and ids.shape[1] < config.shortest_prompt:
         raise UserError(
             f"The prompt has {ids.shape[1]} tokens; with these settings prompts under {config.shortest_prompt} stay dense."
         )
     text = engine.encode(loaded.tokenizer, document.strip(), chat=False)[0]
+    least = config.shortest_prompt + perplexity.CONTINUATION
+    if len(text) < least:
+        raise UserError(f"The document has {len(text)} tokens; {least} are needed to measure perplexity, too.")
+    runner = engine.TransformersRunner(attachment, loaded.name)
+    with stage("time to first token", 2 * (repeats + 2)) as bar:
+        row = speed.ttft(runner, ids, repeats, bar.step) | speed.split(runner, ids, 1, bar.step)
     scores = perplexity.evaluate(attachment, [("the document", text)])
     with stage("answers", 2) as bar:
         with attachment.dense():
@@ -94,8 +93,7 @@ def run(
     return {
         "model": loaded.name,
         "prompt_tokens": row["prompt_tokens"],
-        "sparsity": config.sparsity,
-        "block_size": config.block_size,
+        **cfg.to_dict(config),
         "kernel": kernels.choose(attachment.ffns[0].kernel),
         **{key: row[key] for key in ("ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_share", "ceiling")},
         **{key: row[key] for key in ("ffn_dense_s", "ffn_sparse_s", "sparse_tokens", "dense_tokens")},

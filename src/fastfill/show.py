@@ -58,7 +58,7 @@ def artifact(artifact: Artifact, folder: Path) -> None:
     out.print(f"{base['layers']} layers, hidden size {base['hidden_size']}, intermediate size {base['intermediate_size']}")
     out.print(f"sparsity {prefill.sparsity:.0%}, blocks of {prefill.block_size} tokens")
     ends = f"the first {prefill.dense_head} and the last {prefill.dense_tail} tokens"
-    out.print(f"dense: {ends}, and prompts under {prefill.min_tokens}")
+    out.print(f"dense: {ends}, and prompts under {prefill.shortest_prompt}")
     out.print(
         f"FFN arithmetic per sparse token: {flops['total']:.1%} of dense\n"
         f"  = neurons {flops['ffn']:.1%} + predictor {flops['predictor']:.1%} + compensator {flops['compensator']:.1%}"

@@ -79,6 +79,9 @@ def calibrate(
     texts = [d if isinstance(d, data.Document) else data.Document(d, f"text#{i}") for i, d in enumerate(documents)]
     anatomy = families.dissect(model)
     check_detached(anatomy)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and config.sequence_length > limit:
+        raise UserError(f"sequence_length {config.sequence_length} is more than the {limit} tokens that the model holds.")
     tokens = data.sequences(tokenizer, texts, config.sequence_length, config.seed)
     name = name or getattr(model.config, "_name_or_path", "") or anatomy.model_type
     base_model = artifacts.describe_model(anatomy, name)

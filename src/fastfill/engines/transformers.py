@@ -13,6 +13,7 @@ from fastfill import kernels, models
 from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment, attach
 from fastfill.engines import Prefill, profile
+from fastfill.errors import UserError
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
@@ -23,6 +24,16 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
         )
         return tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
     return tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
+
+
+def check_length(model: Any, ids: torch.Tensor, max_new_tokens: int) -> None:
+    """Raises UserError if the model cannot hold the prompt (1, T) and its answer."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and ids.shape[1] + max_new_tokens > limit:
+        raise UserError(
+            f"The prompt has {ids.shape[1]:,} tokens and the answer up to {max_new_tokens}, more than the {limit:,} that the "
+            "model holds; shorten it."
+        )
 
 
 class _Receiver:

@@ -34,7 +34,7 @@ def options(model: str, artifact: str, **overrides: Any) -> dict[str, Any]:
     """Arguments for `vllm.LLM(**...)` that turn the artifact on: `model` and `hf_overrides`.
 
     model: as everywhere (an id, a folder, a .gguf file, 'default'). overrides: sparsity, block_size, dense_head, min_tokens,
-    kernel, one_copy.
+    dense_tail, kernel, one_copy.
     Raises UserError for a model that cannot be found or is of no supported type.
     """
     import transformers
@@ -207,7 +207,8 @@ class _Model:
 
 @contextmanager
 def bench(model: str, artifact: Artifact, *, dtype: str, device: str, **overrides: Any) -> Iterator[VllmRunner]:
-    """A runner for `fastfill bench`; see `fastfill.engines`. overrides: sparsity, block_size, min_tokens, kernel.
+    """A runner for `fastfill bench`; see `fastfill.engines`. overrides: sparsity, block_size, min_tokens, dense_tail,
+    kernel.
 
     Raises UserError for what does not fit together.
     """

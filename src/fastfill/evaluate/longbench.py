@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastfill.data import split_slice
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 from fastfill.evaluate import metrics
@@ -109,9 +110,7 @@ def read(sources: Sequence[str], datasets: Sequence[str] | None = None, limit: i
 
 
 def _file_rows(source: str) -> list[Row]:
-    match = re.fullmatch(r"(.+?)\[(-?\d*):(-?\d*)\]", source)
-    name = match[1] if match else source
-    window = slice(*(int(bound) if bound else None for bound in match.groups()[1:])) if match else slice(None)
+    name, window = split_slice(source)
     path = Path(name)
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))

@@ -22,6 +22,7 @@ from fastfill.evaluate.resume import Store
 from fastfill.evaluate.runner import RESAMPLES, percentiles
 from fastfill.progress import stage
 
+CONTINUATION = 256  # last tokens of a document, unless something else is asked for
 CHUNK = 256  # positions whose (T, V) logits are in memory at a time
 BUCKET = 256  # positions that share a point of the curve
 
@@ -96,7 +97,7 @@ def evaluate(
     attachment: Attachment,
     documents: Sequence[tuple[str, torch.Tensor]],
     *,
-    continuation: int = 256,
+    continuation: int = CONTINUATION,
     store: Store | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -104,7 +105,9 @@ def evaluate(
 
     Strict counts the targets that follow a sparsely computed token; `curve` has its losses by position. `context_kept`: share
     of what the context is worth, in nats per token, that the sparse prefill keeps: (none - sparse) / (none - dense). ours.
-    The intervals are 95 % bootstraps over documents. store: takes each document's sums, and has those of a killed run.
+    The intervals are 95 % bootstraps over documents. `sparse_tokens` and `dense_tokens` are those of the sparse readings: the
+    whole document once, then all but its continuation, and the continuation. store: takes each document's sums, and has
+    those of a killed run.
 
     Raises UserError if a document is so short that nothing of it would be sparse.
     """
@@ -114,8 +117,9 @@ def evaluate(
     with stage("perplexity", len(keys), resumed) as bar:
         for key, (source, row) in zip(keys, documents, strict=True):
             if key not in store:
+                reading = read_dense(attachment, source, row, continuation)
                 before = attachment.stats.sparse_tokens, attachment.stats.dense_tokens
-                sums = read_sparse(attachment, read_dense(attachment, source, row, continuation))
+                sums = read_sparse(attachment, reading)
                 sparse, dense = attachment.stats.sparse_tokens - before[0], attachment.stats.dense_tokens - before[1]
                 store.add(key, {**sums, "sparse_tokens": sparse, "dense_tokens": dense})
                 bar.step()

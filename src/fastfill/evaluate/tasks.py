@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastfill import data
+from fastfill import data, machine
 from fastfill.artifact import Artifact
 from fastfill.attachment import LEARNED, Attachment
 from fastfill.config import check_integer, check_sparsity
@@ -37,6 +36,9 @@ def prepare(options: argparse.Namespace, artifact: Artifact) -> Task:
             check_integer("--" + name.replace("_", "-"), getattr(options, name), 1)
     if options.record and options.task != "perplexity":
         raise UserError("--record stores perplexities; use it with --task perplexity.")
+    changed = [name for name in ("sparsity", "block_size", "min_tokens", "dense_tail") if getattr(options, name) is not None]
+    if options.record and (changed or options.predictor != LEARNED or options.no_compensator):
+        raise UserError("--record stores what the artifact scores as it is; leave out what changes that.")
     if options.task not in ("ruler", "picks") and not options.data:
         raise UserError(f"--task {options.task} needs --data FILE.")
     return TASKS[options.task](options, artifact)
@@ -62,11 +64,13 @@ def _documents(
     other = {document.text for document in apart}
     for document in documents:
         if document.text in other:
-            raise UserError(f"{document.source} is in --data and in --calibration; thresholds must come from other text.")
-    shared = _calibrated_on({document.source for document in documents}, artifact)
+            raise UserError(f"{document.source} is evaluated on; thresholds must come from other text (--calibration).")
 
     def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
+        if options.tokens > _positions(loaded):
+            raise UserError(f"--tokens {options.tokens} is more than the {_positions(loaded)} that the model holds.")
         rows = data.first_tokens(loaded.tokenizer, documents, options.tokens, options.limit)
+        shared = _calibrated_on({source for source, _ in rows}, artifact)
         texts = [[source, data.digest(ids)] for source, ids in rows]
         store = Store(options.out, resume.settings(options.task, attachment, artifact, texts, **more))
         scores = score(attachment, loaded, rows, store)
@@ -92,11 +96,7 @@ def _peers(options: argparse.Namespace, artifact: Artifact) -> Task:
     check_integer("--continuation", options.continuation, 2)
     if options.predictor != LEARNED or options.no_compensator:
         raise UserError("--task peers compares all predictors, with and without compensator; leave those options out.")
-    if options.calibration:
-        other = data.load_documents(options.calibration)
-    else:
-        with resources.as_file(resources.files("fastfill") / "demo_document.txt") as file:
-            other = data.load_documents([str(file)])
+    other = data.load_documents(options.calibration) if options.calibration else [data.demo_document()]
 
     def score(
         attachment: Attachment, loaded: LoadedModel, rows: list[tuple[str, torch.Tensor]], store: Store
@@ -111,7 +111,8 @@ def _peers(options: argparse.Namespace, artifact: Artifact) -> Task:
         return {**found, "calibration": [document.source for document in other]}
 
     texts = resume.digest([document.text for document in other])
-    return _documents(options, artifact, score, other, continuation=options.continuation, calibration=texts)
+    more = {"continuation": options.continuation, "calibration": texts, "seed": options.seed}
+    return _documents(options, artifact, score, other, **more)
 
 
 def _pareto(options: argparse.Namespace, artifact: Artifact) -> Task:
@@ -151,6 +152,8 @@ def _pareto(options: argparse.Namespace, artifact: Artifact) -> Task:
         )
 
     more = {name: getattr(options, name) for name in ("continuation", "prompt_tokens", "repeats", "seed")}
+    # Times of two machines are not one result.
+    more |= {"cpu": machine.describe()["cpu"], "threads": options.threads or torch.get_num_threads()}
     return _documents(options, artifact, score, **more)
 
 
