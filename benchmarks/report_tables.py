@@ -2,9 +2,10 @@
 
     python benchmarks/report_tables.py [--check]
 
-NAME is claim, bench, split, quality or vllm. Read are results/bench-*.json (each the JSON document of `fastfill bench --json`),
-results/quality.jsonl and seeds.jsonl (one line per `fastfill evaluate --json`) and results/vllm.jsonl (one line per step of
-serving.py). Where a result is missing a {{placeholder}} stays.
+NAME is claim, bench, split, quality, tasks or vllm. Read are results/bench-*.json (each the JSON document of
+`fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per `fastfill evaluate --json`), the long tasks in
+results/eval (written by eval.py) and results/vllm.jsonl (one line per step of serving.py). Where a result is missing a
+{{placeholder}} stays.
 --check changes nothing and exits 1 if the README is not what the results say.
 """
 
@@ -23,6 +24,7 @@ README = ROOT / "README.md"
 CLAIM_TOKENS = 1024  # the prompt length of the first screen, if it was measured
 PREDICTORS = ("learned", "oracle", "low-rank", "static", "first-block", "random")
 KERNELS = ("native", "torch")
+TASKS = {"ruler": "RULER-style", "longbench-made": "LongBench-style, made", "multi_news": "LongBench's multi_news"}
 
 Row = dict[str, Any]
 
@@ -81,9 +83,10 @@ def claim(bench: list[Row], quality: list[Row]) -> str:
         parts.append(
             f"Price, on {learned['documents']} held-out documents: text that follows a sparsely read prompt has perplexity "
             f"{learned['cont_ppl_sparse']:.2f} instead of {learned['cont_ppl_dense']:.2f} (**{learned['cont_ppl_ratio']:.2f}x**"
+            + _interval(learned.get("cont_ppl_ratio_interval"), ", 95 % interval {:.2f} to {:.2f}")
             + (f"; {kept:.0%} of what the prompt was worth is kept" if kept is not None else "")
             + f"), and the sparsely read tokens themselves {learned['ppl_sparse']:.2f} instead of {learned['ppl_dense']:.2f} "
-            f"(**{learned['ppl_ratio']:.2f}x**)."
+            f"(**{learned['ppl_ratio']:.2f}x**" + _interval(learned.get("ppl_ratio_interval"), ", {:.2f} to {:.2f}") + ")."
         )
     return "\n".join(parts)
 
@@ -223,17 +226,51 @@ def quality_tables(quality: list[Row]) -> str:
                 f"**{row['predictor']}**" if row["predictor"] == "learned" else row["predictor"],
                 "yes" if row["compensator"] else "no",
                 _ppl(row["ppl_sparse"]),
-                f"{row['ppl_ratio']:.2f}x",
+                f"{row['ppl_ratio']:.2f}x" + _interval(row.get("ppl_ratio_interval")),
                 f"{row['kl']:.3f}",
                 f"{row['top1_agreement']:.0%}",
                 _ppl(row["cont_ppl_sparse"]),
-                f"{row['cont_ppl_ratio']:.2f}x",
+                f"{row['cont_ppl_ratio']:.2f}x" + _interval(row.get("cont_ppl_ratio_interval")),
                 f"{row['cont_kl']:.3f}",
                 "" if kept is None else f"{kept:.0%}",
             )
             lines.append(f"| {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def _interval(ends: list[float] | None, form: str = " ({:.2f} to {:.2f})") -> str:
+    return form.format(*ends) if ends else ""
+
+
+def tasks_tables(folder: Path) -> str:
+    """Answers to long prompts: the averages, and behind them every dataset."""
+    files = {name: folder / f"{key}.json" for key, name in TASKS.items()}
+    found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    if not found:
+        return "{{tasks: from benchmarks/results/eval}}"
+    head = ["| | rows | dense score | sparse score | recovery | 95 % interval |", "|---|--:|--:|--:|--:|--:|"]
+    first = next(iter(found.values()))
+    lines = [
+        f"{_short(first['model'])}, {first['dtype']}, {first['sparsity']:.0%} sparsity, blocks of {first['block_size']}.",
+        "",
+        *head,
+        *(_task(name, result["average"], result["examples"]) for name, result in found.items()),
+        "",
+        "<details><summary>By dataset</summary>",
+        "",
+        *head,
+        *(_task(line["dataset"], line, line["examples"]) for result in found.values() for line in result["datasets"]),
+        "",
+        "</details>",
+    ]
+    return "\n".join(lines)
+
+
+def _task(name: str, scores: Row, examples: int) -> str:
+    recovery = "" if scores["recovery"] is None else f"{scores['recovery']:.0%}"
+    interval = _interval(scores["interval"], "{:.0%} to {:.0%}")
+    return f"| {name} | {examples} | {scores['dense']:.1f} | {scores['sparse']:.1f} | {recovery} | {interval} |"
 
 
 def load_lines(file: Path) -> list[Row]:
@@ -248,7 +285,7 @@ def vllm_tables(steps: list[Row]) -> str:
     machine = speed[0]["machine"]
     lines = [
         f"vLLM {speed[0]['vllm']}, {speed[0]['dtype']}, blocks of {speed[0]['block_size']}; {_where(machine)}, torch "
-        f"{machine['torch']}; medians. The models called *shaped* have random weights.",
+        f"{machine['torch']}; medians. The models called *shaped* have random weights. Rows that are all dense show the noise.",
         "",
         "| model | sparsity | prompt tokens | stock vLLM | with fastfill | speed-up | ceiling | FFN share of dense |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -269,7 +306,8 @@ def vllm_tables(steps: list[Row]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     for step in (s for s in steps if s["step"] == "decode"):
         times = (f"{_short(r['model'])} {r['stock_ms']:.1f} and {r['sparse_ms']:.1f} ({r['ratio']:.2f}x)" for r in step["rows"])
-        lines += ["", f"Milliseconds from one new token to the next, stock and with fastfill: {', '.join(times)}."]
+        what = "Median milliseconds from one new token to the next, stock and with fastfill (median ratio of the rounds)"
+        lines += ["", f"{what}: {', '.join(times)}."]
     for step in load:
         lines += [
             "",
@@ -277,7 +315,7 @@ def vllm_tables(steps: list[Row]) -> str:
             f"{step['shortest']:,} to {step['longest']:,} tokens, {step['per_second']:g} a second (Poisson), "
             f"{step['new_tokens']} new tokens each.",
             "",
-            "| server | median TTFT | p99 | prompt tokens/s | new tokens/s | errors | answers as alone |",
+            "| server | median TTFT | p99 | prompt tokens/s | new tokens/s | errors | same answer as when sent alone |",
             "|---|--:|--:|--:|--:|--:|--:|",
         ]
         for row in step["rows"]:
@@ -318,6 +356,7 @@ def render(readme: str, folder: Path = RESULTS) -> str:
         "bench": bench_tables(bench),
         "split": split_tables(bench),
         "quality": "\n\n".join([quality_tables(quality), *([seeds(seeded)] if len(seeded) > 1 else [])]),
+        "tasks": tasks_tables(folder / "eval"),
         "vllm": vllm_tables(load_lines(folder / "vllm.jsonl")),
     }
 

@@ -203,14 +203,33 @@ DECODE = {**VLLM, "step": "decode", "rows": [{"model": "org/M", "stock_ms": 30.0
 DECODE.pop("one_copy")
 
 
+def write_tasks(tmp_path: Path) -> None:
+    scores = {"dense": 40.04, "sparse": 36.0, "recovery": 0.899, "interval": [0.7, 1.08], "examples": 24}
+    none = {**scores, "dataset": "vt@1024", "dense": 0.0, "recovery": None, "interval": None, "examples": 2}
+    result = {
+        **QUALITY,
+        "average": scores,
+        "examples": 24,
+        "datasets": [{**scores, "dataset": "cwe@1024", "examples": 22}, none],
+    }
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "ruler.json").write_text(json.dumps(result))
+
+
 def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     report = load_report()
     (tmp_path / "bench-tiny.json").write_text(json.dumps(WITH_SPLIT))
+    write_tasks(tmp_path)
     rows = [
         {**QUALITY, "predictor": "random", "compensator": False, "ppl_sparse": 25_819.0, "ppl_ratio": 1986.0},
         {**QUALITY, "ppl_ratio": 9.9},  # measured again below: the later row counts
         QUALITY,
-        {**QUALITY, "sources": [f"module{row}.py#0" for row in range(9)], "ppl_ratio": 1.8},  # other text, so another table
+        {
+            **QUALITY,
+            "sources": [f"module{row}.py#0" for row in range(9)],
+            "ppl_ratio": 1.8,
+            "ppl_ratio_interval": [1.6, 2.0],
+        },  # other text, so another table
     ]
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "vllm.jsonl").write_text(json.dumps(VLLM) + "\n")
@@ -220,11 +239,20 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     assert "| 128 | 2.000 s | 2.000 s | 1.00x (too short: all dense) |" in page
     assert "0.97x (slower)" in page
     assert "; 9 held-out documents, 17,847 tokens" in page and "; 9 held-out Python modules, 17,847 tokens" in page
-    assert "| **learned** | yes | 19.50 | 1.80x |" in page and "different seeds" not in page
+    assert "| **learned** | yes | 19.50 | 1.80x (1.60 to 2.00) |" in page and "different seeds" not in page
     assert "9.90x" not in page and "| random | no | 25,819 | 1986.00x |" in page
     assert page.index("**learned**") < page.index("| random |")
     assert report.render(page, tmp_path) == page  # writing twice changes nothing
     assert report.render(page.replace("1.19x", "1.91x"), tmp_path) == page  # an edited number is put right
+
+
+def test_report_of_long_tasks(tmp_path: Path) -> None:
+    report = load_report()
+    assert report.tasks_tables(tmp_path).startswith("{{tasks")
+    write_tasks(tmp_path)
+    lines = report.render("<!-- results:tasks -->\n<!-- /results -->\n", tmp_path).splitlines()
+    assert "| RULER-style | 24 | 40.0 | 36.0 | 90% | 70% to 108% |" in lines
+    assert "| cwe@1024 | 22 | 40.0 | 36.0 | 90% | 70% to 108% |" in lines and "| vt@1024 | 2 | 0.0 | 36.0 |  |  |" in lines
 
 
 def test_report_of_seeds(tmp_path: Path) -> None:
@@ -279,7 +307,7 @@ def test_report_of_vllm() -> None:
         "| M (one copy) | 50% | 1,024 | 0.400 s | 0.500 s | 0.80x (slower) | 1.25x | 40% |",
     ]
     assert (
-        lines[7].endswith("stock and with fastfill: M 30.0 and 31.0 (0.97x).")
+        lines[7].endswith("(median ratio of the rounds): M 30.0 and 31.0 (0.97x).")
         and "32 prompts of 200 to 4,000 tokens" in lines[9]
     )
     assert lines[-1] == "| with fastfill | 1.50 s | 9.25 s | 1,234 | 5.0 | 1 | 31 of 32 |"

@@ -4,8 +4,8 @@
 # (NLTK's inaugural and state_union, one {"text"} a line), wikitext2_valid.txt (WikiText-2 validation split).
 # An eighth of the calibration text is program text: Python's standard library, modules a to c.
 # Calibration text and evaluation text are disjoint documents: the first 20 news rows, the last 21 speeches, the end of
-# WikiText and the modules behind c are never calibrated on. About 60 minutes on two cores. A killed run goes on when the script is
-# run again.
+# WikiText and the modules behind c are never calibrated on. About 60 minutes on two cores. A killed calibration goes on when the
+# script is run again; the measurements then begin anew.
 set -euo pipefail
 : "${DATA:?set DATA to the folder with the text files}"
 OUT=${OUT:-artifacts/smollm2-135m-instruct}
@@ -30,7 +30,8 @@ mkdir -p benchmarks/results
   evaluate --sparsity 0.3
   HELD_OUT=("${CODE[@]}")
   evaluate
-} >benchmarks/results/quality.jsonl
+} >benchmarks/results/quality.jsonl.part
+mv benchmarks/results/quality.jsonl.part benchmarks/results/quality.jsonl
 # SEEDS="1 2" OTHERS=folder: the same with other seeds, to see what chance does; 40 minutes each.
 if [ -n "${SEEDS:-}" ]; then
   HELD_OUT=("${PROSE[@]}")
