@@ -517,6 +517,16 @@ def test_bad_prompts_and_lengths(capsys, model_folder, artifact_folder, tmp_path
         assert "run: pip install 'fastfill[vllm]'" in refusal(capsys, *bench, "--engine", "vllm")
 
 
+def test_serve_hands_its_options_on(monkeypatch):
+    from fastfill.engines import vllm
+
+    seen = {}
+    monkeypatch.setattr(vllm, "serve", lambda *named, **options: seen.update(options, named=named))
+    assert run("serve", "m", "--artifact", "a", "--sparse-block-size", 64, "--dense-tail", 32, "--one-copy", "--port", 1) == 0
+    changed = {"sparsity": None, "block_size": 64, "min_tokens": None, "dense_tail": 32, "kernel": None, "one_copy": True}
+    assert seen == {"named": ("m", "a", ["--port", "1"]), **changed}
+
+
 def test_a_demo_document_that_is_too_short_or_too_long(capsys, default_is_tiny, artifact_folder, tmp_path):
     demo = ["demo", "--artifact", artifact_folder, "--repeats", 1, "--max-new-tokens", 2, "--document", tmp_path / "doc.txt"]
     (tmp_path / "doc.txt").write_text("w9")
