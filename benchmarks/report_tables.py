@@ -4,8 +4,8 @@
 
 NAME is claim, bench, split, quality, tasks or vllm. Read are results/bench-*.json (each the JSON document of
 `fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per `fastfill evaluate --json`), the long tasks in
-results/eval (written by eval.py) and results/vllm.jsonl (one line per step of serving.py). Where a result is missing a
-{{placeholder}} stays.
+results/ruler-1024.json and in results/eval (by eval.py), and results/vllm.jsonl (one line per step of serving.py). Where
+a result is missing a {{placeholder}} stays.
 --check changes nothing and exits 1 if the README is not what the results say.
 """
 
@@ -24,7 +24,12 @@ README = ROOT / "README.md"
 CLAIM_TOKENS = 1024  # the prompt length of the first screen, if it was measured
 PREDICTORS = ("learned", "oracle", "low-rank", "static", "first-block", "random")
 KERNELS = ("native", "torch")
-TASKS = {"ruler": "RULER-style", "longbench-made": "LongBench-style, made", "multi_news": "LongBench's multi_news"}
+TASKS = {
+    "ruler-1024.json": "RULER-style, 1,024 tokens",
+    "eval/ruler.json": "RULER-style, 1,024 and 4,096 tokens",
+    "eval/longbench-made.json": "LongBench-style, made",
+    "eval/multi_news.json": "LongBench's multi_news",
+}
 
 Row = dict[str, Any]
 
@@ -245,10 +250,10 @@ def _interval(ends: list[float] | None, form: str = " ({:.2f} to {:.2f})") -> st
 
 def tasks_tables(folder: Path) -> str:
     """Answers to long prompts: the averages, and behind them every dataset."""
-    files = {name: folder / f"{key}.json" for key, name in TASKS.items()}
+    files = {name: folder / file for file, name in TASKS.items()}
     found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
     if not found:
-        return "{{tasks: from benchmarks/results/eval}}"
+        return "{{tasks: from benchmarks/results/ruler-1024.json and results/eval}}"
     head = ["| | rows | dense score | sparse score | recovery | 95 % interval |", "|---|--:|--:|--:|--:|--:|"]
     first = next(iter(found.values()))
     lines = [
@@ -356,7 +361,7 @@ def render(readme: str, folder: Path = RESULTS) -> str:
         "bench": bench_tables(bench),
         "split": split_tables(bench),
         "quality": "\n\n".join([quality_tables(quality), *([seeds(seeded)] if len(seeded) > 1 else [])]),
-        "tasks": tasks_tables(folder / "eval"),
+        "tasks": tasks_tables(folder),
         "vllm": vllm_tables(load_lines(folder / "vllm.jsonl")),
     }
 

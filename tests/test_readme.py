@@ -251,7 +251,7 @@ def test_report_of_long_tasks(tmp_path: Path) -> None:
     assert report.tasks_tables(tmp_path).startswith("{{tasks")
     write_tasks(tmp_path)
     lines = report.render("<!-- results:tasks -->\n<!-- /results -->\n", tmp_path).splitlines()
-    assert "| RULER-style | 24 | 40.0 | 36.0 | 90% | 70% to 108% |" in lines
+    assert "| RULER-style, 1,024 and 4,096 tokens | 24 | 40.0 | 36.0 | 90% | 70% to 108% |" in lines
     assert "| cwe@1024 | 22 | 40.0 | 36.0 | 90% | 70% to 108% |" in lines and "| vt@1024 | 2 | 0.0 | 36.0 |  |  |" in lines
 
 
