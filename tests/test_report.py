@@ -188,6 +188,14 @@ def test_peers_caption_leaves_the_oracle_out() -> None:
     )
 
 
+def test_a_row_on_other_text_says_which() -> None:
+    news, code = [f"news.jsonl#{i}" for i in range(3)], ["pickle.py#0", "random.py#0"]
+    texts = [("learned", news), ("static", news), ("learned", code)]
+    rows = [{**documents.perplexity(name), "sources": sources} for name, sources in texts]
+    told = quality.selection_caption(rows)
+    assert "learned, pickle.py and 1 more" in told and "learned 1" in told and "news" not in told
+
+
 def test_selection_intervals() -> None:
     rows = [documents.perplexity("learned"), documents.perplexity("static")]
     for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -235,9 +236,12 @@ def selection(documents: Sequence[Document]) -> str:
 
 
 def _names(documents: Sequence[Document]) -> list[str]:
+    """By what tells them apart; the text only where it is not the one that most were measured on."""
+    ((usual, _),) = Counter(str(document.get("sources")) for document in documents).most_common(1)
+    told = [document if str(document.get("sources")) != usual else {**document, "sources": None} for document in documents]
     return [
         name or text(document.get("predictor", "sparse"), 60)
-        for name, document in zip(distinct(documents, NAMED_BY), documents, strict=True)
+        for name, document in zip(distinct(told, NAMED_BY), documents, strict=True)
     ]
 
 

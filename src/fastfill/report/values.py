@@ -127,5 +127,5 @@ def _part(document: dict[str, Any], key: str) -> str:
         return short(value)
     if key == "sources" and isinstance(value, list) and value:
         files = list(dict.fromkeys(str(source).rsplit("#", 1)[0] for source in value))
-        return text(PurePath(files[0]).name, 30) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+        return text(PurePath(files[0]).name, 20) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     return NAMES.get(key, "{}").format(text(value, 30)) if value is not None else ""
