@@ -56,7 +56,9 @@ def load_quality(folder: Path) -> list[Row]:
 
 def _setting(row: Row) -> tuple[Any, ...]:
     """What rows of one quality table have in common."""
-    return (*(row[key] for key in ("model", "dtype", "sparsity", "block_size", "tokens")), tuple(row["sources"]))
+    settings = ("dense_head", "dense_tail", "min_tokens", "kernel")  # older rows have none of them
+    same = (*(row[key] for key in ("model", "dtype", "sparsity", "block_size", "tokens")), *map(row.get, settings))
+    return (*same, tuple(row["sources"]))
 
 
 def _documents(row: Row) -> str:
@@ -263,12 +265,10 @@ def tasks_tables(folder: Path) -> str:
         *(_task(name, result["average"], result["examples"]) for name, result in found.items()),
         "",
         "<details><summary>By dataset</summary>",
-        "",
-        *head,
-        *(_task(line["dataset"], line, line["examples"]) for result in found.values() for line in result["datasets"]),
-        "",
-        "</details>",
     ]
+    for name, result in found.items():
+        lines += ["", f"{name}:", "", *head, *(_task(line["dataset"], line, line["examples"]) for line in result["datasets"])]
+    lines += ["", "</details>"]
     return "\n".join(lines)
 
 

@@ -92,9 +92,17 @@ def test_shell_commands_in_documents_are_understood(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_python_in_documents_compiles_and_imports_what_exists(path: Path) -> None:
     for block in code_blocks(path.read_text(encoding="utf-8"), "python"):
-        compile(block, path.name, "exec")
+        names: dict[str, Any] = {}
+        assert compile(block, path.name, "exec")
         for line in re.findall(r"^(?:import|from) fastfill.*$", block, re.MULTILINE):
-            exec(line, {})
+            exec(line, names)
+            assert len(names) > 1, line  # more than the builtins
+
+
+def test_the_documents_have_python() -> None:
+    """Else the test above would find nothing to fail on."""
+    blocks = [block for path in DOCUMENTS for block in code_blocks(path.read_text(encoding="utf-8"), "python")]
+    assert sum("fastfill" in block for block in blocks) >= 3
 
 
 def anchors(text: str) -> set[str]:
@@ -224,6 +232,7 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
         {**QUALITY, "predictor": "random", "compensator": False, "ppl_sparse": 25_819.0, "ppl_ratio": 1986.0},
         {**QUALITY, "ppl_ratio": 9.9},  # measured again below: the later row counts
         QUALITY,
+        {**QUALITY, "dense_tail": 0, "ppl_ratio": 1.7},  # another setting: neither replaces the other
         {
             **QUALITY,
             "sources": [f"module{row}.py#0" for row in range(9)],
@@ -239,6 +248,7 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     assert "| 128 | 2.000 s | 2.000 s | 1.00x (too short: all dense) |" in page
     assert "0.97x (slower)" in page
     assert "; 9 held-out documents, 17,847 tokens" in page and "; 9 held-out Python modules, 17,847 tokens" in page
+    assert "| **learned** | yes | 19.50 | 1.50x |" in page and "| **learned** | yes | 19.50 | 1.70x |" in page
     assert "| **learned** | yes | 19.50 | 1.80x (1.60 to 2.00) |" in page and "different seeds" not in page
     assert "9.90x" not in page and "| random | no | 25,819 | 1986.00x |" in page
     assert page.index("**learned**") < page.index("| random |")
@@ -252,6 +262,7 @@ def test_report_of_long_tasks(tmp_path: Path) -> None:
     write_tasks(tmp_path)
     lines = report.render("<!-- results:tasks -->\n<!-- /results -->\n", tmp_path).splitlines()
     assert "| RULER-style, 1,024 and 4,096 tokens | 24 | 40.0 | 36.0 | 90% | 70% to 108% |" in lines
+    assert "RULER-style, 1,024 and 4,096 tokens:" in lines
     assert "| cwe@1024 | 22 | 40.0 | 36.0 | 90% | 70% to 108% |" in lines and "| vt@1024 | 2 | 0.0 | 36.0 |  |  |" in lines
 
 

@@ -6,6 +6,7 @@ Data comes before the model, so that a mistake in an option is told at once.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from fastfill import data, machine
 from fastfill.artifact import Artifact
 from fastfill.attachment import LEARNED, Attachment
-from fastfill.config import check_integer, check_sparsity
+from fastfill.config import PrefillConfig, check_integer, check_sparsity
 from fastfill.data import Document
 from fastfill.errors import UserError
 from fastfill.evaluate import longbench, metrics, pareto, peers, perplexity, picks, recall, resume, ruler, runner
@@ -36,7 +37,7 @@ def prepare(options: argparse.Namespace, artifact: Artifact) -> Task:
             check_integer("--" + name.replace("_", "-"), getattr(options, name), 1)
     if options.record and options.task != "perplexity":
         raise UserError("--record stores perplexities; use it with --task perplexity.")
-    changed = [name for name in ("sparsity", "block_size", "min_tokens", "dense_tail") if getattr(options, name) is not None]
+    changed = any(getattr(options, field.name, None) is not None for field in dataclasses.fields(PrefillConfig))
     if options.record and (changed or options.predictor != LEARNED or options.no_compensator):
         raise UserError("--record stores what the artifact scores as it is; leave out what changes that.")
     if options.task not in ("ruler", "picks") and not options.data:
