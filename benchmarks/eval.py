@@ -85,9 +85,8 @@ def plan(text: Text, out: Path, tasks: Path) -> list[Step]:
         Step("bench", ["bench", *MODEL, "--prompt-lengths", "128,256,512,1024,2048,4096", "--repeats", "5", "--json"], 240),
         evaluate("perplexity", "perplexity", "--limit", "8", seconds=90, data=text.documents),
         evaluate("recall", "recall", "--limit", "4", seconds=40, data=text.documents),
-        Step(
-            "picks", ["evaluate", *MODEL, "--task", "picks", "--data", *text.documents, "--json"], 20
-        ),  # one document, no --out
+        # Reads one document, and so takes no --out.
+        Step("picks", ["evaluate", *MODEL, "--task", "picks", "--data", *text.documents, "--json"], 20),
         evaluate("ruler", "ruler", "--lengths", "1024,4096", "--limit", "2", seconds=330),
         evaluate("longbench-made", "longbench", seconds=240 if text.squad else 60, data=[str(tasks)]),
         evaluate("peers", "peers", "--limit", "6", "--calibration", *text.other, seconds=600, data=text.documents),
