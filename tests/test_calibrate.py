@@ -20,6 +20,7 @@ CONFIG = CalibrationConfig(
     schedule_tokens=128,
     steps=8,
     sequence_length=64,
+    loss_stride=1,  # 40 tokens are few
     compensator_lr=3e-3,
     predictor_lr=3e-3,
 )
@@ -321,43 +322,54 @@ def test_streamed_inputs_are_what_the_whole_model_gives(family):
         logits(model, row[None])
     for hook in hooks:
         hook.remove()
-    found = list(capture.stream_ffn_inputs(model, anatomy, tokens))
-    assert [layer for layer, _ in found] == [0, 1, 2]
-    for (_, inputs), rows in zip(found, expected, strict=True):
-        assert torch.equal(inputs, torch.cat(rows))  # the same operations on the same shapes
+    hidden, calls = capture.embed(model, anatomy, tokens)
+    for layer, inputs, activations in capture.stream_ffns(anatomy, hidden, calls, slice(8, 40)):
+        x, ffn = torch.cat(expected[layer]), anatomy.ffns[layer]
+        assert torch.equal(inputs, x[:, 8:40])  # the same operations on the same shapes
+        h = torch.nn.functional.silu(x @ ffn.gate.T) * (x @ ffn.up.T)
+        torch.testing.assert_close(activations, h[:, 8:40], rtol=0, atol=1e-5)  # fp32, values near one: 32 terms of eps each
+    assert layer == LAYERS - 1
+    with capture.known(anatomy, LAYERS, hidden[:1]):
+        last = anatomy.base(input_ids=tokens[:1], use_cache=False)[0]
+    assert torch.equal(last, anatomy.base(input_ids=tokens[:1], use_cache=False)[0])
 
 
 def test_statistics(model):
     ffn = families.dissect(model).ffns[0]
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
-    stats = fit.statistics(x, ffn)
+    stats = fit.statistics(x, activations(x, ffn), ffn)
     energy = ((torch.nn.functional.silu(x @ ffn.gate.T) * (x @ ffn.up.T)) * ffn.down.norm(dim=0)).square()
     torch.testing.assert_close(stats["importance"], (energy / energy.sum(1, keepdim=True)).mean(0), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(stats["input_rms"], x.square().mean(0).sqrt(), rtol=1e-5, atol=0)
 
 
+def activations(x, ffn):
+    return torch.nn.functional.silu(x @ ffn.gate.T) * (x @ ffn.up.T)
+
+
 def fitted(model, config=CONFIG, tokens=1024):
     ffn = families.dissect(model).ffns[0]
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0))
-    mean = fit.statistics(x, ffn)["importance"]
-    return ffn, x, fit.fit_predictor(x, ffn, mean, 16, config, 0, lambda: None), mean
+    h = activations(x, ffn)
+    mean = fit.statistics(x, h, ffn)["importance"]
+    return ffn, x, fit.fit_predictor(x, h, ffn, mean, 16, config, 0, lambda: None), mean
 
 
 def test_the_fitted_predictor_holds_more_than_the_mean(model):
     ffn, x, weights, mean = fitted(model, change(fit_epochs=4))
     constant = {"w_in": weights["w_in"], "w_out": torch.zeros_like(weights["w_out"]), "bias": mean.log()}
-    learned, oracle = fit.captured_share(x, ffn, weights, 48, BLOCK)
-    static, same_oracle = fit.captured_share(x, ffn, constant, 48, BLOCK)
+    learned, oracle = fit.captured_share(x, activations(x, ffn), ffn, weights, 48, BLOCK)
+    static, same_oracle = fit.captured_share(x, activations(x, ffn), ffn, constant, 48, BLOCK)
     assert oracle == same_oracle and static < learned < oracle < 1
-    everything, _ = fit.captured_share(x, ffn, weights, INTERMEDIATE, BLOCK)
+    everything, _ = fit.captured_share(x, activations(x, ffn), ffn, weights, INTERMEDIATE, BLOCK)
     assert everything == pytest.approx(1.0, abs=1e-5)
 
 
 def test_the_closed_form_is_the_least_squares_solution(model):
     """At full rank it is ridge regression on what the skipped neurons would have added, solved here once more."""
     ffn, x, weights, _ = fitted(model)
-    found = fit.fit_compensator(x, ffn, weights, 48, BLOCK, 32, 4, 0)
-    h = torch.nn.functional.silu(x @ ffn.gate.T) * (x @ ffn.up.T)
+    h = activations(x, ffn)
+    found = fit.fit_compensator(x, h, ffn, weights, 48, BLOCK, 32, 4, 0)
     ids = select.top_k(fit.block_scores(x, weights, BLOCK), 48).long().repeat_interleave(BLOCK, 0)
     missing = (h.scatter(1, ids, 0.0) @ ffn.down.T).double()
     inputs = torch.cat([x, torch.ones(len(x), 1)], 1).double()
@@ -370,7 +382,7 @@ def test_the_closed_form_is_the_least_squares_solution(model):
     torch.testing.assert_close(product, solution[:-1].T, rtol=0, atol=limit)
     torch.testing.assert_close(found["bias"].double(), solution[-1], rtol=0, atol=limit)
     ranks = [float((missing - (x @ (c["w_out"] @ c["w_in"]).T + c["bias"])).square().mean()) for c in
-             (fit.fit_compensator(x, ffn, weights, 48, BLOCK, r, 0, 0) for r in (1, 4, 16, 32))]  # fmt: skip
+             (fit.fit_compensator(x, h, ffn, weights, 48, BLOCK, r, 0, 0) for r in (1, 4, 16, 32))]  # fmt: skip
     assert ranks == sorted(ranks, reverse=True) and ranks[0] < float(missing.square().mean())
 
 
@@ -439,8 +451,11 @@ def test_sensitivity_is_the_cost_of_each_layer_alone(model, tokenizer):
 def a_trainer(model, artifact, answer, weight):
     anatomy = families.dissect(model)
     students = make_students(anatomy, artifact, artifact.kept(), answer)
-    config = change(answer=answer, answer_weight=weight)
-    return distill.Distiller(model, anatomy, students, config, PREFILL.dense_head)
+    config = change(answer=answer, answer_weight=weight, loss_stride=1)
+    nothing = torch.empty(0, 0, dtype=torch.long)
+    return distill.Distiller(
+        model, anatomy, students, config, PREFILL.dense_head, distill.Teacher(model, anatomy, nothing, nothing)
+    )
 
 
 @pytest.mark.parametrize("answer, weight", [(0.25, 3.0), (0.3, 0.5), (0.0, 3.0)])
@@ -464,9 +479,42 @@ def test_the_loss_is_that_of_a_sparse_prompt_and_a_dense_answer(model, tokenizer
     assert a_trainer(model, artifact, answer, weight).step(ids) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_every_nth_token_of_the_prompt_and_all_of_the_answer_are_scored(model):
+    trainer = a_trainer(model, tiny_artifact(model), 0.25, 3.0)
+    trainer.config = change(loss_stride=4)
+    seen = []
+    for trainer.step_done in range(4):
+        prompt, answer = trainer._scored(64)
+        assert answer.tolist() == list(range(48, 64)) and prompt.diff().eq(4).all()
+        seen += prompt.tolist()
+    assert sorted(seen) == list(range(BLOCK, 48))  # four steps see each once
+
+
+def test_a_teacher_that_knows_the_text_says_the_same(model):
+    anatomy = families.dissect(model)
+    tokens = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+    hidden, calls = capture.embed(model, anatomy, tokens[:1])
+    for _ in capture.stream_ffns(anatomy, hidden, calls):
+        pass
+    knows = distill.Teacher(model, anatomy, tokens[:1], hidden)
+    for row in tokens:
+        assert torch.equal(knows.hidden(row[None]), anatomy.base(input_ids=row[None], use_cache=False)[0][0].detach())
+    hidden.zero_()  # and the first row was not computed again
+    assert float(knows.hidden(tokens[:1]).abs().max()) == 0
+
+
+def test_a_loss_that_is_not_finite_ends_it_and_keeps_what_was_there(model, tokenizer, tmp_path):
+    out = tmp_path / "a"
+    calibrate(model, tokenizer, out)
+    before = snapshot(out)
+    with pytest.raises(UserError, match="diverged at step"):
+        calibrate(model, tokenizer, out, change(steps=40, compensator_lr=1e30))
+    assert snapshot(out) == before
+
+
 def test_swapped_restores_after_an_exception(model):
     anatomy = families.dissect(model)
-    with pytest.raises(RuntimeError), student.swapped(anatomy, [lambda x: x] * LAYERS):
+    with pytest.raises(RuntimeError), student.stand_ins(anatomy, [lambda x: x] * LAYERS):
         assert "forward" in anatomy.ffns[0].module.__dict__
         raise RuntimeError
     assert not any("forward" in ffn.module.__dict__ for ffn in anatomy.ffns)

@@ -11,7 +11,7 @@ from conftest import logits
 from fastfill import artifact as artifacts
 from fastfill import attach, families, models
 from fastfill.artifact import Artifact
-from fastfill.calibration.capture import stream_ffn_inputs
+from fastfill.calibration import capture
 from fastfill.calibration.fit import statistics
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
@@ -53,8 +53,9 @@ def bare(loaded, ids):
     ranks = {"predictor": 64, "linear": 0, "silu": 0}
     base = artifacts.describe_model(anatomy, loaded.name)
     tensors = {name: torch.zeros(shape) for name, shape in artifacts.shapes(base, ranks).items()}
-    for layer, inputs in stream_ffn_inputs(loaded.model, anatomy, ids[:, :128]):
-        for name, value in statistics(inputs.flatten(0, 1), anatomy.ffns[layer]).items():
+    hidden, calls = capture.embed(loaded.model, anatomy, ids[:, :128])
+    for layer, inputs, activations in capture.stream_ffns(anatomy, hidden, calls):
+        for name, value in statistics(inputs.flatten(0, 1), activations.flatten(0, 1), anatomy.ffns[layer]).items():
             tensors[f"layers.{layer}.stats.{name}"] = value
     return Artifact(base, PrefillConfig(0.5, 64, 64, 256), ranks, [1.0] * len(anatomy.ffns), tensors)
 

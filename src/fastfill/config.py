@@ -61,6 +61,8 @@ class CalibrationConfig:
         processes share the batch: it must be a multiple of their number.
     answer, answer_weight: share of each of these sequences, at its end, that is read densely after the sparse rest, as
         an answer is; its weight in the loss beside the rest.
+    loss_stride: of the tokens before the answer every n-th is compared with the dense model, others at each step; of the
+        tokens on which the schedule is measured too.
     compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth; the predictor's is relative, times the standard
         deviation of each of its tensors.
     gate_temperature: width of the soft gate through which the predictor gets its gradient (in nats of score).
@@ -80,6 +82,7 @@ class CalibrationConfig:
     sequence_length: int = 1024
     answer: float = 0.25
     answer_weight: float = 3.0
+    loss_stride: int = 4
     compensator_lr: float = 1e-3
     predictor_lr: float = 3e-3
     gate_temperature: float = 0.5
@@ -88,8 +91,8 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("sensitivity", "token-mixing", "uniform"):
             raise UserError(f"schedule must be sensitivity, token-mixing or uniform, not {self.schedule!r}.")
-        for name, least in (("fit_tokens", 1), ("fit_epochs", 1), ("fit_batch", 1), ("schedule_tokens", 1), ("batch", 1)):
-            check_integer(name, getattr(self, name), least)
+        for name in ("fit_tokens", "fit_epochs", "fit_batch", "schedule_tokens", "batch", "loss_stride"):
+            check_integer(name, getattr(self, name), 1)
         check_integer("steps", self.steps, 0)
         check_integer("sequence_length", self.sequence_length, 2)
         for name in ("fit_lr", "compensator_lr", "predictor_lr", "gate_temperature"):
@@ -110,7 +113,7 @@ def default_ranks(hidden_size: int) -> tuple[int, int, int]:
 
     Costs r_p (H + F) + 2 H (r_l + r_s) multiply-adds a token beside 3 H F of the dense FFN.
     """
-    base = max(64, hidden_size // 18 // 16 * 16)  # H / 18: 3.9 % where F = 2.7 H (Llama 2), less where F is larger
+    base = max(64, hidden_size // 24 // 16 * 16)  # H / 24: 2.9 % where F = 2.7 H (Llama 2), less where F is larger
     return base, base // 2, base // 2
 
 

@@ -53,8 +53,17 @@ class LearnedPredictor(Predictor):
 
 def importance(x: torch.Tensor, ffn: FFN) -> torch.Tensor:
     """(T, H) -> (T, F): (h_tj ||w_down_j||)^2, the energy neuron j adds to token t's FFN output. fp32."""
-    h = F.silu(F.linear(x, ffn.gate)) * F.linear(x, ffn.up)
-    return (h.float() * ffn.down.float().norm(dim=0)).square()
+    return energy(F.silu(F.linear(x, ffn.gate)) * F.linear(x, ffn.up), down_norm(ffn))
+
+
+def energy(h: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """`importance` from the activations h (T, F) and the `down_norm` (F,)."""
+    return (h.float() * norm).square()
+
+
+def down_norm(ffn: FFN) -> torch.Tensor:
+    """(F,): the length of each neuron's column of down. fp32."""
+    return ffn.down.float().norm(dim=0)
 
 
 class Oracle(Predictor):
@@ -101,7 +110,7 @@ class LowRank(Predictor):
 
     def __init__(self, ffn: FFN, input_rms: torch.Tensor, rank: int):
         self.factors = [self._factor(weight, input_rms, rank) for weight in (ffn.gate, ffn.up)]
-        self.down_norm = ffn.down.float().norm(dim=0)
+        self.norm = down_norm(ffn)
 
     @staticmethod
     def _factor(weight: torch.Tensor, input_rms: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,8 +126,7 @@ class LowRank(Predictor):
     def scores(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         rows = plan.split(x)
         gate, up = (F.linear(F.linear(rows, inner), outer) for outer, inner in self.factors)
-        energy = ((F.silu(gate) * up).float() * self.down_norm).square()
-        return energy.view(plan.blocks, plan.block_size, -1).sum(1)
+        return energy(F.silu(gate) * up, self.norm).view(plan.blocks, plan.block_size, -1).sum(1)
 
 
 class Random(Predictor):

@@ -3,53 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
-from fastfill.families import Anatomy
+from fastfill.families import FFN, Anatomy
+from fastfill.swap import swapped
+
+Calls = list[tuple[torch.Tensor, dict[str, Any]]]
+"""How a model calls its layers: the input and the keyword arguments of each."""
 
 
 @torch.no_grad()
-def stream_ffn_inputs(model: Any, anatomy: Anatomy, tokens: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (layer, X) for each layer in turn; X: (S, T, H) is what its FFN reads, dense below. tokens: (S, T).
-
-    Memory: two copies of S * T * H values, in the model's dtype.
-    """
-    first, keywords = _layer_calls(anatomy, tokens[:1].to(anatomy.ffns[0].gate.device))
-    embed = model.get_input_embeddings()
-    hidden = torch.cat([embed(row[None].to(first.device)) for row in tokens])
+def embed(model: Any, anatomy: Anatomy, tokens: torch.Tensor) -> tuple[torch.Tensor, Calls]:
+    """What the first layer reads of tokens (S, T), (S, T, H), and how the model calls its layers for one sequence."""
+    with layer_calls(anatomy) as calls:
+        anatomy.base(input_ids=tokens[:1].to(anatomy.ffns[0].gate.device), use_cache=False)
+    first = calls[0][0]
+    embedding = model.get_input_embeddings()
+    hidden = torch.cat([embedding(row[None].to(first.device)) for row in tokens])
     # Some families scale or norm the embeddings; then the first layer's input is taken as it came.
     if not torch.equal(hidden[:1], first):
         raise RuntimeError("this model changes its embeddings before the first layer; capture does not know how")
+    return hidden, calls
+
+
+@torch.no_grad()
+def stream_ffns(
+    anatomy: Anatomy, hidden: torch.Tensor, calls: Calls, part: slice = slice(None)
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield (layer, X, A) for each layer in turn, dense below: X (S, T', H) is what its FFN reads of each sequence's
+    `part` of T' tokens, A (S, T', F) the activations that its down projection reads of it. Both are written anew for the next
+    layer; `hidden` (S, T, H), from `embed`, becomes what the last layer gives.
+
+    Memory: S * T * (2 H + F) values, in the model's dtype. Taking A as it passes saves two thirds of an FFN twice a layer.
+    """
+    inputs = torch.empty_like(hidden[:, part])
+    activations = hidden.new_empty(*inputs.shape[:2], anatomy.intermediate)
     for index, layer in enumerate(anatomy.layers):
-        inputs = torch.empty_like(hidden)
-        seen: list[torch.Tensor] = []
-        hook = anatomy.ffns[index].module.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
-        try:
-            for row in range(hidden.shape[0]):
-                out = layer(hidden[row : row + 1], **keywords[index])
-                hidden[row] = (out[0] if isinstance(out, tuple) else out)[0]
-                inputs[row] = seen.pop()[0]
-        finally:
-            hook.remove()
-        yield index, inputs
+        ffn = anatomy.ffns[index]
+        for row in range(hidden.shape[0]):
+            with _inputs(ffn.module) as ffn_input, _inputs(_down(ffn)) as down_input:
+                out = layer(hidden[row : row + 1], **calls[index][1])
+            hidden[row] = (out[0] if isinstance(out, tuple) else out)[0]
+            inputs[row], activations[row] = ffn_input[0][0, part], down_input[0][0, part]
+        yield index, inputs, activations
 
 
-def _layer_calls(anatomy: Anatomy, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """One dense pass that notes how the model calls each layer (masks and rotary tables differ between layers in some
-    families): the first layer's input and every layer's keyword arguments."""
-    inputs: list[torch.Tensor] = []
-    keywords: list[dict[str, Any]] = []
+def known(anatomy: Anatomy, layers: int, out: torch.Tensor) -> AbstractContextManager[None]:
+    """While the block runs, the first `layers` layers are not computed: the last of them gives `out` (1, T, H)."""
+    return swapped((layer, lambda *_args, **_kwargs: out) for layer in anatomy.layers[:layers])
+
+
+def _down(ffn: FFN) -> nn.Module:
+    """The module that holds the down projection."""
+    return next(m for m in ffn.module.children() if isinstance(m, nn.Linear) and m.weight.data_ptr() == ffn.down.data_ptr())
+
+
+@contextmanager
+def _inputs(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """What the module is called with while the block runs."""
+    seen: list[torch.Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def layer_calls(anatomy: Anatomy) -> Iterator[Calls]:
+    """How the model calls each layer while the block runs (masks and rotary tables differ between layers in some families)."""
+    calls: Calls = []
 
     def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append(args[0] if args else kwargs["hidden_states"])
-        keywords.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        calls.append((args[0] if args else kwargs["hidden_states"], rest))
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in anatomy.layers]
     try:
-        anatomy.base(input_ids=ids, use_cache=False)
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
-    return inputs[0], keywords

@@ -8,12 +8,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastfill.calibration.student import StudentFFN, Weights, swapped
+from fastfill.calibration import capture
+from fastfill.calibration.student import StudentFFN, Weights, stand_ins
 from fastfill.calibration.team import ALONE, Team
 from fastfill.config import CalibrationConfig
+from fastfill.errors import UserError
 from fastfill.families import Anatomy
 
 TRAINED = tuple(f"{part}.{name}" for part in ("predictor", "compensator") for name in ("w_in", "w_out", "bias"))
+
+
+class Teacher:
+    """The dense model's last hidden states. outputs: those of the last layer, (S, T, H), for sequences (S, T) that were read
+    already: a quarter of a step that need not be computed again."""
+
+    def __init__(self, model: Any, anatomy: Anatomy, tokens: torch.Tensor, outputs: torch.Tensor):
+        self.model, self.anatomy = model, anatomy
+        self.known = {_key(row): out for row, out in zip(tokens, outputs, strict=True)}
+
+    @torch.no_grad()
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: (1, T) -> (T, H)."""
+        out = self.known.get(_key(ids[0]))
+        layers = 0 if out is None else len(self.anatomy.layers)
+        with capture.known(self.anatomy, layers, ids if out is None else out[None]):
+            return self.anatomy.base(input_ids=ids, use_cache=False)[0][0]
+
+
+def _key(ids: torch.Tensor) -> bytes:
+    return ids.cpu().numpy().tobytes()
 
 
 class Distiller:
@@ -27,10 +50,11 @@ class Distiller:
         students: list[StudentFFN],
         config: CalibrationConfig,
         dense_head: int,
+        teacher: Teacher,
         team: Team = ALONE,
     ):
         self.model, self.anatomy, self.students, self.config, self.head = model, anatomy, students, config, dense_head
-        self.team = team
+        self.teacher, self.team = teacher, team
         self.step_done = 0
         self.losses: list[float] = []
         self.weights: list[Weights] = []
@@ -47,7 +71,8 @@ class Distiller:
 
     def step(self, ids: torch.Tensor) -> float:
         """One step on ids (batch, T), of which each process of a team reads its share. Loss: mean over the tokens behind the
-        dense head of KL(dense || sparse) of the logits, nats, and `answer_weight` times that over the densely read answer."""
+        dense head of KL(dense || sparse) of the logits, nats, and `answer_weight` times that over the densely read answer.
+        Raises UserError when it is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._warm_cosine()
         self.optimizer.zero_grad(set_to_none=True)
@@ -55,6 +80,11 @@ class Distiller:
         (loss,) = self.team.total(sum(self._backward(row[None], len(ids)) for row in mine))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.team.sum(*(p.grad for p in parameters if p.grad is not None))
+        if not math.isfinite(loss):
+            raise UserError(
+                f"The distillation diverged at step {self.step_done + 1} (its loss is {loss}); nothing was written. Delete the "
+                "checkpoint and use lower rates (--compensator-lr, --predictor-lr)."
+            )
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
         self.step_done += 1
@@ -64,18 +94,26 @@ class Distiller:
     def _backward(self, ids: torch.Tensor, batch: int) -> float:
         """Add the gradient of ids (1, T), one of a batch; their part of the loss."""
         head = self.model.get_output_embeddings()
-        prompt = self.students[0].stop(ids.shape[1]) - self.head if self.config.answer else ids.shape[1]
+        prompt, answer = self._scored(ids.shape[1])
+        scored = torch.cat([prompt, answer])
         with torch.no_grad():
-            teacher = head(self.anatomy.base(input_ids=ids, use_cache=False)[0][0, self.head :])
+            teacher = head(self.teacher.hidden(ids)[scored])
         with torch.enable_grad():
-            with swapped(self.anatomy, self.students):
-                student = head(self.anatomy.base(input_ids=ids, use_cache=False)[0][0, self.head :])
+            with stand_ins(self.anatomy, self.students):
+                student = head(self.anatomy.base(input_ids=ids, use_cache=False)[0][0, scored])
             kl = kl_divergence(teacher, student)
-            loss = kl[:prompt].mean() / batch
-            if prompt < len(kl):
-                loss = loss + self.config.answer_weight * kl[prompt:].mean() / batch
+            loss = kl[: len(prompt)].mean() / batch
+            if len(answer):
+                loss = loss + self.config.answer_weight * kl[len(prompt) :].mean() / batch
             loss.backward()
         return float(loss.detach())
+
+    def _scored(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of a sequence whose logits are compared: every `loss_stride`-th of the prompt behind the dense head, others
+        at each step, and all of the answer. With 152,000 words the logits of all of them take half as long as the layers."""
+        stop = self.students[0].stop(tokens) if self.config.answer else tokens
+        first = self.head + self.step_done % min(self.config.loss_stride, stop - self.head)
+        return torch.arange(first, stop, self.config.loss_stride), torch.arange(stop, tokens)
 
     def _warm_cosine(self) -> float:
         warm = max(1, min(20, self.config.steps // 10))
@@ -116,7 +154,7 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         out, grads = [], []
-        for t, s in zip(teacher.split(128), student.split(128), strict=True):
+        for t, s in zip(teacher.split(16), student.split(16), strict=True):
             log_t, log_s = F.log_softmax(t.float(), -1), F.log_softmax(s.float(), -1)
             p = log_t.exp()
             out.append((p * (log_t - log_s)).sum(-1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,22 @@ from fastfill import select
 from fastfill.calibration.team import ALONE, Team
 from fastfill.config import CalibrationConfig
 from fastfill.families import FFN
-from fastfill.predictor import importance
+from fastfill.predictor import down_norm, energy
 
 CHUNK = 4096  # tokens whose (T, F) activations are in memory at a time
 
 
-def statistics(x: torch.Tensor, ffn: FFN, team: Team = ALONE) -> dict[str, torch.Tensor]:
-    """Of the FFN inputs x (T, H): mean importance (F,), normalised per token, and RMS of the inputs (H,). Here and below, x
-    of a team is what this process has of the text, and the result is that of all its text."""
-    total = torch.zeros(ffn.gate.shape[0], device=x.device)
-    for part in x.split(CHUNK):
-        total += F.normalize(importance(part, ffn), p=1, dim=-1).sum(0)
+def shares(h: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """Activations (T, F) -> the share of its token's importance that each neuron has, fp32. norm: `down_norm`."""
+    return F.normalize(energy(h, norm), p=1, dim=-1)
+
+
+def statistics(x: torch.Tensor, h: torch.Tensor, ffn: FFN, team: Team = ALONE) -> dict[str, torch.Tensor]:
+    """Of the FFN's inputs x (T, H) and activations h (T, F): mean importance (F,), normalised per token, and RMS of the inputs
+    (H,). Here and below, x and h of a team are what this process has of the text, and the result is that of all its text."""
+    total, norm = torch.zeros(ffn.gate.shape[0], device=x.device), down_norm(ffn)
+    for part in h.split(CHUNK):
+        total += shares(part, norm).sum(0)
     squares = x.float().square().sum(0)
     team.sum(total, squares)
     _, tokens = team.place(len(x))
@@ -35,6 +40,7 @@ def _rms(x: torch.Tensor, team: Team) -> torch.Tensor:
 
 def fit_predictor(
     x: torch.Tensor,
+    h: torch.Tensor,
     ffn: FFN,
     mean: torch.Tensor,
     rank: int,
@@ -45,14 +51,14 @@ def fit_predictor(
 ) -> dict[str, torch.Tensor]:
     """Fit p_t = softmax(W_out W_in x_t + b) to the token's own importance distribution by cross-entropy. Ours.
 
-    x: (T, H). mean: (F,), the mean distribution, whose logarithm starts the bias. Block labels, pooled inputs and log-sum-exp
-    pooling were all worse (docs/log.md). Returns w_in (r, H), w_out (F, r), bias (F,), fp32.
+    x: (T, H). h: (T, F). mean: (F,), the mean distribution, whose logarithm starts the bias. Block labels, pooled inputs and
+    log-sum-exp pooling were all worse (docs/log.md). Returns w_in (r, H), w_out (F, r), bias (F,), fp32.
     """
     generator = torch.Generator().manual_seed(seed)
     hidden = x.shape[1]
     first, tokens = team.place(len(x))
     intermediate = ffn.gate.shape[0]
-    rms = _rms(x, team)
+    rms, norm = _rms(x, team), down_norm(ffn)
     w_in = torch.randn(rank, hidden, generator=generator).to(x.device) / (hidden**0.5 * rms)
     w_out = torch.randn(intermediate, rank, generator=generator).to(x.device) * 0.1
     bias = mean.clamp_min(1e-9).log()
@@ -67,10 +73,8 @@ def fit_predictor(
         for _ in range(config.fit_epochs):
             order = torch.randperm(tokens, generator=generator)
             for rows in order.split(config.fit_batch):
-                mine = rows[(rows >= first) & (rows < first + len(x))] - first
-                part = x[mine.to(x.device)]
-                with torch.no_grad():
-                    target = F.normalize(importance(part, ffn), p=1, dim=-1).to(part.dtype)
+                mine = (rows[(rows >= first) & (rows < first + len(x))] - first).to(x.device)
+                part, target = x[mine], shares(h[mine], norm).to(x.dtype)
                 logits = F.linear(F.linear(part, w_in.to(part.dtype)), w_out.to(part.dtype), bias.to(part.dtype))
                 loss = -(target * logits.log_softmax(-1)).sum(-1, dtype=torch.float32).sum() / len(rows)
                 optimizer.zero_grad(set_to_none=True)
@@ -89,12 +93,19 @@ def block_scores(x: torch.Tensor, weights: dict[str, torch.Tensor], block_size: 
 
 
 def captured_share(
-    x: torch.Tensor, ffn: FFN, weights: dict[str, torch.Tensor], kept: int, block_size: int, team: Team = ALONE
+    x: torch.Tensor,
+    h: torch.Tensor,
+    ffn: FFN,
+    weights: dict[str, torch.Tensor],
+    kept: int,
+    block_size: int,
+    team: Team = ALONE,
 ) -> tuple[float, float]:
-    """Share of the tokens' (normalised) importance that the chosen neurons hold: (learned, oracle). x: (N * B, H)."""
-    learned = best = 0.0
-    for part in x.split(max(1, CHUNK // block_size) * block_size):
-        truth = F.normalize(importance(part, ffn), p=1, dim=-1).view(-1, block_size, ffn.gate.shape[0]).sum(1)
+    """Share of the tokens' (normalised) importance that the chosen neurons hold: (learned, oracle). x: (N * B, H).
+    h: (N * B, F)."""
+    learned, best, norm = 0.0, 0.0, down_norm(ffn)
+    for part, activations in _chunks(x, h, block_size):
+        truth = shares(activations, norm).view(-1, block_size, h.shape[1]).sum(1)
         ids = select.top_k(block_scores(part, weights, block_size), kept).long()
         learned += float(truth.gather(1, ids).sum())
         best += float(truth.topk(kept, dim=1).values.sum())
@@ -102,8 +113,14 @@ def captured_share(
     return learned / tokens, best / tokens
 
 
+def _chunks(x: torch.Tensor, h: torch.Tensor, block_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    size = max(1, CHUNK // block_size) * block_size
+    return zip(x.split(size), h.split(size), strict=True)
+
+
 def fit_compensator(
     x: torch.Tensor,
+    h: torch.Tensor,
     ffn: FFN,
     weights: dict[str, torch.Tensor],
     kept: int,
@@ -114,15 +131,14 @@ def fit_compensator(
     team: Team = ALONE,
 ) -> dict[str, torch.Tensor]:
     """Closed form: the rank-r affine map of x that best predicts what the skipped neurons would have added (reduced-rank
-    regression, ours); the SiLU branch starts at zero and is left to the distillation. x: (N * B, H)."""
+    regression, ours); the SiLU branch starts at zero and is left to the distillation. x: (N * B, H). h: (N * B, F)."""
     hidden = x.shape[1]
     gram = torch.zeros(hidden + 1, hidden + 1, dtype=torch.float64, device=x.device)
     cross = torch.zeros(hidden + 1, hidden, dtype=torch.float64, device=x.device)
-    for part in x.split(max(1, CHUNK // block_size) * block_size):
-        h = F.silu(F.linear(part, ffn.gate)) * F.linear(part, ffn.up)
+    for part, activations in _chunks(x, h, block_size):
         ids = select.top_k(block_scores(part, weights, block_size), kept).long()
-        skip = torch.ones(len(ids), h.shape[1], device=h.device, dtype=h.dtype).scatter_(1, ids, 0)
-        missing = F.linear(h * skip.repeat_interleave(block_size, 0), ffn.down)
+        skip = h.new_ones(len(ids), 1, h.shape[1]).scatter_(2, ids[:, None], 0)
+        missing = F.linear((activations.view(-1, block_size, h.shape[1]) * skip).view_as(activations), ffn.down)
         inputs = torch.cat([part.float(), torch.ones(len(part), 1, device=x.device)], 1)
         with torch.autocast(x.device.type, enabled=False):  # sums over all tokens want more than bf16
             gram += inputs.T @ inputs

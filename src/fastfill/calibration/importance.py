@@ -6,44 +6,42 @@ from typing import Any
 
 import torch
 
+from fastfill.calibration import capture
 from fastfill.calibration.distill import kl_divergence
-from fastfill.calibration.student import StudentFFN, swapped
+from fastfill.calibration.student import StudentFFN
 from fastfill.calibration.team import ALONE, Team
 from fastfill.families import Anatomy
 from fastfill.progress import stage
+from fastfill.swap import swapped
 
 
 @torch.no_grad()
 def sensitivity(
-    model: Any, anatomy: Anatomy, students: list[StudentFFN], tokens: torch.Tensor, team: Team = ALONE
+    model: Any, anatomy: Anatomy, students: list[StudentFFN], tokens: torch.Tensor, stride: int = 1, team: Team = ALONE
 ) -> list[float]:
-    """Mean KL (nats per token) to the dense logits when one layer alone is sparse, for each layer. Ours. tokens: (S, T)."""
+    """Mean KL (nats per token) to the dense logits when one layer alone is sparse, for each layer. Ours. tokens: (S, T); every
+    `stride`-th behind the dense head is scored.
+
+    The layers before the sparse one are not computed again, and the head only on what is scored: 0.6 of the time at 0.5B.
+    """
     head = model.get_output_embeddings()
-    device = anatomy.ffns[0].gate.device
-    rows = [row[None].to(device) for row in tokens[team.share(len(tokens))]]
-    teachers = [anatomy.base(input_ids=row, use_cache=False)[0][0, students[0].head :] for row in rows]
-    intermediate = anatomy.intermediate
-    kept = [student.kept for student in students]
-    costs = []
-    try:
-        with stage("sensitivity of each layer", len(students)) as bar, swapped(anatomy, students):
-            for student in students:
-                student.kept = intermediate
-            for student, keep in zip(students, kept, strict=True):
-                student.kept = keep
-                total = count = 0.0
-                for row, teacher in zip(rows, teachers, strict=True):
-                    hidden = anatomy.base(input_ids=row, use_cache=False)[0][0, student.head :]
-                    divergence = kl_divergence(head(teacher), head(hidden))
-                    total, count = total + float(divergence.sum()), count + len(divergence)
-                student.kept = intermediate
-                total, count = team.total(total, count)
-                costs.append(max(total / count, 1e-6))
-                bar.step(note=f"{costs[-1]:.4f} nats")
-    finally:
-        for student, keep in zip(students, kept, strict=True):
-            student.kept = keep
-    return costs
+    rows = tokens[team.share(len(tokens))]
+    scored = slice(students[0].head, None, stride)
+    costs = [0.0] * len(students)
+    count = 0
+    with stage("sensitivity of each layer", len(rows) * len(students)) as bar:
+        for row in rows:
+            ids = row[None].to(anatomy.ffns[0].gate.device)
+            with capture.layer_calls(anatomy) as calls:
+                teacher = head(anatomy.base(input_ids=ids, use_cache=False)[0][0, scored])
+            count += len(teacher)
+            for layer, student in enumerate(students):
+                with capture.known(anatomy, layer, calls[layer][0]), swapped([(anatomy.ffns[layer].module, student)]):
+                    hidden = anatomy.base(input_ids=ids, use_cache=False)[0][0, scored]
+                costs[layer] += float(kl_divergence(teacher, head(hidden)).sum())
+                bar.step()
+    *costs, tokens_scored = team.total(*costs, count)
+    return [max(cost / tokens_scored, 1e-6) for cost in costs]
 
 
 @torch.no_grad()

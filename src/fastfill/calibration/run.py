@@ -18,7 +18,7 @@ from fastfill.artifact import Artifact
 from fastfill.attachment import check_detached
 from fastfill.calibration import capture, fit
 from fastfill.calibration.checkpoint import Checkpoint
-from fastfill.calibration.distill import TRAINED, Distiller
+from fastfill.calibration.distill import TRAINED, Distiller, Teacher
 from fastfill.calibration.importance import sensitivity, token_mixing
 from fastfill.calibration.student import StudentFFN, Weights
 from fastfill.calibration.team import Team, join
@@ -99,11 +99,11 @@ def calibrate(
     begin = time.monotonic() - (checkpoint.json("seconds") or 0.0)
 
     with _precision(anatomy.ffns[0].gate.device):
-        weights, shares = _fit_layers(job)
+        weights, shares, teacher = _fit_layers(job)
         importances = _importance(job, weights)
         checkpoint.put_json("seconds", time.monotonic() - begin)
         kept = allocate(importances, prefill.sparsity, anatomy.intermediate)
-        losses = _distill(job, weights, kept, begin)
+        losses = _distill(job, weights, kept, teacher, begin)
 
     record = {
         "config": cfg.to_dict(config),
@@ -140,8 +140,9 @@ def _ranks(config: CalibrationConfig, anatomy: families.Anatomy) -> dict[str, in
     return dict(zip(("predictor", "linear", "silu"), map(min, ranks, limits), strict=True))
 
 
-def _fit_layers(job: Job) -> tuple[list[Weights], list[list[float]]]:
-    """Layer by layer: statistics, predictor, closed-form compensator. Shares: importance held per layer, [learned, oracle]."""
+def _fit_layers(job: Job) -> tuple[list[Weights], list[list[float]], Teacher]:
+    """Layer by layer: statistics, predictor, closed-form compensator. Shares: importance held per layer, [learned, oracle]. The
+    teacher knows the text that was read here, unless a checkpoint made that needless."""
     anatomy, tokens, config, ranks, checkpoint = job.anatomy, job.tokens, job.config, job.ranks, job.checkpoint
     team = job.team
     block, head = job.prefill.block_size, job.prefill.dense_head
@@ -154,31 +155,34 @@ def _fit_layers(job: Job) -> tuple[list[Weights], list[list[float]]]:
     done = [checkpoint.tensors(f"layer-{i}") for i in range(len(anatomy.ffns))]
     if all(found is not None for found in done):
         everything = [found for found in done if found is not None]
-        return [{k: v for k, v in f.items() if k != "shares"} for f in everything], [_shares(f) for f in everything]
+        layers = [{k: v for k, v in found.items() if k != "shares"} for found in everything]
+        return layers, [_shares(found) for found in everything], Teacher(job.model, anatomy, tokens[:0], tokens[:0])
     usable = (tokens.shape[1] - head) // block * block
+    mine = rows[team.share(len(rows))]
     ticks = config.fit_epochs * -(-len(rows) * usable // config.fit_batch)
+    hidden, calls = capture.embed(job.model, anatomy, mine)
     with stage("predictors", ticks * len(anatomy.ffns)) as bar:
-        for layer, inputs in capture.stream_ffn_inputs(job.model, anatomy, rows[team.share(len(rows))]):
+        for layer, inputs, activations in capture.stream_ffns(anatomy, hidden, calls, slice(head, head + usable)):
             ffn, kept, found = anatomy.ffns[layer], uniform[layer], done[layer]
             if found is None:
-                x = inputs[:, head : head + usable].reshape(-1, anatomy.hidden)
+                x, h = inputs.flatten(0, 1), activations.flatten(0, 1)
                 before, _ = team.place(len(x))  # tokens that other processes have before ours
-                stats = fit.statistics(x, ffn, team)
+                stats = fit.statistics(x, h, ffn, team)
                 seed = config.seed * 10_007 + layer
-                predictor = fit.fit_predictor(x, ffn, stats["importance"], ranks["predictor"], config, seed, bar.step, team)
-                part = x[: max(0, CLOSED_FORM_TOKENS // block * block - before)]
-                compensator = fit.fit_compensator(part, ffn, predictor, kept, block, ranks["linear"], ranks["silu"], seed, team)
+                predictor = fit.fit_predictor(x, h, ffn, stats["importance"], ranks["predictor"], config, seed, bar.step, team)
+                part = slice(max(0, CLOSED_FORM_TOKENS // block * block - before))
+                inner = ranks["linear"], ranks["silu"]
+                compensator = fit.fit_compensator(x[part], h[part], ffn, predictor, kept, block, *inner, seed, team)
                 parts = {"stats": stats, "predictor": predictor, "compensator": compensator}
                 found = {f"{part}.{k}": v for part, values in parts.items() for k, v in values.items()}
-                found["shares"] = torch.tensor(
-                    fit.captured_share(x[: max(0, 64 * block - before)], ffn, predictor, kept, block, team)
-                )
+                part = slice(max(0, 64 * block - before))
+                found["shares"] = torch.tensor(fit.captured_share(x[part], h[part], ffn, predictor, kept, block, team))
                 checkpoint.put_tensors(f"layer-{layer}", found)
             else:
                 bar.step(ticks)
             shares.append(_shares(found))
             all_weights.append({k: v for k, v in found.items() if k != "shares"})
-    return all_weights, shares
+    return all_weights, shares, Teacher(job.model, anatomy, mine, hidden)
 
 
 def _shares(found: Weights) -> list[float]:
@@ -198,7 +202,7 @@ def _importance(job: Job, weights: list[Weights]) -> list[float]:
         values = [m**2 for m in mixing]  # the schedule's root undoes it: s_l = c / m_l
     else:
         uniform = allocate([1.0] * layers, sparsity, job.anatomy.intermediate)
-        values = sensitivity(job.model, job.anatomy, _students(job, weights, uniform), rows, job.team)
+        values = sensitivity(job.model, job.anatomy, _students(job, weights, uniform), rows, job.config.loss_stride, job.team)
     job.checkpoint.put_json("importance", values)
     return values
 
@@ -214,13 +218,13 @@ def _students(job: Job, weights: list[Weights], kept: list[int], answer: float =
     ]
 
 
-def _distill(job: Job, weights: list[Weights], kept: list[int], begin: float) -> list[float]:
+def _distill(job: Job, weights: list[Weights], kept: list[int], teacher: Teacher, begin: float) -> list[float]:
     """The end-to-end stage. Sequences come in their shuffled order, again from the start when they run out."""
     config, tokens, checkpoint = job.config, job.tokens, job.checkpoint
     if config.steps == 0 or min(kept) == job.anatomy.intermediate:  # nothing to train, or nothing skipped
         return []
     students = _students(job, weights, kept, config.answer)
-    trainer = Distiller(job.model, job.anatomy, students, config, job.prefill.dense_head, job.team)
+    trainer = Distiller(job.model, job.anatomy, students, config, job.prefill.dense_head, teacher, job.team)
     saved = checkpoint.tensors("distill")
     if saved is not None:
         trainer.load(saved)

@@ -5,8 +5,8 @@ Equal to `sparse_ffn.SparseFFN` to rounding (a test holds them together); only t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fastfill import select
 from fastfill.calibration.fit import block_scores
 from fastfill.families import FFN, Anatomy
+from fastfill.swap import swapped
 
 Weights = dict[str, torch.Tensor]
 
@@ -48,15 +49,11 @@ class StudentFFN:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (1, T, H) -> (1, T, H)."""
-        h = F.silu(F.linear(x, self.ffn.gate)) * F.linear(x, self.ffn.up)
         stop = self.stop(x.shape[1])
-        if self.kept == h.shape[-1] or stop <= self.head:
-            return F.linear(h, self.ffn.down)
+        if self.kept == self.ffn.gate.shape[0] or stop <= self.head:
+            return F.linear(F.silu(F.linear(x, self.ffn.gate)) * F.linear(x, self.ffn.up), self.ffn.down)
         rows = x[0, self.head : stop]
-        gate = self.gate(rows).to(h.dtype)  # (N, F)
-        middle = h[0, self.head : stop].view(-1, self.block, h.shape[-1]) * gate[:, None]
-        masked = torch.cat([h[0, : self.head], middle.view(-1, h.shape[-1]), h[0, stop:]])
-        y = F.linear(masked, self.ffn.down)
+        y = _MaskedFFN.apply(x[0], self.gate(rows), self.ffn, slice(self.head, stop))
         correction = F.pad(self.compensate(rows), (0, 0, self.head, x.shape[1] - stop))
         return (y + correction)[None]
 
@@ -80,16 +77,42 @@ class StudentFFN:
         return F.linear(mixed, w_out, bias)
 
 
-@contextmanager
-def swapped(anatomy: Anatomy, students: list[StudentFFN]) -> Iterator[None]:
-    """Run the model with the students in place of its FFNs; restored in any case."""
-    before = [ffn.module.__dict__.get("forward") for ffn in anatomy.ffns]
-    try:
-        for ffn, student in zip(anatomy.ffns, students, strict=True):
-            ffn.module.forward = student
-        yield
-    finally:
-        for ffn, forward in zip(anatomy.ffns, before, strict=True):
-            ffn.module.__dict__.pop("forward", None)
-            if forward is not None:
-                ffn.module.forward = forward
+class _MaskedFFN(torch.autograd.Function):
+    """(h * mask) down^T with h = silu(x gate^T) * (x up^T); gradients for x and mask, none for the weights. By hand: autograd
+    keeps and reads again eight (T, F) tensors where two do.
+
+    x: (T, H). mask: (N, F), over the blocks of the tokens `rows`; all others are not masked.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor, ffn: FFN, rows: slice) -> torch.Tensor:
+        gate, up = F.linear(x, ffn.gate), F.linear(x, ffn.up)
+        ctx.save_for_backward(gate, up, mask)
+        ctx.ffn, ctx.rows = ffn, rows
+        ctx.precision = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
+        return F.linear(_masked(F.silu(gate).mul_(up), mask, rows), ffn.down)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        gate, up, mask = ctx.saved_tensors
+        dtype, enabled = ctx.precision
+        with torch.autocast(gate.device.type, dtype, enabled=enabled):
+            dh = F.linear(grads[0], ctx.ffn.down.T)
+            bent = F.silu(gate)
+            slope = (dh[ctx.rows] * bent[ctx.rows]).mul_(up[ctx.rows])
+            dmask = slope.view(len(mask), -1, mask.shape[1]).sum(1, dtype=mask.dtype)
+            dh = _masked(dh, mask, ctx.rows)
+            dup = dh * bent
+            dgate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
+            return F.linear(dgate, ctx.ffn.gate.T) + F.linear(dup, ctx.ffn.up.T), dmask, None, None
+
+
+def _masked(h: torch.Tensor, mask: torch.Tensor, rows: slice) -> torch.Tensor:
+    """h (T, F), its `rows` times their block's mask (N, F), in place."""
+    h[rows].view(len(mask), -1, h.shape[1]).mul_(mask[:, None].to(h.dtype))
+    return h
+
+
+def stand_ins(anatomy: Anatomy, students: list[StudentFFN]) -> AbstractContextManager[None]:
+    """Run the model with the students in place of its FFNs."""
+    return swapped((ffn.module, student) for ffn, student in zip(anatomy.ffns, students, strict=True))
