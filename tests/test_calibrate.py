@@ -82,6 +82,26 @@ def test_the_same_inputs_give_the_same_artifact(model, tokenizer, tmp_path):
     assert not torch.equal(one.tensors["layers.0.predictor.w_in"], other.tensors["layers.0.predictor.w_in"])
 
 
+def test_a_budget_in_minutes_sets_tokens_and_steps(model, tokenizer, tmp_path, monkeypatch):
+    """A prefill and a step take a second each on this clock: of two minutes 36 s go to fits, which is 18 sequences, and what is left
+    of them goes to steps. A killed run keeps what it decided."""
+    monkeypatch.setattr(run, "_seconds", lambda work: (work(), 1.0)[1])
+    budget = change(minutes=2.0, fit_tokens=10**6)
+    one = calibrate(model, tokenizer, tmp_path / "one", budget)
+    record = one.calibration
+    assert record["config"]["fit_tokens"] == 18 * 64 and record["config"]["minutes"] == 2.0
+    assert 100 < record["config"]["steps"] <= 120 and record["tokens_distilled"] == record["config"]["steps"] * 64
+    few = calibrate(model, tokenizer, tmp_path / "three", change(minutes=2.0))  # asks for less than it might have
+    assert few.calibration["config"]["fit_tokens"] == 512
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_step(patch, 5)
+        calibrate(model, tokenizer, tmp_path / "two", budget)
+    steps = json.loads((tmp_path / "two.checkpoint" / "steps.json").read_text())
+    monkeypatch.setattr(run, "_seconds", lambda work: 1e9)  # would allow one
+    two = calibrate(model, tokenizer, tmp_path / "two", budget, resume=True)
+    assert two.calibration["config"]["steps"] == steps and two.calibration["config"]["fit_tokens"] == 18 * 64
+
+
 def mean_kl(model, artifact, ids, **settings):
     dense = logits(model, ids)[:, BLOCK:].log_softmax(-1)
     with fastfill.attach(model, artifact, **settings) as attachment:

@@ -51,6 +51,8 @@ class PrefillConfig:
 class CalibrationConfig:
     """What `calibrate` learns, and for how long.
 
+    minutes: a budget. The recipe then takes as many `fit_tokens` (at most those given here) and `steps` as fit into it on this
+        machine, and the artifact says how many; loading the model and the text are not counted.
     predictor_rank, linear_rank, silu_rank: inner widths; None takes the default for the model's size
         (`default_ranks`: at most 8 % of the dense FFN's FLOPs at H = 576, 4 % at H >= 2048).
     fit_tokens: tokens on which predictors and the closed-form compensators are fitted, layer by layer.
@@ -68,6 +70,7 @@ class CalibrationConfig:
     gate_temperature: width of the soft gate through which the predictor gets its gradient (in nats of score).
     """
 
+    minutes: float | None = None
     predictor_rank: int | None = None
     linear_rank: int | None = None
     silu_rank: int | None = None
@@ -77,7 +80,7 @@ class CalibrationConfig:
     fit_lr: float = 5e-3
     schedule: str = "sensitivity"
     schedule_tokens: int = 4096
-    steps: int = 500
+    steps: int = 300
     batch: int = 1
     sequence_length: int = 1024
     answer: float = 0.25
@@ -95,8 +98,10 @@ class CalibrationConfig:
             check_integer(name, getattr(self, name), 1)
         check_integer("steps", self.steps, 0)
         check_integer("sequence_length", self.sequence_length, 2)
-        for name in ("fit_lr", "compensator_lr", "predictor_lr", "gate_temperature"):
+        for name in ("minutes", "fit_lr", "compensator_lr", "predictor_lr", "gate_temperature"):
             value = getattr(self, name)
+            if name == "minutes" and value is None:
+                continue
             if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise UserError(f"{name} must be a positive number, not {value!r}.")
         for name, most in (("answer", 1.0), ("answer_weight", float("inf"))):

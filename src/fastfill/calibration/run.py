@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fastfill.progress import stage
 from fastfill.schedule import allocate
 
 SAVE_EVERY_S = 60.0
+FIT_SHARE = 0.3  # of a budget in minutes; more fit tokens buy less than more steps (docs/log.md)
 CLOSED_FORM_TOKENS = 32768  # more does not move a solution with H + 1 unknowns an output
 
 
@@ -92,6 +94,7 @@ def calibrate(
         "config": cfg.to_dict(config),
         "dtype": str(anatomy.ffns[0].gate.dtype),
         "text": data.digest(tokens),
+        "threads": torch.get_num_threads(),  # the bits depend on it
     }
     checkpoint = Checkpoint(out, settings, resume, write=team.rank == 0)
     team.total(0)  # the others begin when the first one has found the checkpoint in order
@@ -99,6 +102,7 @@ def calibrate(
     begin = time.monotonic() - (checkpoint.json("seconds") or 0.0)
 
     with _precision(anatomy.ffns[0].gate.device):
+        job = _with_fit_tokens(job)
         weights, shares, teacher = _fit_layers(job)
         importances = _importance(job, weights)
         checkpoint.put_json("seconds", time.monotonic() - begin)
@@ -106,11 +110,11 @@ def calibrate(
         losses = _distill(job, weights, kept, teacher, begin)
 
     record = {
-        "config": cfg.to_dict(config),
+        "config": {**cfg.to_dict(config), "fit_tokens": job.config.fit_tokens, "steps": len(losses)},
         "documents": sorted({d.source.split("#")[0] for d in texts}),
         "document_rows": [d.source for d in texts],
         "sequences": len(tokens),
-        "tokens_distilled": config.steps * config.batch * config.sequence_length,
+        "tokens_distilled": len(losses) * config.batch * config.sequence_length,
         "text": settings["text"],
         "seconds": round(time.monotonic() - begin, 1),
         "loss_first": _mean(losses[:20]),
@@ -131,6 +135,49 @@ def calibrate(
 def _precision(device: torch.device) -> torch.autocast:
     """bf16 products on CUDA. Nothing is cached: the weights that are cast change at every step."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
+
+
+def _with_fit_tokens(job: Job) -> Job:
+    """The job with as many tokens to fit on as its budget allows. A sequence costs twice its dense prefill: once to capture its
+    activations, once to fit to them."""
+    config, tokens = job.config, job.tokens
+    if config.minutes is None:
+        return job
+    found = job.checkpoint.json("fit_tokens")
+    if found is None:
+        seconds = [_seconds(lambda: job.anatomy.base(input_ids=_first(job), use_cache=False)) for _ in range(2)][-1]
+        (slowest,) = job.team.total(seconds / job.team.size)
+        affordable = int(FIT_SHARE * config.minutes * 60 * job.team.size / (2 * slowest))
+        found = min(config.fit_tokens, max(job.team.size, affordable) * tokens.shape[1])
+        job.checkpoint.put_json("fit_tokens", found)
+    return dataclasses.replace(job, config=dataclasses.replace(config, fit_tokens=found))
+
+
+def _steps(job: Job, trainer: Distiller, begin: float) -> int:
+    """How many steps there are: those asked for, or what is left of the budget."""
+    config, checkpoint = job.config, job.checkpoint
+    if config.minutes is None:
+        return config.steps
+    found = checkpoint.json("steps")
+    if found is None:
+        seconds = [_seconds(lambda: trainer.rehearse(job.tokens[: config.batch])) for _ in range(2)][-1]
+        (slowest, gone) = job.team.total(seconds / job.team.size, (time.monotonic() - begin) / job.team.size)
+        found = max(1, int((config.minutes * 60 - gone) / slowest))
+        checkpoint.put_json("steps", found)
+    return found
+
+
+def _first(job: Job) -> torch.Tensor:
+    return job.tokens[:1].to(job.anatomy.ffns[0].gate.device)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begin = time.monotonic()
+    with torch.no_grad():
+        work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic() - begin
 
 
 def _ranks(config: CalibrationConfig, anatomy: families.Anatomy) -> dict[str, int]:
@@ -225,6 +272,7 @@ def _distill(job: Job, weights: list[Weights], kept: list[int], teacher: Teacher
         return []
     students = _students(job, weights, kept, config.answer)
     trainer = Distiller(job.model, job.anatomy, students, config, job.prefill.dense_head, teacher, job.team)
+    trainer.config = config = dataclasses.replace(config, steps=_steps(job, trainer, begin))
     saved = checkpoint.tensors("distill")
     if saved is not None:
         trainer.load(saved)
