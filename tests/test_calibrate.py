@@ -83,8 +83,8 @@ def test_the_same_inputs_give_the_same_artifact(model, tokenizer, tmp_path):
 
 
 def test_a_budget_in_minutes_sets_tokens_and_steps(model, tokenizer, tmp_path, monkeypatch):
-    """A prefill and a step take a second each on this clock: of two minutes 36 s go to fits, which is 18 sequences, and what is left
-    of them goes to steps. A killed run keeps what it decided."""
+    """A prefill and a step take a second each on this clock: of two minutes 36 s go to fits, which is 18 sequences, and what is
+    left to steps. A killed run keeps what it decided."""
     monkeypatch.setattr(run, "_seconds", lambda work: (work(), 1.0)[1])
     budget = change(minutes=2.0, fit_tokens=10**6)
     one = calibrate(model, tokenizer, tmp_path / "one", budget)

@@ -15,7 +15,7 @@ CODE=()
 for module in pickle random shutil subprocess tarfile threading typing zipfile; do CODE+=("$STDLIB/$module.py[:1]"); done
 
 calibrate() {
-  fastfill calibrate default --resume --out "$OUT" --seed "$1" --data "$DATA/longbench_multi_news_part.jsonl[20:]" \
+  fastfill calibrate default --resume --out "$OUT" --seed "$1" --steps 500 --loss-stride 1 --data "$DATA/longbench_multi_news_part.jsonl[20:]" \
     "$DATA/us_presidential_speeches.jsonl[:100]" "$DATA/wikitext2_valid.txt[:60]" "$STDLIB"/[a-c]*.py
 }
 calibrate 0
