@@ -354,6 +354,9 @@ def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.json = False
     else:
         show.artifact(artifact, Path(arguments.out))
+        found = artifact.calibration.get("max_loss")
+        if found:
+            print(f"sparsity {found['chosen']:.0%}: the highest whose loss stays within {found['limit']} on text set aside")
     return {"out": arguments.out, **show.summary(artifact)}
 
 

@@ -53,6 +53,8 @@ class CalibrationConfig:
 
     minutes: a budget. The recipe then takes as many `fit_tokens` (at most those given here) and `steps` as fit into it on this
         machine, and the artifact says how many; loading the model and the text are not counted.
+    max_loss: `1%`, a share of what the context is worth, or `0.02`, a KL in nats: at the end the artifact's sparsity becomes
+        the highest that keeps the loss of what follows a prompt within it, on sequences set aside.
     predictor_rank, linear_rank, silu_rank: inner widths; None takes the default for the model's size
         (`default_ranks`: at most 8 % of the dense FFN's FLOPs at H = 576, 4 % at H >= 2048).
     fit_tokens: tokens on which predictors and the closed-form compensators are fitted, layer by layer.
@@ -71,6 +73,7 @@ class CalibrationConfig:
     """
 
     minutes: float | None = None
+    max_loss: str | None = None
     predictor_rank: int | None = None
     linear_rank: int | None = None
     silu_rank: int | None = None
@@ -108,6 +111,8 @@ class CalibrationConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < most:
                 raise UserError(f"{name} must be a number of at least 0 and below {most}, not {value!r}.")
+        if self.max_loss is not None and not isinstance(self.max_loss, str):
+            raise UserError(f"max_loss must be text such as 1% or 0.02, not {self.max_loss!r}.")
         for name in ("predictor_rank", "linear_rank", "silu_rank"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1 if name == "predictor_rank" else 0)

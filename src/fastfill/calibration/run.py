@@ -18,6 +18,7 @@ from fastfill import data, families, machine
 from fastfill.artifact import Artifact
 from fastfill.attachment import check_detached
 from fastfill.calibration import capture, fit
+from fastfill.calibration import limit as limits
 from fastfill.calibration.checkpoint import Checkpoint
 from fastfill.calibration.distill import TRAINED, Distiller, Teacher
 from fastfill.calibration.importance import sensitivity, token_mixing
@@ -85,6 +86,12 @@ def calibrate(
     if limit and config.sequence_length > limit:
         raise UserError(f"sequence_length {config.sequence_length} is more than the {limit} tokens that the model holds.")
     tokens = data.sequences(tokenizer, texts, config.sequence_length, config.seed)
+    aside = tokens[:0]
+    if config.max_loss is not None:
+        limits.Limit.parse(config.max_loss)
+        tokens, aside = tokens[: -limits.SEQUENCES], tokens[-limits.SEQUENCES :]
+        if not len(tokens):
+            raise UserError(f"--max-loss sets {limits.SEQUENCES} sequences aside, and there are no more; give more text.")
     name = name or getattr(model.config, "_name_or_path", "") or anatomy.model_type
     base_model = artifacts.describe_model(anatomy, name)
     ranks = _ranks(config, anatomy)
@@ -126,10 +133,21 @@ def calibrate(
     dtype = torch.bfloat16
     tensors = {f"layers.{i}.{k}": v.detach().to("cpu", dtype) for i, layer in enumerate(weights) for k, v in layer.items()}
     result = Artifact(base_model, prefill, ranks, importances, tensors, record)
+    if config.max_loss is not None and team.rank == 0:
+        result = _within(model, result, aside, config)
     if team.rank == 0:
         artifacts.save(result, out, readme=artifacts.readme(result))
     checkpoint.remove()
     return result
+
+
+def _within(model: Any, artifact: Artifact, aside: torch.Tensor, config: CalibrationConfig) -> Artifact:
+    """The artifact at the highest sparsity within the limit; 0, which is dense, if there is none."""
+    limit = limits.Limit.parse(config.max_loss or "")
+    losses = limits.highest_sparsity(model, artifact, aside, config.answer, limit)
+    chosen = max((loss["sparsity"] for loss in losses if limit.holds(loss)), default=0.0)
+    record = {**artifact.calibration, "max_loss": {"limit": config.max_loss, "chosen": chosen, "tried": losses}}
+    return dataclasses.replace(limits.at_sparsity(artifact, chosen), calibration=record)
 
 
 def _precision(device: torch.device) -> torch.autocast:
