@@ -67,8 +67,7 @@ class CalibrationConfig:
         an answer is; its weight in the loss beside the rest.
     loss_stride: of the tokens before the answer every n-th is compared with the dense model, others at each step; of the
         tokens on which the schedule is measured too.
-    compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth; the predictor's is relative, times the standard
-        deviation of each of its tensors.
+    compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth, times the standard deviation of each tensor.
     gate_temperature: width of the soft gate through which the predictor gets its gradient (in nats of score).
     """
 
@@ -89,7 +88,7 @@ class CalibrationConfig:
     answer: float = 0.25
     answer_weight: float = 3.0
     loss_stride: int = 4
-    compensator_lr: float = 1e-3
+    compensator_lr: float = 5e-3
     predictor_lr: float = 3e-3
     gate_temperature: float = 0.5
     seed: int = 0

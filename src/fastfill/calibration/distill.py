@@ -63,9 +63,9 @@ class Distiller:
             student.weights = {name: student.weights[name].detach().clone().requires_grad_() for name in TRAINED}
             self.weights.append(student.weights)
             for name, weight in student.weights.items():
-                rate = config.compensator_lr
-                if name.startswith("predictor"):  # its tensors differ 20-fold in scale, and Adam's step has none
-                    rate = config.predictor_lr * float(weight.detach().std())
+                # Adam's step has no scale, and tensors differ 20-fold in theirs, those of different models too.
+                rate = config.predictor_lr if name.startswith("predictor") else config.compensator_lr
+                rate *= float(weight.detach().std(correction=0)) or 1.0
                 groups.append({"params": [weight], "lr": rate, "peak": rate})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
