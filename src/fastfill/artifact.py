@@ -25,7 +25,7 @@ from fastfill.predictor import LearnedPredictor
 DEFAULT_ARTIFACT = "smollm2-135m-instruct"
 KEYS = {"schema_version", "base_model", "prefill", "ranks", "layer_importance", "calibration", "quality"}
 BASE_KEYS = {"name", "model_type", "hidden_size", "intermediate_size", "layers", "fingerprint"}
-FINGERPRINTS = {"fingerprints"}  # of base_model; an artifact without them does not know its model in fp16
+FINGERPRINTS = frozenset({"fingerprints"})  # of base_model; an artifact without them does not know its model in fp16
 RANK_KEYS = {"predictor", "linear", "silu"}
 
 
@@ -303,7 +303,7 @@ def _from_document(document: Any, where: str) -> Artifact:
     return Artifact(base, prefill, ranks, weights, {}, document["calibration"], document["quality"])
 
 
-def _same_keys(values: Any, keys: set[str], where: str, optional: set[str] = frozenset()) -> None:
+def _same_keys(values: Any, keys: set[str], where: str, optional: frozenset[str] = frozenset()) -> None:
     if not isinstance(values, dict):
         raise UserError(f"{where} must be a JSON object.")
     unknown, missing = sorted(set(values) - keys - optional), sorted(keys - set(values))

@@ -182,17 +182,24 @@ class Attachment:
 
     @contextmanager
     def _planned(self, plan: Plan | None) -> Iterator[bool]:
-        """Inside, a call runs with this plan; gives whether the artifact is on the model, and holds it there."""
-        call, before = object(), (current_plan.set(plan), in_call.set(True))
+        """Inside, a call runs with this plan, and detaching waits for its end. Gives False, and does nothing, if the artifact
+        is not on the model any more."""
+        call = object()
         try:
             with self._lock:
                 attached = self._attached
                 if attached:
                     self._open.add(call)
-            yield attached
+            if not attached:
+                yield False
+                return
+            before = current_plan.set(plan), in_call.set(True)
+            try:
+                yield True
+            finally:
+                current_plan.reset(before[0])
+                in_call.reset(before[1])
         finally:
-            current_plan.reset(before[0])
-            in_call.reset(before[1])
             with self._lock:
                 self._open.discard(call)
                 self._restore()

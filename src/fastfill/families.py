@@ -64,15 +64,15 @@ class ModuleFFN(FFN):
         self.parameters()
 
     @property
-    def gate(self) -> torch.Tensor:  # type: ignore[override]
+    def gate(self) -> torch.Tensor:
         return getattr(self.module, self.family.gate).weight.data
 
     @property
-    def up(self) -> torch.Tensor:  # type: ignore[override]
+    def up(self) -> torch.Tensor:
         return getattr(self.module, self.family.up).weight.data
 
     @property
-    def down(self) -> torch.Tensor:  # type: ignore[override]
+    def down(self) -> torch.Tensor:
         return getattr(self.module, self.family.down).weight.data
 
     def parameters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -83,7 +83,7 @@ class ModuleFFN(FFN):
         """
         family, index = self.family, self.index
         if getattr(self.layer, family.ffn) is not self.module:
-            raise UserError(f"Layer {index}: {family.ffn} was replaced while the model was attached; detach, then attach again.")
+            raise UserError(f"Layer {index}: {family.ffn} was replaced while attached; detach, then attach again.")
         gate, up, down = (_weight(self.module, name, index) for name in (family.gate, family.up, family.down))
         neurons, hidden = self.shape
         for name, weight, shape in (
@@ -93,6 +93,8 @@ class ModuleFFN(FFN):
         ):
             if weight.shape != shape:
                 raise UserError(f"Layer {index}: {name} has the shape {tuple(weight.shape)}, not {shape}.")
+            if name != family.down and weight.stride(1) != 1:
+                raise UserError(f"Layer {index}: the rows of {name} are not contiguous; call .contiguous() on its weight.")
             if weight.dtype != gate.dtype or weight.device != gate.device:
                 raise UserError(
                     f"Layer {index}: {name} is {weight.dtype} on {weight.device}, but {family.gate} is {gate.dtype} on "
@@ -186,9 +188,10 @@ def _weight(module: nn.Module, name: str, index: int) -> torch.Tensor:
     return linear.weight
 
 
-def _is_plain(weight: torch.Tensor) -> bool:
+def _is_plain(weight: Any) -> bool:
     """Not a quantiser's or a distributed tensor; floating point of at least two bytes."""
-    return type(weight.data) is torch.Tensor and weight.is_floating_point() and weight.dtype.itemsize >= 2
+    plain = isinstance(weight, torch.Tensor) and type(weight.data) is torch.Tensor
+    return plain and weight.is_floating_point() and weight.dtype.itemsize >= 2
 
 
 # What a weight may have been rounded to before it is compared. bf16 is coarser than fp32 and nearly everywhere than fp16, but
@@ -233,9 +236,7 @@ def fingerprint_of(hidden: int, intermediate: int, layers: int, samples: Iterabl
     return fingerprints_of(hidden, intermediate, layers, samples)["bf16"]
 
 
-def fingerprints_of(
-    hidden: int, intermediate: int, layers: int, samples: Iterable[Iterable[torch.Tensor]]
-) -> dict[str, str]:
+def fingerprints_of(hidden: int, intermediate: int, layers: int, samples: Iterable[Iterable[torch.Tensor]]) -> dict[str, str]:
     """`fingerprint_of` under each of ROUNDINGS."""
     return _digests(f"{hidden}x{intermediate}x{layers}", (weight for weights in samples for weight in weights))
 
