@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastfill.artifact import Artifact
-    from fastfill.attachment import Attachment, attach
+    from fastfill.attachment import Attachment, attach, detach
     from fastfill.calibration import calibrate
     from fastfill.config import CalibrationConfig, PrefillConfig
     from fastfill.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Artifact", "Attachment", "CalibrationConfig", "PrefillConfig", "UserError", "attach", "calibrate"]
+__all__ = ["Artifact", "Attachment", "CalibrationConfig", "PrefillConfig", "UserError", "attach", "calibrate", "detach"]
 
 _HOME = {
     "Artifact": "fastfill.artifact",
     "Attachment": "fastfill.attachment",
     "attach": "fastfill.attachment",
+    "detach": "fastfill.attachment",
     "calibrate": "fastfill.calibration",
     "CalibrationConfig": "fastfill.config",
     "PrefillConfig": "fastfill.config",

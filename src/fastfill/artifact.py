@@ -25,6 +25,7 @@ from fastfill.predictor import LearnedPredictor
 DEFAULT_ARTIFACT = "smollm2-135m-instruct"
 KEYS = {"schema_version", "base_model", "prefill", "ranks", "layer_importance", "calibration", "quality"}
 BASE_KEYS = {"name", "model_type", "hidden_size", "intermediate_size", "layers", "fingerprint"}
+FINGERPRINTS = frozenset({"fingerprints"})  # of base_model; an artifact without them does not know its model in fp16
 RANK_KEYS = {"predictor", "linear", "silu"}
 
 
@@ -76,7 +77,8 @@ class Artifact:
         return {name: self._weight(layer, f"stats.{name}", like) for name in ("importance", "input_rms")}
 
     def _weight(self, layer: int, name: str, like: torch.Tensor) -> torch.Tensor:
-        return self.tensors[f"layers.{layer}.{name}"].to(device=like.device, dtype=like.dtype)
+        weight = self.tensors[f"layers.{layer}.{name}"].to(device=like.device, dtype=like.dtype)
+        return weight.clone() if weight.is_inference() else weight  # as such it could not take part in a backward pass
 
     def flops(self, sparsity: float | None = None) -> dict[str, float]:
         """Multiply-adds per sparse token as shares of the dense FFN's: kept neurons, predictor, compensator, total."""
@@ -97,9 +99,34 @@ class Artifact:
         base = self.base_model
         mine = (base["hidden_size"], base["intermediate_size"], base["layers"])
         theirs = (anatomy.hidden, anatomy.intermediate, len(anatomy.ffns))
-        if mine != theirs or base["fingerprint"] != families.fingerprint(anatomy):
-            why = f"shapes {mine} against {theirs}" if mine != theirs else "same shapes, other weights"
-            raise UserError(wrong_partner(base["name"], why))
+        if mine != theirs:
+            raise UserError(wrong_partner(base["name"], f"shapes {mine} against {theirs}"))
+        if not same_weights(base, families.fingerprints(anatomy)):
+            if anatomy.ffns[0].gate.dtype == torch.float16 and "fingerprints" not in base:
+                raise UserError("This artifact does not know its model in fp16, for it is too old; load it in bf16 or fp32.")
+            raise UserError(wrong_partner(base["name"], "same shapes, other weights"))
+
+    def notes(self, anatomy: families.Anatomy) -> list[str]:
+        """What a user should know who puts it on this model: one sentence each, for what differs outside the FFNs."""
+        if anatomy.adapters:
+            return [
+                f"The model has adapters on {', '.join(anatomy.adapters)}; the artifact was learned without them: measure the "
+                "quality, or merge them (with peft: merge_and_unload()) and calibrate the merged model."
+            ]
+        known = self.base_model.get("fingerprints", {})
+        found = families.fingerprints_outside(anatomy)
+        if known and not any(known.get(f"outside_{name}") == value for name, value in found.items()):
+            return [
+                "The model's FFNs are those that the artifact was learned for, its embeddings, attention or norms are not: "
+                "measure the quality, or make an artifact for this model with `fastfill calibrate`."
+            ]
+        return []
+
+
+def same_weights(base_model: dict[str, Any], found: dict[str, str]) -> bool:
+    """Whether FFNs of these `families.fingerprints` are those of an artifact's `base_model`, under any rounding."""
+    known = {"bf16": base_model["fingerprint"], **base_model.get("fingerprints", {})}
+    return any(known.get(name) == value for name, value in found.items())
 
 
 def wrong_partner(name: str, why: str) -> str:
@@ -128,13 +155,15 @@ def shapes(base_model: dict[str, Any], ranks: dict[str, int]) -> dict[str, tuple
 
 def describe_model(anatomy: families.Anatomy, name: str) -> dict[str, Any]:
     """The `base_model` part of config.json."""
+    ffns, outside = families.fingerprints(anatomy), families.fingerprints_outside(anatomy)
     return {
         "name": name,
         "model_type": anatomy.model_type,
         "hidden_size": anatomy.hidden,
         "intermediate_size": anatomy.intermediate,
         "layers": len(anatomy.ffns),
-        "fingerprint": families.fingerprint(anatomy),
+        "fingerprint": ffns["bf16"],
+        "fingerprints": {"fp16": ffns["fp16"], **{f"outside_{name}": value for name, value in outside.items()}},
     }
 
 
@@ -256,7 +285,7 @@ def _from_document(document: Any, where: str) -> Artifact:
             f"{where} has schema version {version}, this fastfill reads up to {cfg.SCHEMA_VERSION}; upgrade fastfill."
         )
     _same_keys(document, KEYS, where)
-    _same_keys(document["base_model"], BASE_KEYS, f"{where}: base_model")
+    _same_keys(document["base_model"], BASE_KEYS, f"{where}: base_model", FINGERPRINTS)
     _same_keys(document["ranks"], RANK_KEYS, f"{where}: ranks")
     base, ranks = document["base_model"], document["ranks"]
     for name in ("hidden_size", "intermediate_size", "layers"):
@@ -274,12 +303,13 @@ def _from_document(document: Any, where: str) -> Artifact:
     return Artifact(base, prefill, ranks, weights, {}, document["calibration"], document["quality"])
 
 
-def _same_keys(values: Any, keys: set[str], where: str) -> None:
+def _same_keys(values: Any, keys: set[str], where: str, optional: frozenset[str] = frozenset()) -> None:
     if not isinstance(values, dict):
         raise UserError(f"{where} must be a JSON object.")
-    unknown, missing = sorted(set(values) - keys), sorted(keys - set(values))
+    unknown, missing = sorted(set(values) - keys - optional), sorted(keys - set(values))
     if unknown:
-        raise UserError(f"{where} has unknown key(s) {', '.join(unknown)}; this version knows {', '.join(sorted(keys))}.")
+        known = ", ".join(sorted(keys | optional))
+        raise UserError(f"{where} has unknown key(s) {', '.join(unknown)}; this version knows {known}.")
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}; calibrate again or restore the file.")
 

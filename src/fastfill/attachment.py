@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,18 @@ from fastfill import artifact as artifacts
 from fastfill import blocks, families, kernels
 from fastfill.artifact import Artifact
 from fastfill.blocks import Plan
+from fastfill.compensator import Compensator
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
+from fastfill.follow import Follower, follow
 from fastfill.predictor import BASELINES, Predictor
-from fastfill.sparse_ffn import SparseFFN, current_plan
+from fastfill.sparse_ffn import current_plan, in_call
+from fastfill.swap import StandIn, Swaps
 
 LEARNED = "learned"
+MARK = "_fastfill"  # the attribute of an attached base model that holds its Attachment
+CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls on a layer to compute it again in the backward pass
+_attaching = threading.Lock()
 
 
 @dataclasses.dataclass
@@ -43,21 +50,28 @@ class Attachment:
 
     config: the settings in force. kept: neurons kept per layer. stats: sparse and dense tokens so far.
     extra_bytes: memory that attaching added (transposed down weights, predictors, compensators).
+
+    The FFN's weights are followed: they may be trained, loaded, merged, cast or moved while attached. Copies and pickles of the
+    model are detached.
     """
 
-    def __init__(self, model: Any, anatomy: families.Anatomy, config: PrefillConfig, ffns: list[SparseFFN]):
+    def __init__(
+        self, model: Any, anatomy: families.Anatomy, artifact: Artifact, config: PrefillConfig, followers: list[Follower]
+    ):
         self.model, self.config = model, config
-        self.kept = [ffn.kept for ffn in ffns]
-        self.ffns = ffns
+        self.ffns = [follower.ffn for follower in followers]
+        self.kept = [ffn.kept for ffn in self.ffns]
         self.stats = Stats()
-        self._anatomy = anatomy
-        self._lock = threading.Lock()
+        self._anatomy, self._artifact, self._followers = anatomy, artifact, followers
+        self._lock = threading.RLock()
         self._force_dense = threading.local()
         self._running = threading.local()
-        self._thins = any(ffn.kept < anatomy.intermediate for ffn in ffns)  # False at sparsity 0: all of it is dense
+        self._thins = any(ffn.kept < anatomy.intermediate for ffn in self.ffns)  # False at sparsity 0: all of it is dense
         self._parameters = list(inspect.signature(anatomy.base.forward).parameters)
-        self._restore: list[tuple[torch.nn.Module, Any]] = []
-        self._hooks: list[Any] = []
+        self._swaps = Swaps()
+        self._attached = False
+        self._open: set[object] = set()  # calls that are running now
+        self._known = True  # the weights are those that the artifact was learned for
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -73,26 +87,65 @@ class Attachment:
 
     @property
     def extra_bytes(self) -> int:
-        return sum(ffn.extra_bytes for ffn in self.ffns)
+        learned = [tensor for name, tensor in self._artifact.tensors.items() if ".stats." not in name]  # kept to be cast anew
+        held = [*learned, *(tensor for ffn in self.ffns for tensor in ffn.tensors)]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
+
+    def refresh(self) -> None:
+        """Take the model's FFN weights as they are now.
+
+        Changes are seen by themselves, with one exception: writing some entries of a weight through `weight.data`, as in
+        `weight.data[:, 3] = 0`. Raises UserError if the weights cannot be followed (an adapter was put on an FFN).
+        """
+        with self._lock:
+            for follower in self._followers:
+                follower.renew()
+            self._check_partner()
+
+    def _follow(self) -> None:
+        with self._lock:
+            if follow(self._followers):
+                self._check_partner()
+
+    def _check_partner(self) -> None:
+        """Warn once when the FFNs have become others than those that the artifact was learned for."""
+        if self._known and not artifacts.same_weights(self._artifact.base_model, families.fingerprints(self._anatomy)):
+            self._known = False
+            warnings.warn(
+                "The FFN weights have changed since the artifact was attached, and are followed; it was learned for those "
+                "before: measure the quality, or make an artifact for the new ones with `fastfill calibrate`.",
+                stacklevel=2,
+            )
 
     def _swap(self) -> None:
-        for part, sparse in zip(self._anatomy.ffns, self.ffns, strict=True):
-            self._restore.append((part.module, part.module.__dict__.get("forward")))
-            part.module.forward = sparse
-        base = self._anatomy.base
-        self._hooks.append(base.register_forward_pre_hook(self._before, with_kwargs=True))
-        self._hooks.append(base.register_forward_hook(self._after, always_call=True))
+        with self._lock:
+            try:
+                for part, sparse in zip(self._anatomy.ffns, self.ffns, strict=True):
+                    sparse.on = True
+                    self._swaps.put(part.module, "forward", sparse)
+                base = self._anatomy.base
+                self._swaps.put(base, "forward", StandIn(base.forward, self._call))
+                self._swaps.put(base, MARK, self)
+                self._attached = True
+            except BaseException:  # an interrupt too
+                self.detach()
+                raise
 
     def detach(self) -> None:
-        """Restore the model. Safe to call twice."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        while self._restore:
-            module, forward = self._restore.pop()
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward
+        """Restore the model. Safe to call twice. Calls that other threads are in go on as they began; the last of them restores
+        the FFNs."""
+        with self._lock:
+            self._attached = False
+            self._restore()
+
+    def _restore(self) -> None:
+        if not self._attached and not self._open:
+            for sparse in self.ffns:
+                sparse.on = False  # somebody may have put theirs on top of it
+            self._swaps.undo()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the model is detached
 
     def __enter__(self) -> Attachment:
         return self
@@ -109,6 +162,69 @@ class Attachment:
             yield
         finally:
             self._force_dense.on = before
+
+    def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the base model."""
+        with self._planned(None) as attached:
+            if not attached:
+                return forward(*args, **kwargs)
+            output = None
+            try:
+                self._before(self._anatomy.base, args, kwargs)
+                if current_plan.get() is not None:
+                    self._follow()
+                if torch.is_grad_enabled():
+                    self._carry_plans()
+                output = forward(*args, **kwargs)
+                return output
+            finally:  # also after Ctrl-C, where torch runs no hooks
+                self._after(self._anatomy.base, args, output)
+
+    @contextmanager
+    def _planned(self, plan: Plan | None) -> Iterator[bool]:
+        """Inside, a call runs with this plan, and detaching waits for its end. Gives False, and does nothing, if the artifact
+        is not on the model any more."""
+        call = object()
+        try:
+            with self._lock:
+                attached = self._attached
+                if attached:
+                    self._open.add(call)
+            if not attached:
+                yield False
+                return
+            before = current_plan.set(plan), in_call.set(True)
+            try:
+                yield True
+            finally:
+                current_plan.reset(before[0])
+                in_call.reset(before[1])
+        finally:
+            with self._lock:
+                self._open.discard(call)
+                self._restore()
+
+    def _carry_plans(self) -> None:
+        """Let the layers' gradient checkpointing take the plan along. It may have been switched on at any time."""
+        with self._lock:
+            for module in self._anatomy.base.modules():
+                checkpoint = vars(module).get(CHECKPOINT)
+                if checkpoint is not None and not isinstance(checkpoint, StandIn):
+                    self._swaps.put(module, CHECKPOINT, StandIn(checkpoint, self._checkpoint))
+
+    def _checkpoint(self, checkpoint: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan, run = current_plan.get(), args[0]
+
+        def planned(*args: Any, **kwargs: Any) -> Any:
+            with self._planned(plan) as attached:
+                if plan is not None and not attached:
+                    raise UserError(
+                        "The backward pass of a sparse call with gradient checkpointing came after detach; call backward() "
+                        "while the artifact is attached."
+                    )
+                return run(*args, **kwargs)
+
+        return checkpoint(planned, *args[1:], **kwargs)
 
     def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         outer = current_plan.get()  # of a model that is running around this one
@@ -174,8 +290,23 @@ def call_rows(shape: tuple[int, int], mask: Any, kwargs: dict[str, Any]) -> list
 
 def check_detached(anatomy: families.Anatomy) -> None:
     """Raise UserError if an artifact is on the model."""
-    if any(isinstance(ffn.module.__dict__.get("forward"), SparseFFN) for ffn in anatomy.ffns):
-        raise UserError("This model is already attached; detach it first (leave the `with`, or call detach()).")
+    if attached_to(anatomy.base) is not None:
+        raise UserError(
+            "This model is already attached; detach it first (leave the `with`, call detach(), or fastfill.detach(model))."
+        )
+
+
+def attached_to(base: Any) -> Attachment | None:
+    """What is attached to a base model."""
+    return getattr(base, "__dict__", {}).get(MARK)
+
+
+def detach(model: Any) -> bool:
+    """Take off whatever artifact is on the model, where the `Attachment` is lost. Returns whether there was one."""
+    attachment = attached_to(families.base_of(model))
+    if attachment is not None:
+        attachment.detach()
+    return attachment is not None
 
 
 def attach(
@@ -196,10 +327,12 @@ def attach(
     baseline (oracle, static, first-block, low-rank, random). compensator: False leaves the correction out.
     kernel: see `fastfill.kernels`. Decode steps and short calls stay dense and unchanged.
 
-    Raises UserError for a model or an artifact that does not fit, or a model that is attached already.
+    Raises UserError for a model or an artifact that does not fit, or a model that is attached already. Warns if what is outside
+    the FFNs (embeddings, attention, norms, unmerged adapters on them) is not what the artifact was learned with.
     """
-    if not isinstance(artifact, Artifact):
-        artifact = artifacts.load(artifact)
+    with torch.inference_mode(False):
+        if not isinstance(artifact, Artifact):
+            artifact = artifacts.load(artifact)
     anatomy = families.dissect(model)
     check_detached(anatomy)
     artifact.check_partner(anatomy)
@@ -212,29 +345,23 @@ def attach(
     config = dataclasses.replace(artifact.prefill, **{k: v for k, v in changes.items() if v is not None})
     if predictor != LEARNED and predictor not in BASELINES:
         raise UserError(f"predictor {predictor!r} is not known; use one of {', '.join([LEARNED, *BASELINES])}.")
-    try:
-        kernels.choose(kernel, anatomy.ffns[0].gate)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
-    def predictor_for(layer: int, part: families.FFN) -> Predictor:
-        if predictor == LEARNED:
-            return artifact.predictor(layer, part.gate, kernel)
-        return BASELINES[predictor](part, layer, artifact.statistics(layer, part.gate), artifact.ranks["predictor"])
+    def follower(layer: int, part: families.ModuleFFN, kept: int) -> Follower:
+        def learned(like: torch.Tensor) -> tuple[Predictor, Compensator | None]:
+            correction = artifact.compensator(layer, kept, like, kernel) if compensator else None
+            if predictor == LEARNED:
+                return artifact.predictor(layer, like, kernel), correction
+            baseline = BASELINES[predictor](part, layer, artifact.statistics(layer, like), artifact.ranks["predictor"])
+            return baseline, correction
 
-    ffns = [
-        SparseFFN(
-            dense=part.module.forward,
-            gate=part.gate,
-            up=part.up,
-            down_t=part.down.t().contiguous() if kept < anatomy.intermediate else part.down.new_empty(0),
-            kept=kept,
-            predictor=predictor_for(layer, part),
-            compensator=artifact.compensator(layer, kept, part.gate, kernel) if compensator else None,
-            kernel=kernel,
-        )
-        for layer, (part, kept) in enumerate(zip(anatomy.ffns, artifact.kept(config.sparsity), strict=True))
-    ]
-    attachment = Attachment(model, anatomy, config, ffns)
-    attachment._swap()
+        return Follower(part, kept, learned, kernel)
+
+    counts = artifact.kept(config.sparsity)
+    followers = [follower(layer, part, kept) for layer, (part, kept) in enumerate(zip(anatomy.ffns, counts, strict=True))]
+    attachment = Attachment(model, anatomy, artifact, config, followers)
+    with _attaching:  # of two threads that got this far, one finds the other's artifact
+        check_detached(anatomy)
+        attachment._swap()
+    for note in artifact.notes(anatomy):
+        warnings.warn(note, stacklevel=2)
     return attachment

@@ -1,25 +1,64 @@
-"""Put another forward on module instances for a while."""
+"""Functions that stand in for others on single instances, and their way back. Nothing is patched on classes."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+ABSENT = object()
+
+
+class Swaps:
+    """Attributes that were put on instances, to be taken off again."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[Any, str, Any, Any]] = []
+
+    def put(self, owner: Any, name: str, value: Any) -> None:
+        self._made.append((owner, name, value, vars(owner).get(name, ABSENT)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put back what was there. What somebody else has put on top stays: it may still call what it found, which has to
+        pass calls through from now on. Can be called again after an interruption."""
+        while self._made:
+            owner, name, value, before = self._made[-1]
+            if vars(owner).get(name) is value:
+                if before is ABSENT:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+            self._made.pop()
+
 
 @contextmanager
 def swapped(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Run each module with the forward beside it while the block runs; restored in any case, the last one first."""
-    before: list[tuple[nn.Module, Any]] = []
+    swaps = Swaps()
     try:
         for module, forward in pairs:
-            before.append((module, module.__dict__.get("forward")))
-            module.forward = forward
+            swaps.put(module, "forward", forward)
         yield
     finally:
-        for module, forward in reversed(before):
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+        swaps.undo()
+
+
+class StandIn:
+    """Calls `run(original, args, kwargs)` in place of `original`, and has its name and signature."""
+
+    def __init__(self, original: Callable[..., Any], run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]):
+        self._original, self._run = original, run
+        if hasattr(original, "__name__"):
+            functools.update_wrapper(self, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._original, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model gets the original, bound to the copy; reading it needs nothing of ours."""
+        return copy.copy, (self._original,)

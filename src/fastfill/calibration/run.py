@@ -96,7 +96,7 @@ def calibrate(
     base_model = artifacts.describe_model(anatomy, name)
     ranks = _ranks(config, anatomy)
     settings = {
-        "base_model": base_model,
+        "base_model": {key: base_model[key] for key in artifacts.BASE_KEYS},
         "prefill": cfg.to_dict(prefill),
         "config": cfg.to_dict(config),
         "dtype": str(anatomy.ffns[0].gate.dtype),

@@ -337,8 +337,8 @@ def _check_weights(artifact: artifacts.Artifact, parts: list[FFN]) -> None:
     """Raise UserError unless these, together with those of the other ranks, are the weights the artifact was made for."""
     base = artifact.base_model
     samples = ([_rows(part.gate), _rows(part.up), _columns(part.down)] for part in parts)
-    found = families.fingerprint_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
-    if found != base["fingerprint"]:
+    found = families.fingerprints_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
+    if not artifacts.same_weights(base, found):
         raise UserError(artifacts.wrong_partner(base["name"], "same shapes, other weights"))
 
 

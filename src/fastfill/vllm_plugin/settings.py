@@ -180,10 +180,10 @@ def check_checkpoint(artifact: Artifact, folder: Path) -> None:
             if not all(name in rows.files for layer in names for name in layer):
                 return
             samples: Iterator[list[torch.Tensor]] = ([rows.sample(name) for name in layer] for layer in names)
-            found = families.fingerprint_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
+            found = families.fingerprints_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
     except (OSError, SafetensorError, KeyError, ValueError):
         return  # vLLM's loader will say what is wrong with the files
-    if found != base["fingerprint"]:
+    if not artifacts.same_weights(base, found):
         raise UserError(artifacts.wrong_partner(base["name"], "same shapes, other weights"))
 
 

@@ -1,0 +1,101 @@
+"""Keep sparse FFNs at the weights that their modules have now: merged adapters, loaded state, training, moves and casts.
+
+gate and up are the module's own. What is made from its weights is kept until one of them is another tensor, has been written
+to, or has another type or device; and, because writing through `weight.data` leaves no trace, until a sample of them differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastfill import kernels
+from fastfill.compensator import Compensator
+from fastfill.errors import UserError
+from fastfill.families import ModuleFFN
+from fastfill.predictor import Predictor
+from fastfill.sparse_ffn import SparseFFN
+
+SAMPLE = 64  # entries of each layer's down that every call compares: 1 in 14,000 of SmolLM2's
+
+# The weights' like (type, device) -> what was learned, cast to it.
+Learned = Callable[[torch.Tensor], tuple[Predictor, Compensator | None]]
+
+
+class Follower:
+    """One layer: its module, and the sparse FFN that stands in for it."""
+
+    def __init__(self, part: ModuleFFN, kept: int, learned: Learned, kernel: str):
+        self.part, self._learned, self._kernel = part, learned, kernel
+        self._stamps: list[Any] = []
+        self.ffn = SparseFFN(dense=part.module.forward, kept=kept, kernel=kernel, **self._made(kept))
+
+    def renew(self) -> None:
+        """Make everything anew from the weights that are there now. Raises UserError if they cannot be followed."""
+        vars(self.ffn).update(self._made(self.ffn.kept))
+
+    def stale(self) -> bool:
+        return self._stamps != [_stamp(weight) for weight in self.part.parameters()]
+
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same few entries of down as it is, and of the copy that was made of it."""
+        return _diagonal(self.part.down), _diagonal(self.ffn.down_t.t())
+
+    @torch.inference_mode(False)  # what is made under inference_mode could not be used outside it
+    @torch.no_grad()
+    def _made(self, kept: int) -> dict[str, Any]:
+        gate, up, down = self.part.parameters()
+        try:
+            kernels.choose(self._kernel, gate)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        predictor, compensator = self._learned(gate)
+        down_t = down.t().contiguous() if kept < len(gate) else down.new_empty(0)
+        self._stamps = [_stamp(weight) for weight in (gate, up, down)]
+        return {
+            "gate": gate,
+            "up": up,
+            "down": down,
+            "down_t": down_t,
+            "predictor": predictor,
+            "compensator": compensator,
+        }
+
+
+def follow(followers: Sequence[Follower]) -> bool:
+    """Renew the layers whose weights have changed; whether any had. Raises UserError as `ModuleFFN.parameters` does."""
+    thin = [layer for layer in followers if layer.ffn.kept < layer.part.shape[0]]
+    stale = [layer for layer in thin if layer.stale()]
+    if not stale and not _same_samples(thin):
+        stale = thin
+    for layer in stale:
+        layer.renew()
+    return bool(stale)
+
+
+@torch.no_grad()
+def _same_samples(layers: Sequence[Follower]) -> bool:
+    for device in {layer.ffn.down_t.device for layer in layers}:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            continue  # the host cannot look at anything now
+        here = [layer.sample() for layer in layers if layer.ffn.down_t.device == device]
+        now, then = (torch.cat(parts).view(torch.uint8) for parts in zip(*here, strict=True))  # bytes: NaN equals NaN
+        if not torch.equal(now, then):
+            return False
+    return True
+
+
+def _diagonal(weight: torch.Tensor) -> torch.Tensor:
+    """Up to SAMPLE entries, spread evenly over the rows and over the columns. A view."""
+    rows, columns = weight.shape
+    count = min(SAMPLE, rows, columns)
+    step = rows // count * weight.stride(0) + columns // count * weight.stride(1)
+    return weight.as_strided((count,), (step,))
+
+
+def _stamp(weight: torch.Tensor) -> tuple[Any, ...]:
+    """Differs after nearly every way to change a weight: not after writing through `.data`."""
+    version = None if weight.is_inference() else weight._version
+    return weight.data_ptr(), weight.stride(), version, weight.dtype, weight.device
