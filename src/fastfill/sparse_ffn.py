@@ -55,4 +55,5 @@ class SparseFFN:
         all_ids, bounds = plan.with_dense(ids, self.gate.shape[0])
         weights = self.gate, self.up, self.down_t
         y = kernels.sparse_ffn(flat, *weights, all_ids, rows=plan.rows, id_offsets=bounds, init=y, out=y, kernel=self.kernel)
+        plan.runs.append(True)
         return y.view_as(x)
