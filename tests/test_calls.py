@@ -148,7 +148,7 @@ def test_the_next_turn_over_the_same_cache(exact_model, whole, chunk):
 
 
 def test_guidance_reads_its_negative_prompt_apart(exact_model):
-    """A text that is not the prompt, read in the middle of `generate`: dense if it is shorter than the prompt, and it says so."""
+    """A text that is not the prompt, read in the middle of `generate`: dense if it is shorter than that, and it says so."""
     model, ids, negative = exact_model, token_ids(1, 47), token_ids(1, 30, seed=3)
     with attach(model, tiny_artifact(model), dense_tail=TAIL) as attachment:
         with pytest.warns(UserWarning, match="another text"):

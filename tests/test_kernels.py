@@ -248,11 +248,12 @@ def aliases(p):
     ids = numbers.view(torch.int32)[: p["ids"].numel()].copy_(p["ids"])
     init = torch.zeros(40, hidden)
     init[:33] = p["init"]
+    skewed, short = both.view(-1)[90:].as_strided((33, hidden), (60, 1)), (hidden - 1, 1)
     return {
         "x": (dict(out=x), "out must not overlap x"),
         "rows of x": (dict(x=tall[:33], out=tall[31:64]), "out must not overlap x"),
         "columns of x": (dict(x=both[:, :hidden], out=both[:, 40 : 40 + hidden]), "out must not overlap x"),
-        "columns and rows of x": (dict(x=both[:, :hidden], out=both.view(-1)[90:].as_strided((33, hidden), (60, 1))), "overlap x"),
+        "columns and rows of x": (dict(x=both[:, :hidden], out=skewed), "out must not overlap x"),
         "gate": (dict(gate=many[:100], out=many[99:132]), "out must not overlap gate"),
         "up": (dict(up=many[:100], out=many[10:43]), "out must not overlap up"),
         "down_t": (dict(down_t=many[:100], out=many[:33]), "out must not overlap down_t"),
@@ -262,7 +263,7 @@ def aliases(p):
                                   init=x[:, :33].contiguous()), None),
         "one row for all": (dict(out=torch.zeros(hidden).expand(33, hidden)), "expanded or overlapping"),
         "one column for all": (dict(out=torch.zeros(33, 1).expand(33, hidden)), "expanded or overlapping"),
-        "rows that overlap": (dict(out=torch.zeros(33 * hidden).as_strided((33, hidden), (hidden - 1, 1))), "expanded or overlap"),
+        "rows that overlap": (dict(out=torch.zeros(33 * hidden).as_strided((33, hidden), short)), "expanded or overlap"),
         "columns that overlap": (dict(out=torch.zeros(33 * hidden).as_strided((33, hidden), (1, 32))), "expanded or overlap"),
     }  # fmt: skip
 

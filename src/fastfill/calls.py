@@ -175,7 +175,7 @@ class Calls:
         if not known:
             warnings.warn(
                 f"fastfill: a call of {running.tokens} tokens stayed dense: {reason}. Further ones are counted in "
-                "`attached.stats.dense_because`; see docs/transformers.md, \"What stays dense\".",
+                '`attached.stats.dense_because`; see docs/transformers.md, "What stays dense".',
                 stacklevel=2,
             )
 
@@ -251,19 +251,20 @@ def call_rows(shape: tuple[int, int], past: int, named: dict[str, Any]) -> list[
     return rows
 
 
-def plain_mask(mask: torch.Tensor | dict[str, Any], batch: int, past: int, width: int) -> torch.Tensor | None:
+def plain_mask(ready: Any, batch: int, past: int, width: int) -> torch.Tensor | None:
     """The (batch, past + T) mask of ones and zeros from which a ready causal one was made; None if it is not that.
 
-    mask: (batch or 1, heads or 1, T, at least past + T), True or 0.0 where a query sees a key, False or hugely negative where
+    ready: (batch or 1, heads or 1, T, at least past + T), True or 0.0 where a query sees a key, False or hugely negative where
     it does not; or several by the layers' kind of attention, of which that for full attention tells most.
     """
     columns = past + width
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if mask is None:
+    if isinstance(ready, dict):
+        ready = ready.get("full_attention", next(iter(ready.values()), None))
+    if ready is None:
         return torch.ones(batch, columns, dtype=torch.bool)
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if not isinstance(ready, torch.Tensor) or not (ready.dtype == torch.bool or ready.is_floating_point()):
         return None
+    mask: torch.Tensor = ready
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] != width or mask.shape[3] < columns:
         return None
     valid = _seen(mask[:, 0, -1, :columns])  # the last query sees every token before it, whether it is one itself or not

@@ -133,7 +133,9 @@ def check_out(out: Tensor, init: Tensor | None, read: dict[str, Tensor]) -> None
     """
     small, large = sorted((stride, size) for stride, size in zip(out.stride(), out.shape, strict=True))
     if out.numel() and ((small[1] > 1 and small[0] < 1) or (large[1] > 1 and large[0] < small[0] * (small[1] - 1) + 1)):
-        raise ValueError("out is an expanded or overlapping view, in which elements share their memory: pass a tensor of its own")
+        raise ValueError(
+            "out is an expanded or overlapping view, in which elements share their memory: pass a tensor of its own"
+        )
     for label, t in read.items():
         if overlap(out, t):
             raise ValueError(f"out must not overlap {label}, which is read while out is written")
