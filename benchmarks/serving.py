@@ -405,7 +405,7 @@ async def ask(client: Any, ids: list[int], tokens: int, after: float) -> dict[st
             max_tokens=tokens,
             temperature=0.0,
             stream=True,
-            extra_body={"ignore_eos": True},
+            extra_body={"ignore_eos": True, "repetition_penalty": 1.0},  # a checkpoint's own settings may be others
         )
         async for event in stream:
             first = first or loop.time()

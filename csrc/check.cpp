@@ -188,6 +188,9 @@ int main() {
       good &= check_low_rank(isa, bf16, 2, 14, 512, 3, 12001, 2);  // several strips in a block
     }
   }
+  const bool counted = fastfill_scratch_bytes() > 0;
+  fastfill_release();
+  if (!counted || fastfill_scratch_bytes() != 0) std::puts("scratch is not counted or not released"), good = false;
   std::puts(good ? "all good" : "FAILED");
   return good ? 0 : 1;
 }

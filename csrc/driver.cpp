@@ -112,7 +112,7 @@ void *allocate(size_t bytes) {
 #endif
 }
 
-void release(void *p) {
+void free_memory(void *p) {
 #if defined(_WIN32)
   _aligned_free(p);
 #else
@@ -123,8 +123,23 @@ void release(void *p) {
 // As many as calls have run at once; never destroyed, because threads may still call while the process ends.
 std::mutex &free_mutex = *new std::mutex;
 std::vector<Scratch::Buffer> &free_buffers = *new std::vector<Scratch::Buffer>;
+std::atomic<size_t> held{0};  // bytes of all buffers, those in use included
 
 }  // namespace
+
+size_t scratch_bytes() { return held.load(); }
+
+void release_scratch() {
+  std::vector<Scratch::Buffer> unused;
+  {
+    std::lock_guard<std::mutex> lock(free_mutex);
+    unused.swap(free_buffers);
+  }
+  for (const Scratch::Buffer &buffer : unused) {
+    free_memory(buffer.data);
+    held -= buffer.bytes;
+  }
+}
 
 Scratch::Scratch(size_t bytes) {
   {
@@ -135,9 +150,12 @@ Scratch::Scratch(size_t bytes) {
     if (mine_.data) free_buffers.erase(free_buffers.begin() + at);
   }
   if (mine_.bytes >= bytes) return;
-  release(mine_.data);
+  free_memory(mine_.data);
+  held -= mine_.bytes;
   const size_t rounded = (bytes + bytes / 8 + kHuge - 1) / kHuge * kHuge;
   mine_ = {allocate(rounded), rounded};
+  if (!mine_.data) mine_.bytes = 0;
+  held += mine_.bytes;
 }
 
 Scratch::~Scratch() {
@@ -151,6 +169,8 @@ Scratch::~Scratch() {
 FASTFILL_API int32_t fastfill_isa_count() { return fastfill::kIsaCount; }
 FASTFILL_API const char *fastfill_isa_name(int32_t i) { return fastfill::kIsas[i].name; }
 FASTFILL_API int32_t fastfill_isa_supported(int32_t i) { return fastfill::kIsas[i].supported(); }
+FASTFILL_API int64_t fastfill_scratch_bytes() { return (int64_t)fastfill::scratch_bytes(); }
+FASTFILL_API void fastfill_release() { fastfill::release_scratch(); }
 FASTFILL_API void fastfill_use_gomp(void *f) {
   fastfill::gomp_parallel.store(reinterpret_cast<fastfill::GompParallel>(f));
 }

@@ -38,4 +38,7 @@ class Scratch {
   Buffer mine_;
 };
 
+size_t scratch_bytes();  // of all threads, in use or kept
+void release_scratch();  // gives back what no call is using
+
 }  // namespace fastfill

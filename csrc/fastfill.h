@@ -52,6 +52,8 @@ FASTFILL_API int32_t fastfill_sparse_ffn(fastfill_call *call);
 FASTFILL_API int32_t fastfill_block_scores(const fastfill_low_rank_call *call);
 FASTFILL_API int32_t fastfill_compensate(const fastfill_low_rank_call *call);
 FASTFILL_API int32_t fastfill_top_k(const fastfill_top_k_call *call);
+FASTFILL_API int64_t fastfill_scratch_bytes();                   // memory that is kept between calls, or in use
+FASTFILL_API void fastfill_release();                            // frees what of it no call is using
 FASTFILL_API int32_t fastfill_isa_count();
 FASTFILL_API const char *fastfill_isa_name(int32_t index);       // best first
 FASTFILL_API int32_t fastfill_isa_supported(int32_t index);      // by this processor and operating system

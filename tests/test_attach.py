@@ -239,6 +239,7 @@ def test_dense_tokens_do_not_count_padding(model):
         assert (attachment.stats.dense_tokens, attachment.stats.sparse_tokens) == (24, 0)
 
 
+@pytest.mark.filterwarnings("ignore:fastfill")
 def test_a_mask_with_holes_stays_dense(model):
     ids, mask = token_ids(1, 40), torch.ones(1, 40, dtype=torch.long)
     mask[0, 20] = 0
@@ -367,12 +368,7 @@ def test_generate_with_a_static_cache(model):
     with attach(model, tiny_artifact(model)) as attachment:
         out = model.generate(ids, cache_implementation="static", **arguments)
         stats = attachment.stats
-        assert stats.sparse_tokens + stats.dense_tokens == 45 + 3
-        sparse = stats.sparse_tokens
-        assert sparse in (0, 32)  # some releases hand over a ready 4-D mask, which stays dense
-        if sparse:
-            assert torch.equal(out, model.generate(ids, **arguments))
-    if not sparse:
+        assert (stats.sparse_tokens, stats.dense_tokens) == (32, 13 + 3)
         assert torch.equal(out, model.generate(ids, **arguments))
 
 
@@ -394,6 +390,7 @@ def unusual_calls(ids):
     }
 
 
+@pytest.mark.filterwarnings("ignore:fastfill")
 @pytest.mark.parametrize("name", unusual_calls(torch.zeros(1, 45, dtype=torch.long)))
 def test_packed_batches_and_ready_masks_stay_dense(model, name):
     positional, keywords = unusual_calls(token_ids(1, 45))[name]

@@ -127,6 +127,15 @@ def test_rows_from_a_padded_mask(sequences, data):
             assert position == tokens_here[0] - left
 
 
-@pytest.mark.parametrize("row", [[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]])
-def test_a_mask_with_holes_or_without_tokens_is_not_understood(row):
+@pytest.mark.parametrize("row", [[1, 0, 1, 1], [0, 1, 0, 1]])
+def test_a_mask_with_holes_is_not_understood(row):
     assert rows_from_mask(torch.tensor([[1, 1, 1, 1], row]), 0) is None
+
+
+@pytest.mark.parametrize("past", [0, 2])
+def test_a_sequence_without_tokens_has_none(past):
+    """The first chunk of a batch with left padding, of a sequence that begins later."""
+    rows = rows_from_mask(torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]), past)
+    assert rows == [(0, 4 - past, past), (0, 0, 0)]
+    (span,) = make_plan(rows, 4 - past, rule(2, 0, 1)).spans
+    assert (span.start, span.stop) == (0, 4 - past)

@@ -208,13 +208,163 @@ def test_non_contiguous(kernel):
         run(p, kernel=kernel, down_t=p["down_t"].t().contiguous().t())
 
 
-@native
-def test_misaligned_is_refused():
+def misaligned(t):
+    """The same numbers, one byte beyond where their elements should begin."""
+    raw = torch.zeros(t.numel() * t.element_size() + 1, dtype=torch.uint8)
+    odd = torch.frombuffer(raw.numpy(), dtype=t.dtype, offset=1, count=t.numel()).view(t.shape)
+    return odd.copy_(t)
+
+
+@pytest.mark.parametrize("name", ["x", "gate", "up", "down_t", "ids", "init", "out"])
+def test_misaligned_is_refused(kernel, name):
     p = problem([16], [30], 48, 100, torch.float32)
-    raw = torch.zeros(16 * 48 * 4 + 4, dtype=torch.uint8)
-    odd = torch.frombuffer(raw.numpy(), dtype=torch.float32, offset=1, count=16 * 48).view(16, 48)
-    with pytest.raises(ValueError, match="aligned"):
-        run(p, kernel="native", x=odd)
+    p["out"] = torch.empty_like(p["x"])
+    with pytest.raises(ValueError, match=rf"{name} is not aligned.*{name}.clone\(\)"):
+        run(p, kernel=kernel, **{name: misaligned(p[name])})
+    p["ids"] = p["ids"].int()
+    with pytest.raises(ValueError, match="ids is not aligned to its 4-byte"):
+        run(p, kernel=kernel, ids=misaligned(p["ids"]))
+
+
+@pytest.mark.parametrize("name", ["x", "gate", "up", "down_t", "init", "out"])
+def test_a_view_of_negated_numbers_is_refused(kernel, name):
+    """`z.conj().imag` has the memory of `z.imag`."""
+    p = problem([16], [30], 48, 100, torch.float32)
+    p["out"] = torch.empty_like(p["x"])
+    with pytest.raises(ValueError, match=rf"{name} is a view of negated numbers.*resolve_neg"):
+        run(p, kernel=kernel, **{name: torch._neg_view(p[name])})
+
+
+def aliases(p):
+    """Ways to give an `out` that is read, or has no place of its own for each element, and what the error says."""
+    x, hidden = p["x"], 48
+    tall = torch.zeros(64, hidden)
+    tall[:33] = x
+    both = torch.zeros(33, 2 * hidden)
+    both[:, :hidden] = x
+    many = torch.zeros(200, hidden)
+    many[:100] = p["gate"]
+    numbers = torch.zeros(33 * hidden + 8)
+    ids = numbers.view(torch.int32)[: p["ids"].numel()].copy_(p["ids"])
+    init = torch.zeros(40, hidden)
+    init[:33] = p["init"]
+    skewed, short = both.view(-1)[90:].as_strided((33, hidden), (60, 1)), (hidden - 1, 1)
+    return {
+        "x": (dict(out=x), "out must not overlap x"),
+        "rows of x": (dict(x=tall[:33], out=tall[31:64]), "out must not overlap x"),
+        "columns of x": (dict(x=both[:, :hidden], out=both[:, 40 : 40 + hidden]), "out must not overlap x"),
+        "columns and rows of x": (dict(x=both[:, :hidden], out=skewed), "out must not overlap x"),
+        "gate": (dict(gate=many[:100], out=many[99:132]), "out must not overlap gate"),
+        "up": (dict(up=many[:100], out=many[10:43]), "out must not overlap up"),
+        "down_t": (dict(down_t=many[:100], out=many[:33]), "out must not overlap down_t"),
+        "ids": (dict(ids=ids, out=numbers[8:].view(33, hidden)), "out must not overlap ids"),
+        "a part of init": (dict(init=init[:33], out=init[1:34]), "init itself"),
+        "init, transposed": (dict(x=x[:, :33], gate=p["gate"][:, :33], up=p["up"][:, :33], down_t=p["down_t"][:, :33],
+                                  init=x[:, :33].contiguous()), None),
+        "one row for all": (dict(out=torch.zeros(hidden).expand(33, hidden)), "expanded or overlapping"),
+        "one column for all": (dict(out=torch.zeros(33, 1).expand(33, hidden)), "expanded or overlapping"),
+        "rows that overlap": (dict(out=torch.zeros(33 * hidden).as_strided((33, hidden), short)), "expanded or overlap"),
+        "columns that overlap": (dict(out=torch.zeros(33 * hidden).as_strided((33, hidden), (1, 32))), "expanded or overlap"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", aliases(problem([16, 17], [30, 31], 48, 100, torch.float32)))
+def test_an_out_that_is_read_or_overlaps_itself_is_refused(kernel, name):
+    p = problem([16, 17], [30, 31], 48, 100, torch.float32)
+    change, words = aliases(p)[name]
+    if words is None:
+        change["out"] = change["init"].t()
+        words = "init itself"
+    before = {key: value.clone() for key, value in change.items() if key != "out"}
+    with pytest.raises(ValueError, match=words):
+        run(p, kernel=kernel, **change)
+    assert all(torch.equal(change[key], value) for key, value in before.items())
+
+
+def test_an_out_beside_what_is_read_is_taken(kernel):
+    """Columns of one matrix, the row behind the last, init itself through another view, a single row of any stride."""
+    p = problem([16, 17], [30, 31], 48, 100, torch.float32)
+    want = run(p, kernel=kernel)
+    both = torch.cat([p["x"], torch.zeros(33, 48)], 1)
+    assert torch.equal(run(p, kernel=kernel, x=both[:, :48], out=both[:, 48:]), want)
+    both = torch.cat([torch.zeros(33, 48), p["x"]], 1)
+    assert torch.equal(run(p, kernel=kernel, x=both[:, 48:], out=both[:, :48]), want)
+    tall = torch.cat([p["x"], torch.zeros(33, 48)])
+    assert torch.equal(run(p, kernel=kernel, x=tall[:33], out=tall[33:]), want)
+    init = p["init"].clone()
+    assert torch.equal(run(p, kernel=kernel, init=init, out=init.view(-1).view(33, 48)), want)
+    spread = p["init"].new_zeros(48, 66).t()[::2]
+    assert torch.equal(run(p, kernel=kernel, out=spread), want)
+    # An expanded init is only read.
+    row = p["init"][:1].expand(33, 48)
+    assert torch.equal(run(p, kernel=kernel, init=row), run(p, kernel=kernel, init=row.contiguous()))
+
+
+@pytest.mark.parametrize("stride", [0, 1, 7, 2**61, 2**62 + 1])
+def test_the_stride_of_a_single_row_says_nothing(kernel, stride):
+    p = problem([1], [1], 48, 1, torch.float32)
+    names = ("x", "gate", "up", "down_t", "init")
+    odd = {name: p[name].as_strided((1, 48), (stride, 1)) for name in names}
+    out = torch.zeros(48).as_strided((1, 48), (stride, 1))
+    assert excess(run(p, kernel=kernel, **odd, out=out), p, kernel=kernel) <= 1
+    init = p["init"].clone()
+    y = run(p, kernel=kernel, init=init, out=init.as_strided((1, 48), (stride, 1)))
+    assert excess(y, p, kernel=kernel) <= 1
+
+
+def test_more_neurons_than_can_be_counted_are_refused(kernel):
+    p = problem([2], [1], 4, 3, torch.float32)
+    huge = torch.zeros(1, 4).expand(2**32 + 3, 4)
+    with pytest.raises(ValueError, match="gate has 4294967299 rows"):
+        run(p, kernel=kernel, gate=huge, up=huge, down_t=huge)
+
+
+def test_an_out_that_wants_a_gradient_is_no_place_for_a_kernel():
+    p = problem([16], [30], 48, 100, torch.float32)
+    out = torch.zeros(16, 48, requires_grad=True)
+    with pytest.raises((ValueError, RuntimeError), match=r"no gradient|leaf"):
+        run(p, kernel="native" if ISAS else "torch", out=out)
+    assert float(out.detach().abs().max()) == 0
+
+
+@native
+def test_scratch_is_counted_and_released():
+    p = problem([300], [400], 64, 500, torch.bfloat16)
+    kernels.release()
+    assert kernels.scratch_bytes() == 0
+    want = run(p, kernel="native")
+    held = kernels.scratch_bytes()
+    assert held >= 300 * (64 + 400) * 2  # packed x and the activations, at least
+    run(problem([3], [4], 64, 500, torch.bfloat16), kernel="native")
+    assert kernels.scratch_bytes() == held  # the same buffer again
+    large = problem([1500], [2000], 64, 2100, torch.bfloat16)
+    run(large, kernel="native")
+    assert kernels.scratch_bytes() >= 1500 * (64 + 2000) * 2  # it replaces the smaller one
+    assert f"native scratch: {kernels.scratch_bytes() / 1e6:.0f} MB" in kernels.describe()
+    kernels.release()
+    assert kernels.scratch_bytes() == 0 and "native scratch: 0 MB" in kernels.describe()
+    assert torch.equal(run(p, kernel="native"), want)
+    kernels.release()
+
+
+@native
+def test_release_beside_running_calls():
+    cases = [problem([16] * 6, [150 + i] * 6, 64 + i, 400, torch.bfloat16, seed=i) for i in range(4)]
+    want, wrong = [run(p, kernel="native") for p in cases], []
+
+    def work(i):
+        for _ in range(30):
+            kernels.release()
+            if not torch.equal(run(cases[i], kernel="native"), want[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    kernels.release()
+    assert not wrong and kernels.scratch_bytes() == 0
 
 
 def test_bad_input_is_refused(kernel):
@@ -230,6 +380,11 @@ def test_bad_input_is_refused(kernel):
         (dict(id_offsets=torch.tensor([0, 4, 9])), "id_offsets must rise"),
         (dict(id_offsets=torch.tensor([0, 9, 8])), "id_offsets must rise"),
         (dict(rows=torch.tensor([0, 16, 31])), "rows must rise"),
+        (dict(rows=torch.tensor([0.0, 16, 32])), "rows must be N"),
+        (dict(rows=torch.tensor([0, 16, 32], device="meta")), "rows must be on the CPU"),
+        (dict(id_offsets=torch.tensor([0, 4, 8]).bool()), "id_offsets must be N"),
+        (dict(id_offsets=torch.tensor([0, 4, 8]).to(torch.uint8)), "id_offsets must be N"),
+        (dict(id_offsets=torch.tensor([0, 4, 8], device="meta")), "id_offsets must be on the CPU"),
         (dict(rows=torch.tensor([0, 32])), "2 boundaries, but there are 2 blocks"),
         (dict(x=p["x"].double()), "gate is torch.float32"),
         (dict(x=p["x"][:, :7]), r"gate must be \(F, 7\)"),

@@ -1,5 +1,8 @@
 """The model class for EleutherAI's harness. Skipped where the harness is not installed (the extra `lm-eval`)."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import logits, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
@@ -90,6 +93,15 @@ def test_generation_is_ours(folder, artifact_folder):
             for c in CONTEXTS
         ]
     assert [text.strip() for text in lm.generate_until(asked)] == [text.strip() for text in expected]
+
+
+def test_the_checkpoints_generation_settings_do_not_leak(folder, artifact_folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "repetition_penalty": 5.0, "num_beams": 2}))
+    asked = instances("generate_until", [(c, {"until": ["w300"], "max_gen_toks": 12}) for c in CONTEXTS])
+    found = made(tmp_path / "model", artifact_folder).generate_until(asked)
+    assert found == made(folder, artifact_folder).generate_until(asked)
 
 
 def test_the_result_file_says_what_ran(folder, artifact_folder):

@@ -7,42 +7,31 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastfill import artifact as artifacts
-from fastfill import blocks, families, kernels
+from fastfill import families, kernels
 from fastfill.artifact import Artifact
 from fastfill.blocks import Plan
+from fastfill.calls import Calls, GenerateHook, Prompt, Stats
 from fastfill.compensator import Compensator
-from fastfill.config import PrefillConfig
+from fastfill.config import PrefillConfig, check_integer
 from fastfill.errors import UserError
 from fastfill.follow import Follower, follow
 from fastfill.predictor import BASELINES, Predictor
 from fastfill.sparse_ffn import current_plan, in_call
 from fastfill.swap import StandIn, Swaps
 
+__all__ = ["LEARNED", "Attachment", "Stats", "attach", "check_detached", "detach"]
+
 LEARNED = "learned"
 MARK = "_fastfill"  # the attribute of an attached base model that holds its Attachment
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls on a layer to compute it again in the backward pass
 _attaching = threading.Lock()
-
-
-@dataclasses.dataclass
-class Stats:
-    """Tokens (padding not counted) that passed through the model while attached, and forward calls."""
-
-    sparse_tokens: int = 0
-    dense_tokens: int = 0
-    sparse_calls: int = 0
-    dense_calls: int = 0
-
-    @property
-    def sparse_share(self) -> float:
-        return self.sparse_tokens / max(1, self.sparse_tokens + self.dense_tokens)
 
 
 class Attachment:
@@ -61,13 +50,11 @@ class Attachment:
         self.model, self.config = model, config
         self.ffns = [follower.ffn for follower in followers]
         self.kept = [ffn.kept for ffn in self.ffns]
-        self.stats = Stats()
         self._anatomy, self._artifact, self._followers = anatomy, artifact, followers
+        thins = any(ffn.kept < anatomy.intermediate for ffn in self.ffns)  # False at sparsity 0: all of it is dense
+        self._calls = Calls(config, list(inspect.signature(anatomy.base.forward).parameters), thins)
+        self.stats = self._calls.stats
         self._lock = threading.RLock()
-        self._force_dense = threading.local()
-        self._running = threading.local()
-        self._thins = any(ffn.kept < anatomy.intermediate for ffn in self.ffns)  # False at sparsity 0: all of it is dense
-        self._parameters = list(inspect.signature(anatomy.base.forward).parameters)
         self._swaps = Swaps()
         self._attached = False
         self._open: set[object] = set()  # calls that are running now
@@ -126,6 +113,8 @@ class Attachment:
                 base = self._anatomy.base
                 self._swaps.put(base, "forward", StandIn(base.forward, self._call))
                 self._swaps.put(base, MARK, self)
+                if hasattr(self.model, "generate"):
+                    self._swaps.put(self.model, "generate", GenerateHook(self.model.generate, self._calls))
                 self._attached = True
             except BaseException:  # an interrupt too
                 self.detach()
@@ -153,15 +142,19 @@ class Attachment:
     def __exit__(self, *_: Any) -> None:
         self.detach()
 
-    @contextmanager
-    def dense(self) -> Iterator[None]:
+    def dense(self) -> AbstractContextManager[None]:
         """Inside, this thread's calls are dense, whatever their length."""
-        before = getattr(self._force_dense, "on", False)
-        self._force_dense.on = True
-        try:
-            yield
-        finally:
-            self._force_dense.on = before
+        return self._calls.saying(dense=True)
+
+    def prompt(self, end: int) -> AbstractContextManager[None]:
+        """Inside, this thread reads one prompt, and its first `end` columns are it: read it in as many pieces as you like, one
+        behind the other through a cache, or again and again without; what lies behind it is dense.
+
+        end: tokens, those in the cache and left padding included: what `attention_mask.shape[1]` is at the prompt's end.
+        `model.generate` says this by itself. The rule in full: `fastfill.calls`. Raises UserError for what is no such number.
+        """
+        check_integer("end", end, 1)
+        return self._calls.saying(prompt=Prompt(end, given=True))
 
     def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the base model."""
@@ -170,7 +163,7 @@ class Attachment:
                 return forward(*args, **kwargs)
             output = None
             try:
-                self._before(self._anatomy.base, args, kwargs)
+                self._calls.before(args, kwargs)
                 if current_plan.get() is not None:
                     self._follow()
                 if torch.is_grad_enabled():
@@ -178,7 +171,7 @@ class Attachment:
                 output = forward(*args, **kwargs)
                 return output
             finally:  # also after Ctrl-C, where torch runs no hooks
-                self._after(self._anatomy.base, args, output)
+                self._calls.after(output is not None)
 
     @contextmanager
     def _planned(self, plan: Plan | None) -> Iterator[bool]:
@@ -225,67 +218,6 @@ class Attachment:
                 return run(*args, **kwargs)
 
         return checkpoint(planned, *args[1:], **kwargs)
-
-    def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        outer = current_plan.get()  # of a model that is running around this one
-        current_plan.set(None)
-        self._outer().append(outer)
-        named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        tokens = named.get("input_ids")
-        tokens = named.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None:
-            return  # the model will say what is missing
-        shape = (tokens.shape[0], tokens.shape[1])
-        rows = call_rows(shape, named.get("attention_mask"), named)
-        valid = sum(last - first for first, last, _ in rows) if rows else shape[0] * shape[1]
-        plan = None
-        if rows and self._thins and not getattr(self._force_dense, "on", False):
-            plan = blocks.make_plan(rows, shape[1], self.config)
-        current_plan.set(plan)
-        sparse = plan.sparse_tokens if plan else 0
-        with self._lock:
-            self.stats.sparse_tokens += sparse
-            self.stats.dense_tokens += valid - sparse
-            self.stats.sparse_calls += sparse > 0
-            self.stats.dense_calls += sparse == 0
-
-    def _after(self, *_: Any) -> None:
-        outer = self._outer()
-        current_plan.set(outer.pop() if outer else None)
-
-    def _outer(self) -> list[Plan | None]:
-        """This thread's plans of the calls around the running one; nearly always empty."""
-        if not hasattr(self._running, "outer"):
-            self._running.outer = []
-        return self._running.outer
-
-
-def call_rows(shape: tuple[int, int], mask: Any, kwargs: dict[str, Any]) -> list[tuple[int, int, int]] | None:
-    """Which rows of a base-model call are tokens, and at which positions; None where that cannot be told: such a call is dense.
-
-    shape: (batch, T). mask: the 2-D attention mask, or None. Packed batches (cu_seq_lens, positions that restart) and
-    ready-made 4-D masks are not understood and stay dense.
-    """
-    batch, tokens = shape
-    if tokens < 2 or any("cu_seq" in name and value is not None for name, value in kwargs.items()):
-        return None
-    cache = kwargs.get("past_key_values")
-    past = int(cache.get_seq_length()) if cache is not None else 0
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] >= past + tokens:
-        rows = blocks.rows_from_mask(mask[:, : past + tokens], past)  # a static cache may bring a longer mask
-    elif mask is None:
-        rows = [(0, tokens, past)] * batch
-    else:
-        return None
-    positions = kwargs.get("position_ids")
-    if rows and isinstance(positions, torch.Tensor):
-        if positions.ndim != 2 or positions.shape[1] != tokens:
-            return None
-        host = positions.cpu().expand(batch, -1)
-        for row, (first, last, _) in zip(host, rows, strict=True):
-            if last > first and bool((row[first:last].diff() != 1).any()):
-                return None
-    return rows
 
 
 def check_detached(anatomy: families.Anatomy) -> None:

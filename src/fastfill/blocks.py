@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -28,7 +28,8 @@ class Span:
 class Plan:
     """Which rows of a flattened (batch * T, H) call are sparse; all others are dense.
 
-    T tokens, N blocks, B block size, H hidden size. valid: rows that are tokens and not padding.
+    T tokens, N blocks, B block size, H hidden size. valid: rows that are tokens and not padding. runs: gets an entry from
+    each FFN that has computed the sparse rows, so that what ran is counted, not what was planned.
     """
 
     batch: int
@@ -36,6 +37,7 @@ class Plan:
     valid: int
     block_size: int
     spans: tuple[Span, ...]
+    runs: list[bool] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def sparse_tokens(self) -> int:
@@ -96,18 +98,24 @@ class Plan:
         return x
 
 
-def make_plan(rows: list[tuple[int, int, int]], tokens: int, config: PrefillConfig) -> Plan | None:
+def make_plan(
+    rows: list[tuple[int, int, int]], tokens: int, config: PrefillConfig, prompts: list[tuple[int, int]] | None = None
+) -> Plan | None:
     """Plan one call, or None if all of it is dense.
 
     rows: per sequence (first, last, position): its tokens are rows [first, last) of its T = `tokens` columns and the first
     of them has this absolute position (tokens already in the cache). Block b covers positions [bB, (b+1)B); it is
-    sparse if it lies whole inside the call, behind the dense head and before the last `dense_tail` tokens of the sequence's
-    part of the call. What is left over at either end is dense, and so is a part shorter than `min_tokens`.
+    sparse if it lies whole inside the call, behind the dense head and before the last `dense_tail` tokens of the prompt.
+    What is left over at either end is dense, and so is a prompt that brings fewer than `min_tokens`.
+
+    prompts: per sequence, how many tokens its prompt brings, in this call and others, and the row that it ends at, which may
+    lie beyond the call or before it. None: what the sequence has in the call is its prompt.
     """
     spans = []
     for index, (first, last, position) in enumerate(rows):
-        if last - first >= config.min_tokens:
-            part = last - first - config.dense_tail
+        brings, stop = prompts[index] if prompts else (last - first, last)
+        if brings >= config.min_tokens:
+            part = min(last, stop - config.dense_tail) - first
             spans += _span(index * tokens + first, part, position, config.block_size, config.dense_head)
     if not spans:
         return None
@@ -134,16 +142,17 @@ def _span(row: int, tokens: int, position: int, block_size: int, dense_head: int
 def rows_from_mask(mask: torch.Tensor, past: int) -> list[tuple[int, int, int]] | None:
     """Rows for `make_plan` from a (batch, past + T) attention mask of ones and zeros.
 
-    None if the tokens of some sequence are not contiguous in the mask: such a call stays dense.
+    None if the tokens of some sequence are not contiguous in the mask: such a call stays dense. A sequence without tokens, of
+    which a chunk has the padding only, has none here.
     """
     host = mask.to(device="cpu", dtype=torch.bool)
     width = host.shape[1]
     count = host.sum(1)
     first = host.int().argmax(1)
-    last = width - host.flip(1).int().argmax(1)
-    if bool(((last - first) != count).any()) or bool((count == 0).any()):
+    last = torch.where(count > 0, width - host.flip(1).int().argmax(1), 0)
+    if bool(((last - first) != count).any()):
         return None
     rows = []
     for begin, end in zip(first.tolist(), last.tolist(), strict=True):
-        rows.append((max(begin - past, 0), max(end - past, 0), max(past - begin, 0)))
+        rows.append((max(begin - past, 0), max(end - past, 0), max(past - begin, 0) if end else 0))
     return rows

@@ -23,10 +23,10 @@ class PrefillConfig:
         counted from the sequence's first token, so a prompt gives the same blocks however it is chunked.
     dense_head: first tokens of every sequence that stay dense; they hold the attention sink. A block is
         sparse only if all of it lies behind the head.
-    min_tokens: calls with fewer tokens per sequence (decode, speculative checks, short prompts and short
-        multi-turn extensions) stay dense.
-    dense_tail: last tokens of every prompt that stay dense; they ask the question. `transformers` does not say where a
-        prompt ends: the end of a call is taken for it.
+    min_tokens: prompts that bring fewer tokens per sequence stay dense, short multi-turn extensions among them; so do
+        shorter calls of which nobody says that they are part of a prompt (decode, speculative checks).
+    dense_tail: last tokens of every prompt that stay dense; they ask the question. Where nobody says where a prompt ends,
+        the end of a call is taken for it (`fastfill.calls`).
     """
 
     sparsity: float = 0.5

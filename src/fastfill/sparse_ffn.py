@@ -75,7 +75,9 @@ class SparseFFN:
         # Dense rows ride along as blocks that keep all neurons; in a call of their own they cost 5 % of the FFN at T = 2,048.
         all_ids, bounds = plan.with_dense(ids, self.gate.shape[0])
         weights = self.gate, self.up, self._down_t()
-        return kernels.sparse_ffn(x, *weights, all_ids, rows=plan.rows, id_offsets=bounds, init=y, out=y, kernel=self.kernel)
+        y = kernels.sparse_ffn(x, *weights, all_ids, rows=plan.rows, id_offsets=bounds, init=y, out=y, kernel=self.kernel)
+        plan.runs.append(True)
+        return y
 
     def _down_t(self) -> torch.Tensor:
         """Made anew where `down` learns: the copy that is kept has no gradient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastfill import kernels, models
+from fastfill import calls, kernels, models
 from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment, attach
 from fastfill.engines import Prefill, profile
@@ -51,10 +52,31 @@ class _Receiver:
         pass
 
 
+def greedy(model: Any, **settings: Any) -> Any:
+    """A `GenerationConfig` that chooses the likeliest token and nothing else, with a KV cache, up to the model's end tokens.
+
+    Of the checkpoint's own it has the special tokens only. settings: what it shall say beside this.
+    """
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None) or model.config
+    eos = getattr(own, "eos_token_id", None)
+    pad = model.config.eos_token_id if model.config.pad_token_id is None else model.config.pad_token_id
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        bos_token_id=getattr(own, "bos_token_id", None),
+        eos_token_id=eos,
+        pad_token_id=pad[0] if isinstance(pad, list) else pad,
+        **settings,
+    )
+
+
 def generate(
     model: Any, ids: torch.Tensor, max_new_tokens: int, receive: Callable[[int, float], None] | None = None
 ) -> torch.Tensor:
-    """Greedy continuation of ids (1, T) -> new ids (n,).
+    """Greedy continuation of ids (1, T) -> new ids (n,), whatever the checkpoint's generation_config asks for.
 
     receive(id, seconds since this call): called for each new id as soon as it is there; the first one's seconds are the time
     to first token. What it raises ends the generation.
@@ -62,18 +84,14 @@ def generate(
     synchronize(model)
     streamer = _Receiver(receive) if receive else None
     ids = ids.to(model.device)
-    pad = model.config.eos_token_id if model.config.pad_token_id is None else model.config.pad_token_id
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=pad[0] if isinstance(pad, list) else pad,
-        streamer=streamer,
-    )
+    # `generate` fills what a configuration leaves open from the model's. So it runs on a view of the model that has ours.
+    view = copy.copy(model)
+    view.generation_config = greedy(model, max_new_tokens=max_new_tokens)
+    vars(view).pop("generate", None)
+    with calls.prompt(model, ids.shape[1]):
+        out = view.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=view.generation_config, streamer=streamer
+        )
     return out[0, ids.shape[1] :]
 
 

@@ -200,8 +200,8 @@ class _Model:
         self._runner, self.config, self.device = runner, runner.shape, torch.device("cpu")
         self.dtype = getattr(torch, runner.dtype)
 
-    def generate(self, ids: torch.Tensor, *, max_new_tokens: int, **_: Any) -> torch.Tensor:
-        new = self._runner.generate(ids, max_new_tokens, not self._runner._dense)
+    def generate(self, ids: torch.Tensor, *, generation_config: Any, **_: Any) -> torch.Tensor:
+        new = self._runner.generate(ids, generation_config.max_new_tokens, not self._runner._dense)
         return torch.cat([ids, torch.tensor([new], dtype=ids.dtype)], dim=1)
 
 

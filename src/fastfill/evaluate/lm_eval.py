@@ -17,6 +17,7 @@ import torch
 from fastfill import artifact as artifacts
 from fastfill import models
 from fastfill.attachment import attach
+from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 
 try:
@@ -58,6 +59,7 @@ class FastfillLM(HFLM):
         super().__init__(
             pretrained=models.resolve(pretrained), device=device, dtype=dtype or models.default_dtype(device), **kwargs
         )
+        self.model.generation_config = engine.greedy(self.model)  # what a task does not ask for is greedy
         self.artifact = artifact
         self.attachment = attach(
             self.model,

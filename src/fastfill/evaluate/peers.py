@@ -254,6 +254,7 @@ def thresholded(attachment: Attachment, rule: Rule, levels: Sequence[Levels], ta
                 pieces.append(out)
                 tally.used += used
             tally.dense += 3 * part.gate.numel() * plan.sparse_tokens
+            plan.runs.append(True)
             return torch.cat(pieces).view_as(x)
 
         return run

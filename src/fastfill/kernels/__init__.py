@@ -6,15 +6,18 @@ is decided in `choose` and nowhere else.
 
 import functools
 import importlib.util
-from itertools import pairwise
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import cpu, torch_ref
+from . import contract, cpu, torch_ref
+from .contract import check_ids as _check_ids
 
-__all__ = ["ACTIVATIONS", "available", "block_scores", "choose", "compensate", "describe", "sparse_ffn", "top_k"]
+__all__ = [
+    "ACTIVATIONS", "available", "block_scores", "choose", "compensate", "describe", "release", "scratch_bytes", "sparse_ffn",
+    "top_k",
+]  # fmt: skip
 
 KERNELS = ("native", "triton", "torch")
 ACTIVATIONS = tuple(torch_ref.ACTIVATIONS)
@@ -88,45 +91,36 @@ def _ops(name: str) -> ModuleType:
     return _gpu() if name == "triton" else cpu if name == "native" else torch_ref
 
 
+def scratch_bytes() -> int:
+    """Bytes of scratch memory that the native kernels hold in this process: in use now, or kept for the next call.
+
+    A buffer is as large as the largest call that it served, and there are as many as calls ran at once. Triton's scratch is
+    torch's, and counted there.
+    """
+    return cpu.scratch_bytes()
+
+
+def release() -> None:
+    """Give the native kernels' scratch memory back to the system, but for what a call is using now. The next call allocates
+    anew, which costs it a few percent once."""
+    cpu.release()
+
+
 def describe() -> str:
-    """Which kernel runs here, on which instruction set and with how many threads, and why; for ``fastfill env``."""
+    """Which kernel runs here, on which instruction set and with how many threads, and why; the memory that native kernels
+    keep. For ``fastfill env``."""
     threads = f"{torch.get_num_threads()} threads (torch.get_num_threads())"
     if choose() == "native":
         threads += f", {cpu.threads_from()}"
     lines = [f"kernel {choose()}: {cpu.status()}", threads]
+    if cpu.usable():
+        lines.append(f"native scratch: {scratch_bytes() / 1e6:.0f} MB held by this process (kernels.release() frees it)")
     if torch.cuda.is_available():
         here = torch.empty(0, dtype=torch.bfloat16, device="cuda")
         lines.append(
             f"on {torch.cuda.get_device_name()}: kernel {choose(x=here)} ({_problem('triton', here, False) or 'Triton'})"
         )
     return "\n".join(lines)
-
-
-def _boundaries(name: str, bounds: Tensor, n: int | None, total: int) -> list[int]:
-    """Check cumulative boundaries 0 = b[0] <= ... <= b[-1] = total and give them as a list."""
-    if bounds.dim() != 1 or bounds.dtype not in (torch.int64, torch.int32) or bounds.numel() == 0:
-        raise ValueError(f"{name} must be N + 1 int64 boundaries, not {bounds.dtype} {list(bounds.shape)}")
-    b: list[int] = bounds.tolist()
-    if n is not None and len(b) != n + 1:
-        raise ValueError(f"{name} has {len(b)} boundaries, but there are {n} blocks: expected {n + 1}")
-    if b[0] != 0 or b[-1] != total or any(lo > hi for lo, hi in pairwise(b)):
-        raise ValueError(f"{name} must rise from 0 to {total} without falling")
-    return b
-
-
-def _check_ids(ids: Tensor, id_offsets: list[int], n_neurons: int) -> None:
-    """Raise ValueError unless ids are inside [0, F) and strictly rising within each block."""
-    if ids.numel() == 0:
-        return
-    low, high = torch.aminmax(ids)
-    if int(low) < 0 or int(high) >= n_neurons:
-        raise ValueError(f"ids must lie in [0, {n_neurons}): found {int(low)} to {int(high)}")
-    rising = ids[1:] > ids[:-1]
-    starts = torch.tensor(id_offsets[1:-1], device=ids.device, dtype=torch.int64) - 1  # pairs across blocks are free
-    starts = starts[(starts >= 0) & (starts < rising.numel())]
-    rising[starts] = True
-    if not bool(rising.all()):
-        raise ValueError("ids must be sorted and unique within each block")
 
 
 def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_size: int, *, kernel: str = "auto") -> Tensor:
@@ -146,7 +140,7 @@ def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_siz
     if torch.compiler.is_compiling():  # one opaque node in the graph
         scores: Tensor = _block_scores_op(x, w_in, w_out, bias, block_size, kernel)
         return scores
-    _check_low_rank(x, w_in, w_out, bias)
+    contract.check_low_rank(x, w_in, w_out, bias)
     if block_size < 1 or x.shape[0] % block_size:
         raise ValueError(f"{x.shape[0]} tokens do not make blocks of {block_size}")
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out, bias))
@@ -170,7 +164,7 @@ def compensate(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank
     if torch.compiler.is_compiling():
         y: Tensor = _compensate_op(x, w_in, w_out, bias, linear_rank, kernel)
         return y
-    _check_low_rank(x, w_in, w_out, bias)
+    contract.check_low_rank(x, w_in, w_out, bias)
     if not 0 <= linear_rank <= w_in.shape[0]:
         raise ValueError(f"linear_rank must lie in 0 to {w_in.shape[0]}, the rows of w_in, not {linear_rank}")
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out, bias))
@@ -189,7 +183,7 @@ def top_k(scores: Tensor, kept: int, *, kernel: str = "auto") -> Tensor:
         ``(N, K)`` int32.
 
     Raises:
-        ValueError: scores that are no floating point matrix, ``kept`` outside 0 to F.
+        ValueError: scores that are no floating point matrix, ``kept`` outside 0 to F, misaligned or negated views.
     """
     if torch.compiler.is_compiling():
         ids: Tensor = _top_k_op(scores, kept, kernel)
@@ -198,6 +192,7 @@ def top_k(scores: Tensor, kept: int, *, kernel: str = "auto") -> Tensor:
         raise ValueError(f"scores must be a floating point (N, F), not {scores.dtype} {list(scores.shape)}")
     if not 0 <= kept <= scores.shape[1]:
         raise ValueError(f"kept must lie in 0 to {scores.shape[1]}, the neurons of a row, not {kept}")
+    contract.check_memory(scores=scores)
     return _ops(choose(kernel, scores)).top_k(scores, kept)
 
 
@@ -231,20 +226,6 @@ def _(scores, kept, kernel):
     return scores.new_empty(scores.shape[0], kept, dtype=torch.int32)
 
 
-def _check_low_rank(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor) -> None:
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"x must be a floating point (T, H), not {x.dtype} {list(x.shape)}")
-    if w_in.dim() != 2 or w_in.shape[1] != x.shape[1]:
-        raise ValueError(f"w_in must be (r, {x.shape[1]}), not {list(w_in.shape)}")
-    if w_out.dim() != 2 or w_out.shape[1] != w_in.shape[0]:
-        raise ValueError(f"w_out must have {w_in.shape[0]} columns, the rows of w_in, not {list(w_out.shape)}")
-    if bias.shape != w_out.shape[:1]:
-        raise ValueError(f"bias must be ({w_out.shape[0]},) like the rows of w_out, not {list(bias.shape)}")
-    for label, t in (("w_in", w_in), ("w_out", w_out), ("bias", bias)):
-        if t.dtype != x.dtype or t.device != x.device:
-            raise ValueError(f"{label} is {t.dtype} on {t.device}, but x is {x.dtype} on {x.device}")
-
-
 def sparse_ffn(
     x: Tensor,
     gate: Tensor,
@@ -267,18 +248,21 @@ def sparse_ffn(
         x: ``(T, H)``, the tokens of all blocks one after the other.
         gate, up, down_t: ``(F, H)`` weights, one row per neuron (``down_t`` is the down projection transposed).
         ids: ``(N, K)`` int32 or int64, sorted and unique within a row; or 1-D ``(S,)`` together with ``id_offsets``.
-        rows: ``(N + 1,)`` int64 on the CPU, cumulative token boundaries of the blocks; None: N blocks of T / N tokens.
-        id_offsets: ``(N + 1,)`` int64 on the CPU, cumulative boundaries of the blocks in 1-D ``ids``.
+        rows: ``(N + 1,)`` int64 or int32 on the CPU, cumulative token boundaries of the blocks; None: N blocks of T / N
+            tokens.
+        id_offsets: ``(N + 1,)`` int64 or int32 on the CPU, cumulative boundaries of the blocks in 1-D ``ids``.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
         init: ``(T, H)`` added to the result (the compensator's output), or None.
-        out: ``(T, H)`` to write into; may be ``init`` itself, must not overlap ``x``. None: a new tensor.
+        out: ``(T, H)`` to write into, each element in a place of its own; may be ``init`` itself, must not overlap anything
+            else that is read. None: a new tensor.
         kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``; see `choose`.
 
     Returns:
         ``(T, H)`` in the dtype of ``x``: ``out`` if given.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, ids out of range, unsorted or repeated, unknown names.
+        ValueError: shapes, dtypes or devices that do not fit, ids out of range, unsorted or repeated, unknown names, tensors
+            that are misaligned or negated views, an ``out`` that overlaps itself or what is read.
 
     On CUDA nothing waits for the device, so ids are not checked there (see `CHECK_IDS_ON_GPU`): ``triton`` reads the nearest
     neuron for an id out of range, and unsorted or repeated ids are only slower. A CUDA graph may capture the call once a
@@ -287,9 +271,9 @@ def sparse_ffn(
     if torch.compiler.is_compiling():  # one opaque node in the graph
         y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, init, kernel)
         return y if out is None else out.copy_(y)
-    tensors = (x, gate, up, down_t) if init is None else (x, gate, up, down_t, init)
+    tensors = [t for t in (x, gate, up, down_t, init, out) if t is not None]
     name = choose(kernel, x, grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    bounds, offsets = _check(x, gate, up, down_t, ids, rows, id_offsets, activation, init, out)
+    bounds, offsets = contract.check(x, gate, up, down_t, ids, rows, id_offsets, activation, init, out)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat = ids.reshape(-1)
@@ -321,54 +305,3 @@ def _op(
 @_op.register_fake
 def _(x, gate, up, down_t, ids, rows, id_offsets, activation, init, kernel):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _check(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down_t: Tensor,
-    ids: Tensor,
-    rows: Tensor | None,
-    id_offsets: Tensor | None,
-    activation: str,
-    init: Tensor | None,
-    out: Tensor | None,
-) -> tuple[list[int], list[int]]:
-    """Raise ValueError for what does not fit together; else the boundaries of the blocks in x and in flat ids."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: there are {', '.join(ACTIVATIONS)}")
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"x must be a floating point (T, H), not {x.dtype} {list(x.shape)}")
-    n_tokens, hidden = x.shape
-    for label, w in (("gate", gate), ("up", up), ("down_t", down_t)):
-        if w.dim() != 2 or w.shape[1] != hidden or w.shape != gate.shape:
-            raise ValueError(f"{label} must be (F, {hidden}) like gate, not {list(w.shape)} (gate: {list(gate.shape)})")
-    for label, t in (("init", init), ("out", out)):
-        if t is not None and t.shape != x.shape:
-            raise ValueError(f"{label} must be {list(x.shape)} like x, not {list(t.shape)}")
-    for label, t in (("gate", gate), ("up", up), ("down_t", down_t), ("init", init), ("out", out)):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise ValueError(f"{label} is {t.dtype} on {t.device}, but x is {x.dtype} on {x.device}")
-    for label, w in (("gate", gate), ("up", up), ("down_t", down_t)):
-        if hidden > 1 and w.stride(1) != 1:  # a copy per call would cost more than the op
-            raise ValueError(f"the rows of {label} must be contiguous: make {label}.contiguous() once, ahead")
-    if ids.device != x.device:
-        raise ValueError(f"ids are on {ids.device}, but x is on {x.device}")
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"ids must be int32 or int64, not {ids.dtype}")
-    if ids.dim() == 2 and id_offsets is None:
-        n, k = ids.shape
-        offsets = list(range(0, n * k + 1, k)) if k else [0] * (n + 1)
-    elif ids.dim() == 1 and id_offsets is not None:
-        offsets = _boundaries("id_offsets", id_offsets, None, ids.numel())
-        n = len(offsets) - 1
-    else:
-        raise ValueError("ids must be (N, K) without id_offsets, or 1-D with id_offsets")
-    if rows is not None:
-        bounds = _boundaries("rows", rows, n, n_tokens)
-    elif n == 0 or n_tokens % n:
-        raise ValueError(f"{n_tokens} tokens do not make {n} equal blocks: give rows")
-    else:
-        bounds = [i * (n_tokens // n) for i in range(n + 1)]
-    return bounds, offsets

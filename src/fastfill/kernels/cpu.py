@@ -103,6 +103,8 @@ def _load() -> ctypes.CDLL | str:
         lib.fastfill_block_scores.argtypes = [POINTER(_LowRankCall)]
         lib.fastfill_compensate.argtypes = [POINTER(_LowRankCall)]
         lib.fastfill_top_k.argtypes = [POINTER(_TopKCall)]
+        lib.fastfill_scratch_bytes.restype = c_int64
+        lib.fastfill_release.restype = None
         lib.fastfill_isa_name.restype = c_char_p
         lib.fastfill_use_gomp.argtypes = [c_void_p]
         lib.fastfill_use_gomp.restype = None
@@ -161,6 +163,19 @@ def status() -> str:
     return f"{isa()}, {why}" + (f" (it lacks {', '.join(missing)})" if missing else "")
 
 
+def scratch_bytes() -> int:
+    """Bytes of scratch memory in use or kept between calls; 0 where there is no library."""
+    lib = _load()
+    return 0 if isinstance(lib, str) else int(lib.fastfill_scratch_bytes())
+
+
+def release() -> None:
+    """Free the scratch memory that no call is using."""
+    lib = _load()
+    if not isinstance(lib, str):
+        lib.fastfill_release()
+
+
 def sparse_ffn(
     x: Tensor,
     gate: Tensor,
@@ -175,7 +190,6 @@ def sparse_ffn(
 ) -> None:
     """As `torch_ref.sparse_ffn`. Shapes and dtypes are checked by the caller, the ids here (in C++)."""
     lib = _library()
-    _check_alignment(x=x, gate=gate, up=up, down_t=down_t, init=init, out=out)
     ids = ids.contiguous()
     x = _unit_rows(x)
     init = None if init is None else _unit_rows(init)
@@ -191,12 +205,12 @@ def sparse_ffn(
         ids=ids.data_ptr(),
         rows=(c_int64 * n)(*rows),
         id_offsets=(c_int64 * n)(*id_offsets),
-        x_stride=x.stride(0),
-        gate_stride=gate.stride(0),
-        up_stride=up.stride(0),
-        down_stride=down_t.stride(0),
-        init_stride=0 if init is None else init.stride(0),
-        out_stride=target.stride(0),
+        x_stride=_row_stride(x),
+        gate_stride=_row_stride(gate),
+        up_stride=_row_stride(up),
+        down_stride=_row_stride(down_t),
+        init_stride=0 if init is None else _row_stride(init),
+        out_stride=_row_stride(target),
         hidden=x.shape[1],
         neurons=gate.shape[0],
         n_blocks=n - 1,
@@ -231,7 +245,6 @@ def compensate(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank
 
 
 def _low_rank(op: str, x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, out: Tensor, **sizes: int) -> None:
-    _check_alignment(x=x, w_in=w_in, w_out=w_out, bias=bias)
     x, w_in, w_out, bias = _unit_rows(x), _unit_rows(w_in), _unit_rows(w_out), bias.contiguous()
     call = _LowRankCall(
         x=x.data_ptr(),
@@ -239,9 +252,9 @@ def _low_rank(op: str, x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, out
         w_out=w_out.data_ptr(),
         bias=bias.data_ptr(),
         out=out.data_ptr(),
-        x_stride=x.stride(0),
-        w_in_stride=w_in.stride(0),
-        w_out_stride=w_out.stride(0),
+        x_stride=_row_stride(x),
+        w_in_stride=_row_stride(w_in),
+        w_out_stride=_row_stride(w_out),
         out_stride=out.shape[1],
         tokens=x.shape[0],
         hidden=x.shape[1],
@@ -262,7 +275,7 @@ def top_k(scores: Tensor, kept: int) -> Tensor:
     call = _TopKCall(
         scores=scores.data_ptr(),
         ids=ids.data_ptr(),
-        scores_stride=scores.stride(0),
+        scores_stride=_row_stride(scores),
         rows=scores.shape[0],
         neurons=scores.shape[1],
         kept=kept,
@@ -280,12 +293,6 @@ def _library() -> ctypes.CDLL:
     return lib
 
 
-def _check_alignment(**tensors: Tensor | None) -> None:
-    for label, t in tensors.items():
-        if t is not None and t.data_ptr() % t.element_size():
-            raise ValueError(f"{label} is not aligned to its {t.element_size()}-byte elements: pass {label}.clone()")
-
-
 def _check_code(code: int) -> None:
     if code == 3:
         raise MemoryError("no memory for the native kernel's scratch")
@@ -296,3 +303,8 @@ def _check_code(code: int) -> None:
 def _unit_rows(t: Tensor) -> Tensor:
     """``t`` itself if its rows are contiguous, else a copy."""
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _row_stride(t: Tensor) -> int:
+    """Elements from a row to the next; of a single row torch may say anything, also what no multiplication survives."""
+    return t.stride(0) if t.shape[0] > 1 else t.shape[1]
