@@ -23,7 +23,7 @@ import torch
 
 from fastfill.errors import UserError
 from fastfill.gguf_config import config_of
-from fastfill.gguf_tokenizer import tokenizer_of
+from fastfill.gguf_tokenizer import check_kept, tokenizer_of
 
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # type -> format of `struct`
 _STRING, _ARRAY = 8, 9
@@ -337,6 +337,7 @@ def convert(model: Model, name: str, folder: Path, step: Callable[[], None] = la
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    check_kept(tokenizer, folder, name)
     groups = list(_shards(tensors))
     index = {}
     for number, group in enumerate(groups, 1):

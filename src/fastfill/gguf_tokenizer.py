@@ -6,6 +6,8 @@ Two kinds: byte-level BPE ("gpt2") and SentencePiece's BPE ("llama"). Defaults w
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -216,3 +218,24 @@ def _model(kind: Any, vocabulary: _Vocabulary, merges: list[tuple[str, ...]], **
         return kind({token: i for i, token in enumerate(vocabulary.tokens)}, merges, **settings)
     except Exception as error:  # raised in Rust, as a plain Exception: a merge of pieces that are no tokens
         raise UserError(f"{vocabulary.name} has tokenizer.ggml.merges that do not fit its tokens: {str(error)[:80]}.") from error
+
+
+def check_kept(tokenizer: Any, folder: Path, name: str) -> None:
+    """Raises UserError if transformers loads another tokenizer from the folder than the one that was saved there.
+
+    For some families it takes no tokenizer.json at its word and puts in the splitting that it knows.
+    """
+    import transformers
+
+    written, loaded = (_parts(t) for t in (tokenizer, transformers.AutoTokenizer.from_pretrained(folder)))
+    if changed := [key for key in written if written[key] != loaded.get(key)]:
+        raise UserError(
+            f"{name} has a tokenizer that transformers {transformers.__version__} would load with another {changed[0]}; this file "
+            "cannot be used."
+        )
+
+
+def _parts(tokenizer: Any) -> dict[str, Any]:
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts["model"] = {key: value or None for key, value in parts["model"].items()}
+    return parts

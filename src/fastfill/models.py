@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from fastfill import cache
 from fastfill.errors import UserError
@@ -62,7 +64,7 @@ def check_device(name: str) -> None:
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """What an error of another library says, fit for the middle of a sentence: one line, no control characters, not long."""
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f]+|\s+", " ", str(error)).strip() or type(error).__name__
+    text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(error)).strip() or type(error).__name__
     return (text if len(text) <= most else text[: most - 3] + "...").rstrip(".")
 
 
@@ -132,12 +134,14 @@ def load(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
     check_device(device)
     torch_dtype = parse_dtype(dtype, device)
     path = resolve(name)
-    with _blamed_on(f"The model {name!r}"), _quiet(), waiting(f"loading {name}"):
-        _check_documents(Path(path))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
-        )
+    with _quiet(), waiting(f"loading {name}"):
+        _check_folder(Path(path), name)
+        with _blamed_on(f"The tokenizer of {name!r}"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with _blamed_on(f"The model {name!r}"):
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
         check_report(report, name)
         check_tokenizer(tokenizer, model, name)
     model.eval().to(device)
@@ -151,14 +155,14 @@ def check_report(report: dict[str, Any], name: str) -> None:
     Tied embeddings are in no list: transformers takes them out itself.
     """
     wrong = {
-        "are missing": report["missing_keys"],
-        "have another shape": [key for key, *_ in report["mismatched_keys"]],
-        "have no place in the model": report["unexpected_keys"],
-        "could not be read": report.get("error_msgs", ()),
+        "missing": report["missing_keys"],
+        "of another shape": [key for key, *_ in report["mismatched_keys"]],
+        "without a place in the model": report["unexpected_keys"],
+        "not readable": report.get("error_msgs", ()),
     }
     if any(wrong.values()):
-        listed = "; ".join(f"{_few(names)} {what}" for what, names in wrong.items() if names)
-        raise UserError(f"The weights of {name!r} do not fit its config.json: {listed}.")
+        listed = "; ".join(f"{what}: {_few(names)}" for what, names in wrong.items() if names)
+        raise UserError(f"The weights of {name!r} do not fit its config.json; {listed}.")
 
 
 def _few(names: Any, most: int = 2) -> str:
@@ -167,20 +171,56 @@ def _few(names: Any, most: int = 2) -> str:
 
 
 def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
-    """Raises UserError if the tokenizer knows no text, or tokens that the model has no embeddings for."""
-    if not tokenizer("A word, and 1 more.", add_special_tokens=False)["input_ids"]:
-        raise UserError(f"The model {name!r} has no tokenizer that reads text; its folder needs tokenizer.json.")
-    most, embeddings = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    """Raises UserError if the tokenizer knows nothing, or tokens that the model has no embeddings for."""
+    most, embeddings = max(tokenizer.get_vocab().values(), default=-1), model.get_input_embeddings().weight.shape[0]
+    if most < 0:
+        raise UserError(f"The model {name!r} has an empty tokenizer; its folder needs tokenizer.json.")
     if most >= embeddings:
         raise UserError(f"The tokenizer of {name!r} has ids up to {most}, and the model embeddings for {embeddings} tokens.")
 
 
-def _check_documents(folder: Path) -> None:
-    """Raises UserError if a document of a local folder is not a JSON object; where it is a hub id, transformers checks."""
-    for name in _DOCUMENTS:
-        path = folder / name
-        if path.is_file() and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-            raise UserError(f"{path} is not a JSON object.")
+def _check_folder(folder: Path, name: str) -> None:
+    """What transformers passes over in silence, or finds only after it has taken the memory that config.json asks for.
+
+    Raises UserError if documents of a local folder are damaged, or describe a far larger model than its weights are. A hub id is
+    left to transformers.
+    """
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name} is not a model folder: it has no config.json.")
+    for file in (folder / document for document in _DOCUMENTS):
+        with _blamed_on(str(file)):
+            if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+                raise ValueError("it is not a JSON object")
+    values, tensors = 0, 0
+    for file in folder.glob("*.safetensors"):
+        with _blamed_on(str(file)), safe_open(file, "pt") as weights:
+            shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]
+            values, tensors = values + sum(map(math.prod, shapes)), tensors + len(shapes)
+    if tensors:
+        _check_size(folder, values, tensors)
+
+
+def _check_size(folder: Path, values: int, tensors: int) -> None:
+    """Raises UserError if config.json describes more layers than there are tensors, or 32 times as many parameters as values.
+
+    Quantised weights pack up to 16 parameters into a value.
+    """
+    import transformers
+
+    with _blamed_on(f"{folder / 'config.json'}"):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        layers = getattr(config, "num_hidden_layers", 0)
+        if layers > tensors:
+            raise UserError(f"{folder / 'config.json'} describes {layers:,} layers, and the weights are {tensors:,} tensors.")
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        described = sum(parameter.numel() for parameter in model.parameters())
+        if described > 32 * values:
+            raise UserError(
+                f"{folder / 'config.json'} describes a model of {described:,} parameters, and the weights are {values:,} values."
+            )
 
 
 @contextmanager
@@ -193,7 +233,8 @@ def _blamed_on(what: str) -> Iterator[None]:
     except Exception as error:  # readers of foreign files raise every kind there is
         if "can't allocate memory" in str(error):
             raise
-        raise UserError(f"{what} could not be loaded: {one_line(error)}.") from error
+        kind = f"{type(error).__name__} " if isinstance(error, KeyError) else ""
+        raise UserError(f"{what} could not be loaded: {kind}{one_line(error)}.") from error
 
 
 @contextmanager
