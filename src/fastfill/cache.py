@@ -137,9 +137,9 @@ def _unwritable() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
         raise UserError(
-            f"Converted models are kept in {cache_dir()}, which cannot be written ({error.strerror or error}); set FASTFILL_CACHE "
-            "to a folder that can."
+            f"Converted models are kept in {cache_dir()}, which cannot be written ({why}); set FASTFILL_CACHE to a folder that can."
         ) from error
 
 

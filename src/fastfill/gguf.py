@@ -23,7 +23,9 @@ import torch
 
 from fastfill.errors import UserError
 from fastfill.gguf_config import config_of
-from fastfill.gguf_tokenizer import check_kept, tokenizer_of
+from fastfill.gguf_tokenizer import save as save_tokenizer
+from fastfill.gguf_tokenizer import tokenizer_of
+from fastfill.quote import listed, shown
 
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # type -> format of `struct`
 _STRING, _ARRAY = 8, 9
@@ -231,13 +233,14 @@ def read(path: Path) -> Model:
         count = part.metadata.get("split.count", 0) or 1
         if count != len(files) or part.metadata.get("split.no", 0) != number:
             raise UserError(
-                f"{file.name} says that it is part {part.metadata.get('split.no', 0)} (from 0) of {count}, which does not fit "
-                "its name; the name has to end in -00001-of-0000N.gguf, or join the parts with llama-gguf-split --merge."
+                f"{path.name} does not fit its name, or a part of it does not: {file.name} says it is part "
+                f"{shown(part.metadata.get('split.no', 0))} (from 0) of {shown(count)}; name the parts ...-00001-of-0000N.gguf, or "
+                "join them with llama-gguf-split --merge."
             )
     tensors = {name: tensor for part in found for name, tensor in part.tensors.items()}
     total = found[0].metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != sum(len(part.tensors) for part in found) or total != len(tensors):
-        raise UserError(f"{path.name} should have {total} tensors with its parts, and has {len(tensors)}; download it again.")
+        raise UserError(f"{path.name} should have {shown(total)} tensors with its parts, and has {len(tensors)}; download it again.")
     _check_kinds(path, tensors)
     return Model(found[0].metadata, tensors)
 
@@ -336,8 +339,7 @@ def convert(model: Model, name: str, folder: Path, step: Callable[[], None] = la
     config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    check_kept(tokenizer, folder, name)
+    save_tokenizer(tokenizer, folder, name)
     groups = list(_shards(tensors))
     index = {}
     for number, group in enumerate(groups, 1):
@@ -354,13 +356,3 @@ def convert(model: Model, name: str, folder: Path, step: Callable[[], None] = la
     if len(groups) > 1:
         document = {"metadata": {"total_size": sum(t.unpacked for t in tensors.values())}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(document, indent=2))
-
-
-def shown(text: str) -> str:
-    """A name out of a file, fit for a sentence: quoted, no control characters, not long."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def listed(names: list[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(shown(n) for n in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastfill.errors import UserError
+from fastfill.quote import one_line, shown
 
 # How text is split before merges: regular expressions of the models' own tokenizer.json, by llama.cpp's names.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -65,10 +66,10 @@ class _Vocabulary:
         for key, value in metadata.items():
             known = key in _READ or key in _WITHOUT_EFFECT or key.startswith("tokenizer.chat_template.")
             if key.startswith("tokenizer.") and not known and not (key in _NEUTRAL and _NEUTRAL[key] == value):
-                raise UserError(f"{name} has {key[:60]}, which changes how text is read and cannot be converted.")
+                raise UserError(f"{name} has {shown(key)}, which changes how text is read and cannot be converted.")
         self.kind = self.text("model")
         if self.kind not in ("gpt2", "llama"):
-            raise UserError(f"{name} has a tokenizer of kind {str(self.kind)[:40]!r}; 'gpt2' and 'llama' can be read.")
+            raise UserError(f"{name} has a tokenizer of kind {shown(self.kind)}; 'gpt2' and 'llama' can be read.")
         self.tokens = self.texts("tokens", most)
         if not self.tokens or len(set(self.tokens)) != len(self.tokens):
             raise UserError(f"{name} has no tokens, or one twice, in tokenizer.ggml.tokens.")
@@ -99,7 +100,7 @@ class _Vocabulary:
     def flag(self, key: str, default: bool) -> bool:
         value = self.metadata.get(f"tokenizer.ggml.{key}", default)
         if not isinstance(value, bool):
-            raise UserError(f"{self.name} has tokenizer.ggml.{key} = {str(value)[:40]}, neither true nor false.")
+            raise UserError(f"{self.name} has tokenizer.ggml.{key} = {shown(value)}, neither true nor false.")
         return value
 
 
@@ -114,7 +115,7 @@ def special_ids(metadata: dict[str, Any], name: str) -> dict[str, int]:
             ids[key] = value
     for key, value in ids.items():
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-            raise UserError(f"{name} has tokenizer.ggml.{key}_token_id = {str(value)[:40]}, which is none of its {count} tokens.")
+            raise UserError(f"{name} has tokenizer.ggml.{key}_token_id = {shown(value)}, which is none of its {count} tokens.")
     return ids
 
 
@@ -164,7 +165,7 @@ def _byte_level(vocabulary: _Vocabulary, ids: dict[str, int]) -> tuple[Any, bool
     pre = vocabulary.text("pre") or _OWN_SPLIT.get(vocabulary.metadata["general.architecture"])
     if pre not in SPLITS:
         raise UserError(
-            f"{vocabulary.name} has tokenizer.ggml.pre = {str(pre)[:40]!r}; how that splits text is not known here. Known: "
+            f"{vocabulary.name} has tokenizer.ggml.pre = {shown(pre)}; how that splits text is not known here. Known: "
             f"{', '.join(SPLITS)}."
         )
     merges = [tuple(merge.split(" ")) for merge in vocabulary.texts("merges")]
@@ -217,16 +218,21 @@ def _model(kind: Any, vocabulary: _Vocabulary, merges: list[tuple[str, ...]], **
     try:
         return kind({token: i for i, token in enumerate(vocabulary.tokens)}, merges, **settings)
     except Exception as error:  # raised in Rust, as a plain Exception: a merge of pieces that are no tokens
-        raise UserError(f"{vocabulary.name} has tokenizer.ggml.merges that do not fit its tokens: {str(error)[:80]}.") from error
+        raise UserError(f"{vocabulary.name} has tokenizer.ggml.merges that do not fit its tokens: {one_line(error, 80)}.") from error
 
 
-def check_kept(tokenizer: Any, folder: Path, name: str) -> None:
-    """Raises UserError if transformers loads another tokenizer from the folder than the one that was saved there.
+def save(tokenizer: Any, folder: Path, name: str) -> None:
+    """Write the tokenizer into a folder that has its config.json.
 
-    For some families it takes no tokenizer.json at its word and puts in the splitting that it knows.
+    Raises UserError if transformers loads another one from there: for some families it does not take tokenizer.json at its word
+    and puts in the splitting that it knows.
     """
     import transformers
 
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    none = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"))  # said, or a family's own would be put in
+    path.write_text(json.dumps({**none, **json.loads(path.read_text(encoding="utf-8"))}, indent=2), encoding="utf-8")
     written, loaded = (_parts(t) for t in (tokenizer, transformers.AutoTokenizer.from_pretrained(folder)))
     if changed := [key for key in written if written[key] != loaded.get(key)]:
         raise UserError(

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from fastfill import cache
 from fastfill.errors import UserError
 from fastfill.progress import stage, waiting
+from fastfill.quote import listed, one_line
 
 DEFAULT_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _CONVERSION = 1  # raised when a GGUF file is converted to something else than before: what is in the cache is made anew
@@ -60,12 +60,6 @@ def check_device(name: str) -> None:
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here ({one_line(error)}); use cpu, or cuda with a GPU.") from error
-
-
-def one_line(error: BaseException, most: int = 200) -> str:
-    """What an error of another library says, fit for the middle of a sentence: one line, no control characters, not long."""
-    text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(error)).strip() or type(error).__name__
-    return (text if len(text) <= most else text[: most - 3] + "...").rstrip(".")
 
 
 def embedded_gguf() -> Path:
@@ -161,13 +155,8 @@ def check_report(report: dict[str, Any], name: str) -> None:
         "not readable": report.get("error_msgs", ()),
     }
     if any(wrong.values()):
-        listed = "; ".join(f"{what}: {_few(names)}" for what, names in wrong.items() if names)
+        listed = "; ".join(f"{what}: {listed(sorted(map(str, names)), 2)}" for what, names in wrong.items() if names)
         raise UserError(f"The weights of {name!r} do not fit its config.json; {listed}.")
-
-
-def _few(names: Any, most: int = 2) -> str:
-    names = sorted(map(str, names))
-    return ", ".join(one_line(n, 80) for n in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
