@@ -46,10 +46,24 @@ def tensors_of(model):
     return found
 
 
-def write(path, family="llama", *, model=None, kv=(), without=(), skip=(), extra=(), quantised=None, tokenizer=True, split=0, **changes):
+def write(
+    path,
+    family="llama",
+    *,
+    model=None,
+    kv=(),
+    without=(),
+    skip=(),
+    extra=(),
+    quantised=None,
+    tokenizer=True,
+    split=0,
+    **changes,
+):
     """A GGUF file of a tiny model, which is given back.
 
-    kv: (method of the writer, arguments). without: keys left out. skip, extra: tensors left out and put in. split: tensors a part.
+    kv: (method of the writer, arguments). without: keys left out. skip, extra: tensors left out and put in. split: tensors in a
+    part.
     """
     model = model or tiny_model(family, vocab_size=VOCABULARY, **changes)
     config = model.config

@@ -100,7 +100,9 @@ def test_a_tensor_that_is_missing_is_named(tmp_path, gone):
     assert "missing" in message or gone in message
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.0.ffn_norm.bias", "blk.7.ffn_up.weight", "rope_factors_long.weight", "v.x"])
+@pytest.mark.parametrize(
+    "name", ["blk.0.attn_q.bias", "blk.0.ffn_norm.bias", "blk.7.ffn_up.weight", "rope_factors_long.weight", "v.x"]
+)
 def test_a_tensor_too_many_is_named(tmp_path, name):
     write(tmp_path / "m.gguf", extra={name: np.zeros(32, np.float32)})
     message = refused(tmp_path / "m.gguf")
@@ -348,7 +350,12 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes(tmp_path):
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "c", "ab", "bc", "▁a", "▁ab"]
     types = [2, 3, 3, *[6] * 256, *[1] * 8]
     scores = [0.0] * 259 + [-10.0, -11.0, -12.0, -13.0, -3.0, -2.0, -4.0, -5.0]
-    kv = [("add_tokenizer_model", "llama"), ("add_token_list", tokens), ("add_token_types", types), ("add_token_scores", scores)]
+    kv = [
+        ("add_tokenizer_model", "llama"),
+        ("add_token_list", tokens),
+        ("add_token_types", types),
+        ("add_token_scores", scores),
+    ]
     gone = [f"tokenizer.ggml.{key}" for key in ("pre", "merges", "bos_token_id", "eos_token_id")]
     write(tmp_path / "m.gguf", kv=kv, without=gone, model=tiny_model(vocab_size=len(tokens)))
     loaded = load(tmp_path / "m.gguf")
@@ -361,7 +368,9 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes(tmp_path):
     assert read("é") == ["<s>", "▁", "<0xC3>", "<0xA9>"]
     assert loaded.tokenizer.decode(loaded.tokenizer("ab é c")["input_ids"], skip_special_tokens=True) == "ab é c"
     assert loaded.model.config.bos_token_id == 1 and loaded.model.config.eos_token_id == 2  # llama.cpp's defaults
-    write(tmp_path / "m.gguf", kv=[*kv, ("add_add_space_prefix", False)], without=gone, model=tiny_model(vocab_size=len(tokens)))
+    write(
+        tmp_path / "m.gguf", kv=[*kv, ("add_add_space_prefix", False)], without=gone, model=tiny_model(vocab_size=len(tokens))
+    )
     loaded = load(tmp_path / "m.gguf")
     assert read("ab") == ["<s>", "ab"]
 

@@ -139,7 +139,8 @@ def _unwritable() -> Iterator[None]:
     except OSError as error:
         why = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
         raise UserError(
-            f"Converted models are kept in {cache_dir()}, which cannot be written ({why}); set FASTFILL_CACHE to a folder that can."
+            f"Converted models are kept in {cache_dir()}, which cannot be written ({why}); set FASTFILL_CACHE to a folder that "
+            "can be."
         ) from error
 
 

@@ -234,13 +234,15 @@ def read(path: Path) -> Model:
         if count != len(files) or part.metadata.get("split.no", 0) != number:
             raise UserError(
                 f"{path.name} does not fit its name, or a part of it does not: {file.name} says it is part "
-                f"{shown(part.metadata.get('split.no', 0))} (from 0) of {shown(count)}; name the parts ...-00001-of-0000N.gguf, or "
-                "join them with llama-gguf-split --merge."
+                f"{shown(part.metadata.get('split.no', 0))} (from 0) of {shown(count)}; name the parts ...-00001-of-0000N.gguf "
+                "or join them with llama-gguf-split --merge."
             )
     tensors = {name: tensor for part in found for name, tensor in part.tensors.items()}
     total = found[0].metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != sum(len(part.tensors) for part in found) or total != len(tensors):
-        raise UserError(f"{path.name} should have {shown(total)} tensors with its parts, and has {len(tensors)}; download it again.")
+        raise UserError(
+            f"{path.name} should have {shown(total)} tensors with its parts, and has {len(tensors)}; download it again."
+        )
     _check_kinds(path, tensors)
     return Model(found[0].metadata, tensors)
 
@@ -253,7 +255,9 @@ def _check_kinds(path: Path, tensors: dict[str, Tensor]) -> None:
         try:
             gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError as error:
-            raise UserError(f"{path.name} has tensors of quantisation type {kind.name}, which cannot be unpacked here.") from error
+            raise UserError(
+                f"{path.name} has tensors of quantisation type {kind.name}, which cannot be unpacked here."
+            ) from error
 
 
 def _their_name(name: str) -> str | None:
@@ -273,7 +277,9 @@ def _wanted(config: Any, tensors: dict[str, Tensor], name: str) -> dict[str, Ten
     if config.num_hidden_layers > len(tensors):  # before a model of so many layers is built
         raise UserError(f"{name} says that it has {config.num_hidden_layers} layers, and holds {len(tensors)} tensors.")
     with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in transformers.AutoModelForCausalLM.from_config(config).state_dict().items()}
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    shapes = {key: tuple(values.shape) for key, values in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     found = {_their_name(tensor) or tensor: tensor for tensor in tensors if tensor != "rope_freqs.weight"}
@@ -328,7 +334,6 @@ def convert(model: Model, name: str, folder: Path, step: Callable[[], None] = la
 
     Raises UserError for metadata or tensors that `transformers` would read as another model; then nothing was unpacked yet.
     """
-    import transformers
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -336,7 +341,6 @@ def convert(model: Model, name: str, folder: Path, step: Callable[[], None] = la
     tokenizer = tokenizer_of(model.metadata, name, config.vocab_size)
     tensors = _wanted(config, model.tensors, name)
     config.dtype = tensors["model.layers.0.mlp.gate_proj.weight"].dtype
-    config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
     save_tokenizer(tokenizer, folder, name)

@@ -106,7 +106,7 @@ def config_of(model: Model, name: str) -> tuple[Any, Any]:
     vocabulary = model.tensors["token_embd.weight"].shape[0]
     if meta.integer("vocab_size", vocabulary) != vocabulary:
         raise meta.refuse("vocab_size", f"and embeddings for {vocabulary} tokens")
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": meta.integer("feed_forward_length"),
@@ -126,7 +126,7 @@ def config_of(model: Model, name: str) -> tuple[Any, Any]:
     if meta.architecture == "llama":
         values["mlp_bias"] = any(".ffn_" in tensor and tensor.endswith(".bias") for tensor in model.tensors)
     special = _ends(special_ids(model.metadata, name))
-    config = transformers.AutoConfig.for_model(meta.architecture, **values, **special)
+    config = transformers.AutoConfig.for_model(str(meta.architecture), **values, **special)
     return config, transformers.GenerationConfig(**special)
 
 
@@ -162,7 +162,8 @@ def _refuse_the_rest(meta: _Metadata, head_size: int, context: int) -> None:
 def _rope(meta: _Metadata, model: Model, head_size: int, context: int) -> dict[str, Any]:
     """`rope_parameters` of transformers: none, linear, yarn, or llama3 from the tensor rope_freqs.
 
-    Formulas: llama.cpp's ggml_rope_yarn; there the attention factor multiplies YaRN's own, 0.1 ln(factor) + 1 (arXiv 2309.00071).
+    Formulas: llama.cpp's ggml_rope_yarn; there the attention factor multiplies YaRN's own, 0.1 ln(factor) + 1 (arXiv
+    2309.00071).
     """
     base = meta.number("rope.freq_base", 10000.0)
     kind = meta.values.get("rope.scaling.type", "linear")
@@ -210,8 +211,8 @@ def _llama3(meta: _Metadata, model: Model, head_size: int, base: float) -> dict[
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     if not np.allclose(given, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
         raise UserError(
-            f"{meta.name} has a tensor 'rope_freqs.weight' that does not come from Llama 3.1's formula; how it scales positions "
-            "cannot be converted."
+            f"{meta.name} has a tensor 'rope_freqs.weight' that does not come from Llama 3.1's formula; how it scales "
+            "positions cannot be converted."
         )
     return {"rope_type": "llama3", "factor": float(factor), **constants}
 

@@ -7,6 +7,7 @@ Two kinds: byte-level BPE ("gpt2") and SentencePiece's BPE ("llama"). Defaults w
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +215,13 @@ def _sentencepiece(vocabulary: _Vocabulary, ids: dict[str, int]) -> tuple[Any, b
     return core, True
 
 
-def _model(kind: Any, vocabulary: _Vocabulary, merges: list[tuple[str, ...]], **settings: Any) -> Any:
+def _model(kind: Any, vocabulary: _Vocabulary, merges: Sequence[tuple[str, ...]], **settings: Any) -> Any:
     try:
         return kind({token: i for i, token in enumerate(vocabulary.tokens)}, merges, **settings)
     except Exception as error:  # raised in Rust, as a plain Exception: a merge of pieces that are no tokens
-        raise UserError(f"{vocabulary.name} has tokenizer.ggml.merges that do not fit its tokens: {one_line(error, 80)}.") from error
+        raise UserError(
+            f"{vocabulary.name} has tokenizer.ggml.merges that do not fit its tokens: {one_line(error, 80)}."
+        ) from error
 
 
 def save(tokenizer: Any, folder: Path, name: str) -> None:
@@ -236,8 +239,8 @@ def save(tokenizer: Any, folder: Path, name: str) -> None:
     written, loaded = (_parts(t) for t in (tokenizer, transformers.AutoTokenizer.from_pretrained(folder)))
     if changed := [key for key in written if written[key] != loaded.get(key)]:
         raise UserError(
-            f"{name} has a tokenizer that transformers {transformers.__version__} would load with another {changed[0]}; this file "
-            "cannot be used."
+            f"{name} has a tokenizer that transformers {transformers.__version__} would load with another {changed[0]}; this "
+            "file cannot be used."
         )
 
 

@@ -98,8 +98,6 @@ def resolve(name: str) -> str:
         return name
     from fastfill import gguf
 
-    from fastfill import gguf
-
     with _blamed_on(f"The GGUF file {name}"):
         files = gguf.parts(source)
         hashes = [cache.fingerprint(file) for file in files]
@@ -133,9 +131,10 @@ def load(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
         with _blamed_on(f"The tokenizer of {name!r}"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         with _blamed_on(f"The model {name!r}"):
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
             )
+        model, report = loaded
         check_report(report, name)
         check_tokenizer(tokenizer, model, name)
     model.eval().to(device)
@@ -155,8 +154,8 @@ def check_report(report: dict[str, Any], name: str) -> None:
         "not readable": report.get("error_msgs", ()),
     }
     if any(wrong.values()):
-        listed = "; ".join(f"{what}: {listed(sorted(map(str, names)), 2)}" for what, names in wrong.items() if names)
-        raise UserError(f"The weights of {name!r} do not fit its config.json; {listed}.")
+        found = "; ".join(f"{what}: {listed(sorted(map(str, names)), 2)}" for what, names in wrong.items() if names)
+        raise UserError(f"The weights of {name!r} do not fit its config.json; {found}.")
 
 
 def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
@@ -171,8 +170,8 @@ def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
 def _check_folder(folder: Path, name: str) -> None:
     """What transformers passes over in silence, or finds only after it has taken the memory that config.json asks for.
 
-    Raises UserError if documents of a local folder are damaged, or describe a far larger model than its weights are. A hub id is
-    left to transformers.
+    Raises UserError if documents of a local folder are damaged, or describe a far larger model than its weights are. A hub id
+    is left to transformers.
     """
     if not folder.is_dir():
         return
@@ -185,7 +184,7 @@ def _check_folder(folder: Path, name: str) -> None:
     values, tensors = 0, 0
     for file in folder.glob("*.safetensors"):
         with _blamed_on(str(file)), safe_open(file, "pt") as weights:
-            shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]
+            shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118
             values, tensors = values + sum(map(math.prod, shapes)), tensors + len(shapes)
     if tensors:
         _check_size(folder, values, tensors)
@@ -208,7 +207,8 @@ def _check_size(folder: Path, values: int, tensors: int) -> None:
         described = sum(parameter.numel() for parameter in model.parameters())
         if described > 32 * values:
             raise UserError(
-                f"{folder / 'config.json'} describes a model of {described:,} parameters, and the weights are {values:,} values."
+                f"{folder / 'config.json'} describes a model of {described:,} parameters, and the weights are {values:,} "
+                "values."
             )
 
 
