@@ -34,6 +34,7 @@ PREFILL = PrefillConfig(sparsity=0.5, block_size=BLOCK, dense_head=BLOCK, min_to
 settings.register_profile("fastfill", deadline=None, derandomize=True)  # no timing assertions, the same cases every time
 settings.load_profile("fastfill")
 torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()  # stderr belongs to what is tested
 
 
 def tiny_config(family="llama", **changes):

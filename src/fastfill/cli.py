@@ -284,9 +284,12 @@ def _threads(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> Any:
+    import transformers
+
     from fastfill import models
 
     _threads(arguments)
+    transformers.utils.logging.set_verbosity_error()  # the process is ours: its stderr has our sentences only
     return models.load(arguments.model, arguments.dtype, arguments.device)
 
 
@@ -301,6 +304,10 @@ def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import demo
     from fastfill.config import check_integer
 
+    if not arguments.web and (arguments.no_open or arguments.port != 7860):
+        raise UserError("--port and --no-open are for the page; add --web, or leave them out.")
+    if arguments.web and arguments.repeats != 5:
+        raise UserError("--repeats does nothing with --web: each question is one measurement; leave it out.")
     check_integer("--repeats", arguments.repeats, 1)
     check_integer("--max-new-tokens", arguments.max_new_tokens, 1)
     document = _read_text(arguments.document) if arguments.document else None

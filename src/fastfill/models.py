@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 
+from fastfill import cache
 from fastfill.errors import UserError
-from fastfill.progress import waiting
+from fastfill.progress import stage, waiting
+from fastfill.quote import listed, one_line
 
 DEFAULT_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_CONVERSION = 1  # raised when a GGUF file is converted to something else than before: what is in the cache is made anew
+
+# Small files of a folder that transformers may pass over in silence if they are damaged
+_DOCUMENTS = ("config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -24,11 +32,6 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     name: str
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: ``$FASTFILL_CACHE``, else ``~/.cache/fastfill``."""
-    return Path(os.environ.get("FASTFILL_CACHE") or Path.home() / ".cache" / "fastfill")
 
 
 def default_dtype(device: str | torch.device = "cpu") -> torch.dtype:
@@ -53,13 +56,10 @@ def parse_dtype(name: str, device: str = "cpu") -> torch.dtype:
 def check_device(name: str) -> None:
     """Raises UserError for a device that torch does not know or cannot use here."""
     try:
-        torch.empty(1, device=name)
+        if torch.empty(1, device=name).is_meta:
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here ({_first_line(error)}); use cpu, or cuda with a GPU.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here ({one_line(error)}); use cpu, or cuda with a GPU.") from error
 
 
 def embedded_gguf() -> Path:
@@ -74,46 +74,11 @@ def embedded_gguf() -> Path:
     return files[0]
 
 
-def convert_gguf(source: Path, target: Path) -> None:
-    """Unpack a GGUF file to a plain bf16 safetensors folder, once (14 s for SmolLM2-135M); written beside, then renamed."""
-    import transformers
-
-    for needed in ("gguf", "accelerate"):
-        if importlib.util.find_spec(needed) is None:
-            raise UserError(f"Reading {source.name} needs the package {needed!r}; run: pip install 'fastfill[gguf]'.")
-    kwargs: dict[str, Any] = {"gguf_file": source.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, **kwargs)
-    if hasattr(transformers, "GgufConfig"):  # newer releases keep GGUF weights packed unless told otherwise
-        kwargs = {"gguf_file": source.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **kwargs)
-    for owner, mark in (
-        (model, "hf_quantizer"),
-        (model, "is_quantized"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    ):
-        if hasattr(owner, mark):
-            try:
-                delattr(owner, mark)
-            except AttributeError:
-                setattr(owner, mark, None)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        if target.exists():  # another process was faster
-            return
-        beside.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
 def gguf_file(name: str) -> Path | None:
     """The GGUF file behind what the user named; None for a folder or a hub id. Raises UserError if there is no such file."""
     if name == "default":
         return embedded_gguf()
-    if not name.endswith(".gguf"):
+    if not name.endswith(".gguf") or Path(name).is_dir():
         return None
     if not Path(name).is_file():
         raise UserError(f"There is no file {name}.")
@@ -121,45 +86,159 @@ def gguf_file(name: str) -> Path | None:
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id that ``transformers`` can load for what the user named."""
-    gguf = gguf_file(name)
-    if gguf is None:
+    """The folder or hub id that ``transformers`` can load for what the user named.
+
+    A GGUF file is unpacked once, to a folder in the cache whose name has the hash of the file. Raises UserError.
+    """
+    source = gguf_file(name)
+    if source is None:
+        path = Path(name)
+        if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()):
+            raise UserError(f"There is no model folder {name}.")
         return name
-    folder = cache_dir() / "smollm2-135m-instruct"
-    if name != "default":
-        stat = gguf.stat()
-        folder = cache_dir() / f"{gguf.stem}-{stat.st_size:x}-{int(stat.st_mtime):x}"
-    if not (folder / "config.json").is_file():
-        with waiting(f"unpacking {gguf.name}, once"):
-            convert_gguf(gguf, folder)
-    return str(folder)
+    from fastfill import gguf
+
+    with _blamed_on(f"The GGUF file {name}"):
+        files = gguf.parts(source)
+        hashes = [cache.fingerprint(file) for file in files]
+        key = f"{source.stem}-{hashlib.sha256(''.join(hashes).encode()).hexdigest()[:16]}-{_CONVERSION}"
+        if ready := cache.find(key):
+            return str(ready)
+        model = gguf.read(source)
+
+        def unpack(folder: Path) -> None:
+            with _blamed_on(f"The GGUF file {name}"), stage(f"unpacking {source.name}, once", len(model.tensors)) as bar:
+                gguf.convert(model, source.name, folder, bar.step)
+            if [cache.fingerprint(file) for file in files] != hashes:
+                raise UserError(f"{source.name} was changed while it was read; try again.")
+
+    return str(cache.folder(key, unpack, gguf.unpacked_bytes(model)))
 
 
 def load(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
     """Load model and tokenizer, in evaluation mode.
 
-    Raises UserError with a sentence when the name leads nowhere.
+    Raises UserError with a sentence when the name leads nowhere, a file is damaged, or the weights are not exactly those of the
+    model: no tensor is left at random values, none is left over.
     """
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     check_device(device)
     torch_dtype = parse_dtype(dtype, device)
-    try:
-        path = resolve(name)
-    except UserError:
-        raise
-    except Exception as error:  # the reader of GGUF files raises many kinds
-        raise UserError(f"The file {name} could not be read as a GGUF model: {_first_line(error)}") from error
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UserError(f"There is no model folder {path}.")
-    try:
-        with waiting(f"loading {name}"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"The model {name!r} could not be loaded: {_first_line(error)}") from error
+    path = resolve(name)
+    with _quiet(), waiting(f"loading {name}"):
+        _check_folder(Path(path), name)
+        with _blamed_on(f"The tokenizer of {name!r}"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with _blamed_on(f"The model {name!r}"):
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
+        model, report = loaded
+        check_report(report, name)
+        check_tokenizer(tokenizer, model, name)
     model.eval().to(device)
     model.requires_grad_(False)
     return LoadedModel(model, tokenizer, DEFAULT_NAME if name == "default" else name)
+
+
+def check_report(report: dict[str, Any], name: str) -> None:
+    """Raises UserError if transformers' report of loading says that weights and model are not the same set of tensors.
+
+    Tied embeddings are in no list: transformers takes them out itself.
+    """
+    wrong = {
+        "missing": report["missing_keys"],
+        "of another shape": [key for key, *_ in report["mismatched_keys"]],
+        "without a place in the model": report["unexpected_keys"],
+        "not readable": report.get("error_msgs", ()),
+    }
+    if any(wrong.values()):
+        found = "; ".join(f"{what}: {listed(sorted(map(str, names)), 2)}" for what, names in wrong.items() if names)
+        raise UserError(f"The weights of {name!r} do not fit its config.json; {found}.")
+
+
+def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
+    """Raises UserError if the tokenizer knows nothing, or tokens that the model has no embeddings for."""
+    most, embeddings = max(tokenizer.get_vocab().values(), default=-1), model.get_input_embeddings().weight.shape[0]
+    if most < 0:
+        raise UserError(f"The model {name!r} has an empty tokenizer; its folder needs tokenizer.json.")
+    if most >= embeddings:
+        raise UserError(f"The tokenizer of {name!r} has ids up to {most}, and the model embeddings for {embeddings} tokens.")
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """What transformers passes over in silence, or finds only after it has taken the memory that config.json asks for.
+
+    Raises UserError if documents of a local folder are damaged, or describe a far larger model than its weights are. A hub id
+    is left to transformers.
+    """
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name} is not a model folder: it has no config.json.")
+    for file in (folder / document for document in _DOCUMENTS):
+        with _blamed_on(str(file)):
+            if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+                raise ValueError("it is not a JSON object")
+    values, tensors = 0, 0
+    for file in folder.glob("*.safetensors"):
+        with _blamed_on(str(file)), safe_open(file, "pt") as weights:
+            shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118
+            values, tensors = values + sum(map(math.prod, shapes)), tensors + len(shapes)
+    if tensors:
+        _check_size(folder, values, tensors)
+
+
+def _check_size(folder: Path, values: int, tensors: int) -> None:
+    """Raises UserError if config.json describes more layers than there are tensors, or 32 times as many parameters as values.
+
+    Quantised weights pack up to 16 parameters into a value.
+    """
+    import transformers
+
+    with _blamed_on(f"{folder / 'config.json'}"):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        layers = getattr(config, "num_hidden_layers", 0)
+        if layers > tensors:
+            raise UserError(f"{folder / 'config.json'} describes {layers:,} layers, and the weights are {tensors:,} tensors.")
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        described = sum(parameter.numel() for parameter in model.parameters())
+        if described > 32 * values:
+            raise UserError(
+                f"{folder / 'config.json'} describes a model of {described:,} parameters, and the weights are {values:,} "
+                "values."
+            )
+
+
+@contextmanager
+def _blamed_on(what: str) -> Iterator[None]:
+    """Turns whatever goes wrong while a file is read into a sentence with its name. Lack of memory is not the file's fault."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # readers of foreign files raise every kind there is
+        if "can't allocate memory" in str(error):
+            raise
+        kind = f"{type(error).__name__} " if isinstance(error, KeyError) else ""
+        raise UserError(f"{what} could not be loaded: {kind}{one_line(error)}.") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log and the bars of transformers, which are as they were afterwards."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        (enable_progress_bars if hub_bars else disable_progress_bars)()

@@ -15,14 +15,22 @@ from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment, attach
 from fastfill.engines import Prefill, profile
 from fastfill.errors import UserError
+from fastfill.quote import one_line
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
-    """Prompt text -> ids (1, T). chat: wrap it as one user turn of the model's chat template."""
-    if chat and getattr(tokenizer, "chat_template", None):
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+    """Prompt text -> ids (1, T). chat: wrap it as one user turn of the model's chat template.
+
+    Raises UserError if there is no template, or one that fails.
+    """
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError("The model's tokenizer has no chat template: leave --chat out, or give --no-chat to evaluate.")
+        try:
+            turn = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program that came with the model
+            raise UserError(f"The chat template of the model's tokenizer fails: {one_line(error)}.") from error
         return tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
     return tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
 
