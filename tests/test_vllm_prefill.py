@@ -20,7 +20,7 @@ from fastfill.engines.transformers import generate
 from fastfill.errors import UserError
 from fastfill.predictor import LearnedPredictor
 from fastfill.sparse_ffn import SparseFFN, current_plan
-from fastfill.vllm_plugin import steps
+from fastfill.vllm_plugin import requests, steps
 
 pytestmark = pytest.mark.vllm
 PROMPTS = [prompt(n) for n in (500, 97, 300, 95, 20)]
@@ -256,11 +256,11 @@ def test_half_precision_finds_its_artifact_and_nothing_outlives_its_engine():
         found = tokens_of(answer(llm, PROMPTS[:1], tokens=3))
         assert loaded.stats.sparse_tokens == 448
         assert found == [new] != [dense]
-        kept = weakref.ref(loaded), weakref.ref(loaded._layers[0].ffn.down_t)
+        seen = [weakref.ref(part) for part in (loaded, requests.of(loaded._vllm_config), loaded._layers[0].ffn.down_t)]
         del loaded
     del llm
     gc.collect()
-    assert [ref() for ref in kept] == [None, None]
+    assert [ref() for ref in seen] == [None, None, None]
 
 
 def test_a_prompt_that_comes_in_parts_is_salted_when_it_is_long_enough():

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from conftest import one_sentence, tiny_tokenizer
 from test_readme import README, code_blocks
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_tiny import MIN_TOKENS, folders, prompt, vllm_model
 
@@ -40,6 +42,7 @@ from fastfill.engines import vllm as engine
 from fastfill.engines.transformers import generate
 from fastfill.errors import UserError
 from fastfill.vllm_plugin import settings, steps
+from fastfill.vllm_plugin.weights import Checkpoint
 
 pytestmark = pytest.mark.vllm
 START_S = 150
@@ -131,6 +134,27 @@ def test_what_no_test_has_tried_is_refused_by_name():
         one_sentence(refused.value)
         object.__setattr__(owner, name, before)
     settings.refuse(config)
+
+
+@pytest.mark.parametrize("load_format", settings.LOAD_FORMATS)
+def test_allowed_load_formats_hand_the_weights_to_the_model(load_format, tmp_path):
+    """All of them, once, to `load_weights`: what the sparse kernel reads is taken there."""
+    model, artifact = folders()
+    if load_format == "pt":
+        shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.save(vllm_model().state_dict(), tmp_path / "model" / "model.pt")
+        model = str(tmp_path / "model")
+    seen = []
+
+    class Receiver(torch.nn.Module):
+        def load_weights(self, weights):
+            seen.append(Checkpoint(weights))
+            return {name for name, _ in seen[-1]}
+
+    config = configure(model, artifact, load_format=load_format)
+    get_model_loader(config.load_config).load_weights(Receiver(), config.model_config)
+    (checkpoint,) = seen
+    checkpoint.check(artifacts.load(artifact))
 
 
 def test_graphs_of_prompts_are_refused_and_those_of_decode_steps_are_not():
@@ -318,6 +342,7 @@ def test_server(tmp_path):
         read, dense_tokens = (float(lines[f"fastfill:{kind}_tokens_total"]) for kind in ("sparse", "dense"))
         assert read == 448 + 96 and dense_tokens >= 52 + 500 + 20
         assert float(lines["fastfill:predictor_seconds_total"]) > 0
+        assert not any(line.startswith("fastfill:dense_steps_total{") for line in lines)
         assert float(lines["fastfill:mean_sparsity"]) == pytest.approx(0.5 * read / (read + dense_tokens))
         assert any(line.startswith("vllm:prompt_tokens_total") for line in lines)
         running = threading.Thread(target=long_request, args=(client,))
