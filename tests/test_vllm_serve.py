@@ -29,7 +29,7 @@ import openai
 import psutil
 from conftest import one_sentence, tiny_tokenizer
 from test_readme import README, code_blocks
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -152,7 +152,8 @@ def test_allowed_load_formats_hand_the_weights_to_the_model(load_format, tmp_pat
             return {name for name, _ in seen[-1]}
 
     config = configure(model, artifact, load_format=load_format)
-    get_model_loader(config.load_config).load_weights(Receiver(), config.model_config)
+    with set_current_vllm_config(config):
+        get_model_loader(config.load_config).load_weights(Receiver(), config.model_config)
     (checkpoint,) = seen
     checkpoint.check(artifacts.load(artifact))
 
