@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import logits, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
+from conftest import logits, one_sentence, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
 from transformers import DynamicCache
 
 pytest.importorskip("lm_eval")
@@ -15,6 +15,8 @@ from lm_eval.api.registry import get_model
 
 from fastfill import attach
 from fastfill.engines import transformers as engine
+from fastfill.errors import UserError
+from fastfill.evaluate import lm_eval as ours
 from fastfill.evaluate.lm_eval import FastfillLM
 
 CONTEXTS = [tiny_text(45, seed=1), tiny_text(60, seed=2)]
@@ -81,6 +83,45 @@ def test_rolling_reads_the_text_itself_sparsely(folder, artifact_folder):
         rows = logits(model, torch.tensor([[lm.prefix_token_id, *ids[:-1]]]))[0].log_softmax(-1)
     assert value == pytest.approx(float(rows[range(len(ids)), ids].sum()), abs=1e-3)
     assert lm.attachment.stats.sparse_tokens == 48
+
+
+def test_logits_are_made_where_the_continuation_is_and_in_parts(folder, artifact_folder, monkeypatch):
+    """One position for a word of an answer, whatever its context; of a whole text a few at a time, with the same sum."""
+    lm, made_at_once = made(folder, artifact_folder), []
+    text = instances("loglikelihood_rolling", [(CONTEXTS[1],)])
+    (whole,) = lm.loglikelihood_rolling(text)
+    head = lm.model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _args, out: made_at_once.append(out.numel() // out.shape[-1]))
+    lm.loglikelihood(pairs())
+    assert sorted(made_at_once) == [1, 1, 2, 2, 3, 3]
+    made_at_once.clear()
+    monkeypatch.setattr(ours, "CHUNK", 7)
+    (parts,) = lm.loglikelihood_rolling(text)
+    assert made_at_once == [7] * 8 + [4]  # 60 tokens
+    assert parts == pytest.approx(whole, abs=1e-4)  # fp32, other shapes of the same product
+
+
+def test_a_likeliest_continuation_is_greedy_only_as_a_whole(folder, artifact_folder, monkeypatch):
+    """Also where it is scored in parts: a wrong token in the first of them counts."""
+    lm = made(folder, artifact_folder)
+    context = tiny_tokenizer()(CONTEXTS[0])["input_ids"]
+    best = engine.generate(lm.model, torch.tensor([context]), 4).tolist()
+    monkeypatch.setattr(ours, "CHUNK", 2)
+    wrong = [(best[0] + 1) % 100 + 4, *best[1:]]
+    found = lm._loglikelihood_tokens([(("a", "b"), context, best), (("a", "c"), context, wrong)], disable_tqdm=True)
+    assert [greedy for _, greedy in found] == [True, False] and found[0][0] > found[1][0]
+
+
+def test_what_cannot_be_scored_or_would_be_ignored_is_refused(folder, artifact_folder):
+    lm = made(folder, artifact_folder)
+    for context, continuation in (([], [5]), ([5], []), ([5], [6] * (lm.max_length + 1))):
+        with pytest.raises(UserError, match=r"of context and .* of continuation") as refused:
+            lm._loglikelihood_tokens([(("a", "b"), context, continuation)], disable_tqdm=True)
+        one_sentence(refused.value)
+    lm._loglikelihood_tokens([(("a", "b"), [5], [6] * lm.max_length)], disable_tqdm=True)
+    for name in ("softmax_dtype", "mixed_precision_dtype"):
+        with pytest.raises(UserError, match=f"{name} is not supported"):
+            made(folder, artifact_folder, **{name: "float16"})
 
 
 def test_generation_is_ours(folder, artifact_folder):

@@ -2,19 +2,25 @@
 
 # ruff: noqa: E402 (first of all, whether there is a vLLM)
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 vllm = pytest.importorskip("vllm")
 
+from conftest import one_sentence
 from vllm.exceptions import VLLMValidationError
 from vllm_tiny import answer, engine, folders, inside, logprobs_of, prompt, tokens_of, vllm_model
 
 import fastfill
 from fastfill.compensator import Compensator
 from fastfill.engines.transformers import generate
+from fastfill.errors import UserError
 from fastfill.predictor import LearnedPredictor
 from fastfill.sparse_ffn import SparseFFN, current_plan
+from fastfill.vllm_plugin import requests, steps
 
 pytestmark = pytest.mark.vllm
 PROMPTS = [prompt(n) for n in (500, 97, 300, 95, 20)]
@@ -194,6 +200,83 @@ def test_preempted_requests_are_read_again_the_same_way(monkeypatch):
         together = tokens_of(answer(llm, prompts, tokens=120))
     assert preempted
     assert together == alone
+
+
+def test_a_prompt_gets_its_block_beside_requests_that_are_answered():
+    """36 tokens a step: three answers, and the block of 32 that the fourth needs to go on. With less it would wait for them."""
+    short, long = [prompt(20, seed=i) for i in range(3)], prompt(300)
+    with engine(*folders(), max_num_batched_tokens=36, max_num_seqs=4) as llm:
+        core = llm.llm_engine
+        params = vllm.SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, detokenize=False)
+        for index, ids in enumerate(short):
+            core.add_request(f"short {index}", {"prompt_token_ids": ids}, params)
+        core.step(), core.step()
+        core.add_request("long", {"prompt_token_ids": long}, params)
+        for _ in range(14):  # ten blocks of 32, the first token, and steps that are under way
+            core.step()
+        scheduler, loaded = inside(llm)
+        (request,) = (request for request in scheduler.running if request.num_prompt_tokens == 300)
+        assert len(scheduler.running) == 4 and request.num_output_tokens > 0
+        assert loaded.stats.sparse_tokens == 256 and not loaded.dense_because
+        while core.has_unfinished_requests():
+            core.step()
+
+
+def test_weights_that_come_after_the_start_are_refused_and_those_that_change_are_seen():
+    """A reload leaves the engine as it was; FFN weights written to behind our back make prompts dense, and that is counted."""
+    model, artifact = folders()
+    with engine(model, artifact) as llm:
+        before = tokens_of(answer(llm, PROMPTS[:2]))
+        dense = tokens_of(answer(llm, PROMPTS[:2], sparse=False))
+        _, loaded = inside(llm)
+        with pytest.raises(UserError, match="weights of a running engine cannot be replaced"):
+            llm.collective_rpc("reload_weights")
+        with pytest.raises(UserError, match="weights of a running engine cannot be replaced") as refused:
+            loaded.load_weights(vllm_model(seed=1).state_dict().items())
+        one_sentence(refused.value)
+        assert tokens_of(answer(llm, PROMPTS[:2])) == before
+        assert tokens_of(answer(llm, PROMPTS[:2], sparse=False)) == dense
+        (counts,) = llm.collective_rpc("fastfill_stats")
+        assert counts["dense_because"] == {} and counts["sparse_tokens"] == 2 * (448 + 64)
+        with torch.no_grad():
+            loaded.model.layers[1].mlp.down_proj.weight.add_(0)
+        assert tokens_of(answer(llm, PROMPTS[:1])) == dense[:1]
+        (counts,) = llm.collective_rpc("fastfill_stats")
+        assert counts["dense_because"] == {steps.NEW_WEIGHTS: 1} and counts["sparse_tokens"] == 2 * (448 + 64)
+
+
+def test_half_precision_finds_its_artifact_and_nothing_outlives_its_engine():
+    """fp16 from a checkpoint in fp32, whose rounding twice is another fingerprint than rounding once. Its 10 bits of mantissa
+    leave the first, clear-cut tokens as they are in fp32."""
+    model, artifact = folders()
+    ((new, _, dense),) = expected("llama", artifact, PROMPTS[:1], tokens=3)
+    with engine(model, artifact, dtype="half") as llm:
+        _, loaded = inside(llm)
+        assert loaded.model.layers[0].self_attn.o_proj.params_dtype == torch.float16
+        found = tokens_of(answer(llm, PROMPTS[:1], tokens=3))
+        assert loaded.stats.sparse_tokens == 448
+        assert found == [new] != [dense]
+        seen = [weakref.ref(part) for part in (loaded, requests.of(loaded._vllm_config), loaded._layers[0].ffn.down_t)]
+        del loaded
+    del llm
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None, None]
+
+
+def test_a_prompt_that_comes_in_parts_is_salted_when_it_is_long_enough():
+    """Also no request can bring the salt that keeps sparse pages apart."""
+    from vllm.v1.request import Request, StreamingUpdate
+
+    with engine(*folders(), enable_prefix_caching=True, block_size=32) as llm:
+        scheduler, _ = inside(llm)
+        hasher, params = llm.llm_engine.engine_core.engine_core.request_block_hasher, vllm.SamplingParams(max_tokens=4)
+        request = Request("a", prompt(90), params, None, cache_salt="fastfill-", resumable=True, block_hasher=hasher)
+        scheduler.add_request(request)
+        assert request.cache_salt == "fastfill-" and not scheduler._is_salted(request)
+        first, request.num_computed_tokens = list(request.block_hashes), 90
+        scheduler._update_request_as_session(request, StreamingUpdate(None, prompt(60), 4, 0.0, params))
+        assert request.num_prompt_tokens == 150 and scheduler._is_salted(request)
+        assert len(request.block_hashes) == 4 and request.block_hashes[:2] != first[:2]
 
 
 def test_compiled_models_answer_the_same():

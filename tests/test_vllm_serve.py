@@ -2,10 +2,13 @@
 
 # ruff: noqa: E402 (first of all, whether there is a vLLM)
 
+import ast
 import dataclasses
+import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +17,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +29,10 @@ import openai
 import psutil
 from conftest import one_sentence, tiny_tokenizer
 from test_readme import README, code_blocks
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_tiny import MIN_TOKENS, folders, prompt, vllm_model
 
 import fastfill
@@ -34,7 +41,8 @@ from fastfill import cli, vllm_plugin
 from fastfill.engines import vllm as engine
 from fastfill.engines.transformers import generate
 from fastfill.errors import UserError
-from fastfill.vllm_plugin import settings
+from fastfill.vllm_plugin import settings, steps
+from fastfill.vllm_plugin.weights import Checkpoint
 
 pytestmark = pytest.mark.vllm
 START_S = 150
@@ -42,13 +50,9 @@ START_S = 150
 
 def configure(model, artifact, fastfill=None, **arguments):
     """The configuration of an engine, as every way to start one makes it."""
-    return EngineArgs(
-        model=model,
-        max_model_len=1024,
-        enforce_eager=True,
-        hf_overrides=settings.overrides("llama", artifact, **(fastfill or {})),
-        **arguments,
-    ).create_engine_config()
+    overrides = settings.overrides("llama", artifact, **(fastfill or {}))
+    values = {"max_model_len": 1024, "enforce_eager": True, "hf_overrides": overrides, **arguments}
+    return EngineArgs(model=model, **values).create_engine_config()
 
 
 def refusal(*args, **kwargs):
@@ -73,14 +77,125 @@ def test_what_does_not_fit_is_refused_at_the_start(tmp_path):
     speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     assert "speculative decoding" in refusal(model, artifact, speculative_config=speculative)
     assert "dummy weights" in refusal(model, artifact, load_format="dummy")
+    for load_format in ("sharded_state", "tensorizer", "runai_streamer", "fastsafetensors"):
+        assert f"--load-format {load_format}; use auto, hf, safetensors, pt" in refusal(
+            model, artifact, load_format=load_format
+        )
+    flash = {"attention_backend": "FLASHINFER"}
+    assert "attention backend FLASHINFER; start with --attention-backend FLASH_ATTN" in refusal(model, artifact, **flash)
+    assert "kernel 'native' cannot run" in refusal(model, artifact, {"kernel": "native"}, dtype="half")
+    assert "one_copy does nothing at sparsity 0" in refusal(model, artifact, {"one_copy": True, "sparsity": 0.0})
+    unit = {"block_size": 32, "prefix_match_unit": 16}
+    assert "--prefix-match-unit 16 is no multiple of the sparse blocks of 32" in refusal(model, artifact, **unit)
     assert "LoRA" in refusal(model, artifact, enable_lora=True)
     assert "sparsty" in refusal(model, artifact, {"sparsty": 0.5})
     assert "kernel 'fast'" in refusal(model, artifact, {"kernel": "fast"})
     assert "block_size" in refusal(model, artifact, {"block_size": 0})
-    assert "is less than a block; give 32 or more" in refusal(model, artifact, max_num_batched_tokens=16, max_num_seqs=4)
+    threshold = {"long_prefill_token_threshold": 16}
+    assert "is less than a block; give 32 or more" in refusal(model, artifact, **threshold)
+    # A step with less room than 4 + 32 tokens could leave a prompt waiting for ever.
+    for tokens in (16, 32, 35):
+        asked = {"max_num_batched_tokens": tokens, "max_num_seqs": 4}
+        assert f"--max-num-batched-tokens {tokens} is less than" in (found := refusal(model, artifact, **asked))
+        assert "4 requests and a block of 32; give 36 or more" in found
+    assert configure(model, artifact, max_num_batched_tokens=36, max_num_seqs=4)
     assert "--block-size 16 is no multiple of the sparse blocks of 32; give 32" in refusal(model, artifact, block_size=16)
     assert configure(model, artifact, {"block_size": 96, "min_tokens": 192}).cache_config.block_size == 384
     assert "nowhere" in refusal(model, str(tmp_path / "nowhere"))
+
+
+def test_what_no_test_has_tried_is_refused_by_name():
+    """One option after another changed in a configuration that works, as vLLM's parser would on machines that have it."""
+    config = configure(*folders())
+    config.scheduler_config.scheduler_cls, config.parallel_config.worker_extension_cls = None, ""
+    settings.refuse(config)
+    for path, value, words in (
+        ("model_config.enable_sleep_mode", True, "sleep mode"),
+        ("model_config.model_weights", "s3://bucket/model", "object store"),
+        ("weight_transfer_config", object(), "weights from a trainer"),
+        ("kv_transfer_config", object(), "--kv-transfer-config"),
+        ("cache_config.kv_offloading_size", 4.0, "--kv-offloading-size"),
+        ("offload_config.uva.cpu_offload_gb", 4.0, "offloaded weights"),
+        ("offload_config.prefetch.offload_group_size", 2, "offloaded weights"),
+        ("parallel_config.enable_eplb", True, "--enable-eplb"),
+        ("parallel_config.enable_dbo", True, "--enable-dbo"),
+        ("parallel_config.ubatch_size", 2, "--ubatch-size"),
+        ("parallel_config.prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
+        ("parallel_config.decode_context_parallel_size", 2, "--decode-context-parallel-size"),
+    ):
+        *owners, name = path.split(".")
+        owner = config
+        for part in owners:
+            owner = getattr(owner, part)
+        before = getattr(owner, name)
+        object.__setattr__(owner, name, value)
+        with pytest.raises(UserError, match=words) as refused:
+            settings.refuse(config)
+        one_sentence(refused.value)
+        object.__setattr__(owner, name, before)
+    settings.refuse(config)
+
+
+@pytest.mark.parametrize("load_format", settings.LOAD_FORMATS)
+def test_allowed_load_formats_hand_the_weights_to_the_model(load_format, tmp_path):
+    """All of them, once, to `load_weights`: what the sparse kernel reads is taken there."""
+    model, artifact = folders()
+    if load_format == "pt":
+        shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.save(vllm_model().state_dict(), tmp_path / "model" / "model.pt")
+        model = str(tmp_path / "model")
+    seen = []
+
+    class Receiver(torch.nn.Module):
+        def load_weights(self, weights):
+            seen.append(Checkpoint(weights))
+            return {name for name, _ in seen[-1]}
+
+    config = configure(model, artifact, load_format=load_format)
+    with set_current_vllm_config(config):
+        get_model_loader(config.load_config).load_weights(Receiver(), config.model_config)
+    (checkpoint,) = seen
+    checkpoint.check(artifacts.load(artifact))
+
+
+def test_graphs_of_prompts_are_refused_and_those_of_decode_steps_are_not():
+    for mode in CUDAGraphMode:
+        config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode))
+        if mode == CUDAGraphMode.FULL:
+            with pytest.raises(UserError, match="full CUDA graphs over prompts") as refused:
+                settings.check_graphs(config)
+            one_sentence(refused.value)
+        else:
+            settings.check_graphs(config)
+    assert "full CUDA graphs" in refusal(*folders(), enforce_eager=False, compilation_config={"cudagraph_mode": "FULL"})
+
+
+@pytest.mark.parametrize("name", settings.ATTENTION)
+def test_the_metadata_of_allowed_attention_backends_says_where_requests_lie(name):
+    """From their sources: most cannot be imported without a GPU. FlashInfer's is an example of one that does not."""
+
+    def annotated(backend):
+        module = AttentionBackendEnum[backend].value.rpartition(".")[0]
+        tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Metadata")]
+        return [{line.target.id for line in node.body if isinstance(line, ast.AnnAssign)} for node in classes]
+
+    assert any(fields >= set(steps.FIELDS) for fields in annotated(name))
+    assert not any(fields >= set(steps.FIELDS) for fields in annotated("FLASHINFER"))
+
+
+def test_hf_overrides_are_taken_however_they_are_written():
+    """The parser merges options with dots, and knows abbreviations: the artifact would be lost without a word."""
+    model, artifact = folders()
+    for rest in (
+        ["--hf-overrides", "{}"],
+        ["--hf-overrides={}"],
+        ["--hf_overrides.fastfill.sparsity", "0.1"],
+        ["--hf-ov", "{}"],
+    ):
+        with pytest.raises(UserError, match="--hf-overrides is taken") as refused:
+            engine.serve(model, artifact, rest)
+        one_sentence(refused.value)
 
 
 def test_short_prompts_are_dense_unless_the_user_says_otherwise():
@@ -228,6 +343,7 @@ def test_server(tmp_path):
         read, dense_tokens = (float(lines[f"fastfill:{kind}_tokens_total"]) for kind in ("sparse", "dense"))
         assert read == 448 + 96 and dense_tokens >= 52 + 500 + 20
         assert float(lines["fastfill:predictor_seconds_total"]) > 0
+        assert not any(line.startswith("fastfill:dense_steps_total{") for line in lines)
         assert float(lines["fastfill:mean_sparsity"]) == pytest.approx(0.5 * read / (read + dense_tokens))
         assert any(line.startswith("vllm:prompt_tokens_total") for line in lines)
         running = threading.Thread(target=long_request, args=(client,))

@@ -73,10 +73,6 @@ def _serve(model: str, artifact: str, rest: Sequence[str], overrides: dict[str, 
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
     given = {option.split("=", 1)[0].replace("_", "-") for option in rest}
     chosen = options(model, artifact, **overrides)
-    if "--hf-overrides" in given:
-        raise UserError(
-            "--hf-overrides is taken: fastfill serve puts the artifact there; use `vllm serve` as docs/vllm.md says."
-        )
     arguments = ["serve", chosen["model"], "--hf-overrides", json.dumps(chosen["hf_overrides"])]
     if "--host" not in given:
         arguments += ["--host", "127.0.0.1"]
@@ -89,6 +85,10 @@ def _serve(model: str, artifact: str, rest: Sequence[str], overrides: dict[str, 
     parser, command = FlexibleArgumentParser(prog="fastfill"), ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     parsed = parser.parse_args([*arguments, *rest])
+    if parsed.hf_overrides != chosen["hf_overrides"]:  # however it was written
+        raise UserError(
+            "--hf-overrides is taken: fastfill serve puts the artifact there; use `vllm serve` as docs/vllm.md says."
+        )
     command.validate(parsed)
     try:
         command.cmd(parsed)

@@ -2,8 +2,9 @@
 
     python -m fastfill.evaluate.lm_eval --model fastfill --model_args pretrained=MODEL,artifact=DIR --tasks lambada_openai
 
-is the harness's own command with the model `fastfill` known to it; a program imports this module. All arguments of
-the harness's `hf` model work too. `sparsity=0` is the dense model on the same path.
+is the harness's own command with the model `fastfill` known to it; a program imports this module. The arguments of
+the harness's `hf` model work too, but for `softmax_dtype` and `mixed_precision_dtype`, which are refused. `sparsity=0` is the
+dense model on the same path.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastfill import models
 from fastfill.attachment import attach
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
+from fastfill.evaluate.perplexity import CHUNK
 
 try:
     from lm_eval.api.registry import register_model
@@ -54,6 +56,9 @@ class FastfillLM(HFLM):
         dtype: str | torch.dtype | None = None,
         **kwargs: Any,
     ):
+        for name in ("softmax_dtype", "mixed_precision_dtype"):
+            if kwargs.get(name) is not None:
+                raise UserError(f"{name} is not supported: log-likelihoods are computed in fp32 from the model's own dtype.")
         learned = artifacts.load(artifact)  # before the model, which takes longer
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(
@@ -87,32 +92,47 @@ class FastfillLM(HFLM):
         first, cache = torch.empty(0), None
         for index in tqdm(order, desc="log-likelihoods", disable=disable_tqdm):
             text, context, continuation = requests[index]
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise UserError(
+                    f"A request has {len(context)} tokens of context and {len(continuation)} of continuation; both need one or "
+                    f"more, and the continuation no more than the {self.max_length} that the model holds."
+                )
             inputs = (context + continuation)[-(self.max_length + 1) : -1]  # cut from the left, as the harness does
             part = len(inputs) - len(continuation) + 1
             if text is None:
-                logits = self._read(inputs)[0][-len(continuation) :]
+                states = self._read(inputs)[0][-len(continuation) :]
             else:
                 if inputs[:part] != known:
                     known = inputs[:part]
-                    logits, cache = self._read(known)
-                    first = logits[-1:]
-                logits = first
+                    states, cache = self._read(known)
+                    first = states[-1:].clone()  # not a view that holds the whole context
+                states = first
                 if len(continuation) > 1:
                     with self.attachment.dense():
-                        logits = torch.cat([first, self._read(inputs[part:], copy.deepcopy(cache))[0]])
-            targets = torch.tensor(continuation, device=logits.device)
-            chosen = logits.log_softmax(-1).gather(1, targets[:, None]).sum()
-            results[index] = float(chosen), bool((logits.argmax(-1) == targets).all())
+                        states = torch.cat([first, self._read(inputs[part:], copy.deepcopy(cache))[0]])
+            results[index] = self._score(states, continuation)
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, results[index])
         return results
 
     @torch.no_grad()
     def _read(self, ids: list[int], cache: Any = None) -> tuple[torch.Tensor, Any]:
-        """Logits (T, V) in fp32 of ids behind what is in the cache, and the cache."""
+        """Last hidden states (T, H) of ids behind what is in the cache, and the cache. Logits of a long context would take
+        far more memory than the model, and only those of the continuation count."""
         rows = torch.tensor([ids], device=self.model.device)
-        out = self.model(input_ids=rows, past_key_values=cache, use_cache=True)
-        return out.logits[0].float(), out.past_key_values
+        out = self.model.base_model(input_ids=rows, past_key_values=cache, use_cache=True)
+        return out.last_hidden_state[0], out.past_key_values
+
+    @torch.no_grad()
+    def _score(self, states: torch.Tensor, targets: list[int]) -> tuple[float, bool]:
+        """(log-likelihood in fp32 of the targets (T,), whether each is the likeliest) after last hidden states (T, H). The
+        logits of CHUNK positions are in memory at a time."""
+        head, total, greedy = self.model.get_output_embeddings(), 0.0, True
+        for hidden, wanted in zip(states.split(CHUNK), torch.tensor(targets, device=states.device).split(CHUNK), strict=True):
+            logits = head(hidden[None])[0].float()  # (CHUNK, V)
+            total += float((logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1)).sum(dtype=torch.float64))
+            greedy = greedy and bool((logits.argmax(-1) == wanted).all())
+        return total, greedy
 
     def get_model_info(self) -> dict[str, Any]:
         """For the harness's result file."""

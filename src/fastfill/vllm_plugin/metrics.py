@@ -6,7 +6,9 @@ shows what all of its processes count in files of that folder; `fastfill serve` 
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Mapping
 
 from fastfill.attachment import Stats
 
@@ -14,26 +16,39 @@ VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Counters:
+    """What one engine counts, added to what this process shows."""
+
     def __init__(self) -> None:
-        from prometheus_client import Counter, Gauge
-
-        self._sparse = Counter("fastfill:sparse_tokens", "Tokens that were read sparsely.")
-        self._dense = Counter("fastfill:dense_tokens", "Tokens that were computed densely, generated ones too.")
-        self._predictor = Counter("fastfill:predictor_seconds", "Time in predictors; on CPUs only.")
-        self._sparsity = Gauge(
-            "fastfill:mean_sparsity",
-            "Share of the FFN neurons skipped so far, over all tokens.",
-            multiprocess_mode="mostrecent",
-        )
+        self._sparse, self._dense, self._predictor, self._because, self._sparsity = _shown()
         self._seen = (0, 0, 0.0)
+        self._reasons: dict[str, int] = {}
 
-    def set(self, stats: Stats, sparsity: float, predictor_seconds: float) -> None:
+    def set(self, stats: Stats, sparsity: float, predictor_seconds: float, dense_because: Mapping[str, int]) -> None:
         """All counts so far. sparsity: of the sparse tokens."""
         now = (stats.sparse_tokens, stats.dense_tokens, predictor_seconds)
         for counter, new, old in zip((self._sparse, self._dense, self._predictor), now, self._seen, strict=True):
             counter.inc(new - old)
-        self._seen = now
+        for reason, count in dense_because.items():
+            self._because.labels(reason).inc(count - self._reasons.get(reason, 0))
+        self._seen, self._reasons = now, dict(dense_because)
         self._sparsity.set(sparsity * stats.sparse_share)
+
+
+@functools.cache  # a process can have several engines, and prometheus_client refuses a name that it knows
+def _shown() -> tuple:
+    from prometheus_client import Counter, Gauge
+
+    return (
+        Counter("fastfill:sparse_tokens", "Tokens that were read sparsely."),
+        Counter("fastfill:dense_tokens", "Tokens that were computed densely, generated ones too."),
+        Counter("fastfill:predictor_seconds", "Time in predictors; on CPUs only."),
+        Counter("fastfill:dense_steps", "Steps that should have been read sparsely and were not, or in part.", ["reason"]),
+        Gauge(
+            "fastfill:mean_sparsity",
+            "Share of the FFN neurons skipped so far, over all tokens.",
+            multiprocess_mode="mostrecent",
+        ),
+    )
 
 
 def counters() -> Counters | None:

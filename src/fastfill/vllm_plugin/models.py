@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,11 +22,11 @@ from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -34,7 +35,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from fastfill import artifact as artifacts
-from fastfill import blocks, families, kernels
+from fastfill import kernels
 from fastfill.attachment import Stats
 from fastfill.blocks import Plan
 from fastfill.engines import PARTS, profile
@@ -42,7 +43,8 @@ from fastfill.errors import UserError
 from fastfill.families import FFN
 from fastfill.predictor import LearnedPredictor
 from fastfill.sparse_ffn import SparseFFN, current_plan
-from fastfill.vllm_plugin import metrics, requests, settings
+from fastfill.vllm_plugin import metrics, requests, settings, steps
+from fastfill.vllm_plugin.weights import Checkpoint
 
 logger = init_logger("vllm.fastfill")
 LOG_SECONDS = 10.0
@@ -150,7 +152,10 @@ class SparsePrefill:
         self._layers: list[Layer] = []
         self._hidden: list[SparseView] = []  # in a list, so that it is no child: its weights are the stock model's
         self._warm = False
+        self._loaded = False
+        self._taken: tuple[Any, ...] = ()  # see `_state`
         self.stats = Stats()
+        self.dense_because: Counter[str] = Counter()  # reason -> steps that should have been sparse and were not, or in part
         self.model_bytes = 0
         self.predictor_seconds = 0.0
         self._metrics = metrics.counters() if get_tensor_model_parallel_rank() == 0 else None
@@ -159,6 +164,9 @@ class SparsePrefill:
         self._logged = (time.monotonic(), Stats())
         if self._prefill.sparsity == 0:
             return
+        # What vLLM chose itself, or made of what was chosen, after the checks of `settings.configure`.
+        settings.check_attention(layer.self_attn.attn.get_attn_backend().get_name() for layer in self.model.layers)
+        settings.check_graphs(vllm_config)
         compilation = vllm_config.compilation_config
         names = [f"{prefix}fastfill.{i}" for i in range(len(self.model.layers))]
         ranks = get_tensor_model_parallel_world_size()
@@ -169,15 +177,26 @@ class SparsePrefill:
             self._hidden.append(SparseView(vllm_config=vllm_config, stock=self.model, ffns=ffns))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded = super().load_weights(weights)  # type: ignore[misc]
-        self._take_weights()
+        """Raises UserError for weights that the artifact was not made for, and for any that come after the start."""
+        if self._loaded and self._layers:
+            # A reload takes the modules apart before it comes here; this puts back what they had.
+            finalize_layerwise_reload(self, self._vllm_config.model_config)
+            raise UserError(
+                "The weights of a running engine cannot be replaced while an artifact is on: it was made for those that it "
+                "began with; start again with the new checkpoint, or without the artifact."
+            )
+        checkpoint = Checkpoint(weights)
+        loaded = super().load_weights(checkpoint)  # type: ignore[misc]
+        if not self._loaded:
+            self._take_weights(checkpoint)
+        self._loaded = True
         return loaded
 
-    def _take_weights(self) -> None:
+    def _take_weights(self, checkpoint: Checkpoint) -> None:
         """Check the weights, and keep what the sparse kernel reads: vLLM may repack and drop its own right after this."""
-        parts = [_parts(layer.mlp) for layer in self.model.layers]
         artifact = artifacts.load(self._settings.artifact)
-        _check_weights(artifact, parts)
+        checkpoint.check(artifact)
+        parts = [_parts(layer.mlp) for layer in self.model.layers]
         self.model_bytes = sum(p.numel() * p.element_size() for p in self.parameters())  # type: ignore[attr-defined]
         if not self._layers:
             return
@@ -238,6 +257,7 @@ class SparsePrefill:
             return self.model(*call)
         tokens = positions.shape[-1]
         metadata = _metadata()
+        self._taken = self._taken or self._state()  # not before vLLM has packed what it packs
         if metadata is None and not self._warm:  # vLLM's dummy run: compile now, not when the first prompt comes
             self._warm = True
             self._hidden[0](*call)
@@ -277,32 +297,31 @@ class SparsePrefill:
         return parts
 
     def _plan(self, metadata: Any, tokens: int) -> Plan | None:
-        """Which rows of this step are sparse: blocks that lie whole in this step and in a prompt, between head and tail."""
-        config, plan = self._prefill, None
-        prompts = requests.of(self._vllm_config).prompts
-        if prompts and metadata.max_query_len >= config.block_size:  # a number of the host: decoding costs nothing here
-            starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-            rows = []
-            for index, prompt in sorted(prompts.items()):
-                if index + 1 < len(starts):
-                    first, last = starts[index], starts[index + 1]
-                    position = lengths[index] - (last - first)
-                    # What was generated is read again after a preemption; it was dense then and is dense now.
-                    last = min(last, first + prompt - config.dense_tail - position)
-                    rows.append((first, max(first, last), position))
-            plan = blocks.make_packed_plan(rows, tokens, config.block_size, config.dense_head)
+        """Which rows of this step are sparse; counts them, and the reasons for which others are not."""
+        plan, reasons = steps.plan(metadata, requests.of(self._vllm_config).prompts, tokens, self._prefill)
+        if plan and self._state() != self._taken:
+            plan, reasons = None, {*reasons, steps.NEW_WEIGHTS}
         sparse = plan.sparse_tokens if plan else 0
-        self._count(sparse, metadata.num_actual_tokens - sparse)
+        self._count(sparse, getattr(metadata, "num_actual_tokens", tokens) - sparse, reasons)
         return plan
 
-    def _count(self, sparse: int, dense: int) -> None:
+    def _state(self) -> tuple[Any, ...]:
+        """Something else as soon as anybody writes to the FFN weights of which the sparse kernel has its own form."""
+        stock = [layer.stock for layer in self._layers if layer.stock]
+        weights = (linear.weight for ffn in stock for linear in (ffn.gate_up_proj, ffn.down_proj))
+        return tuple((weight.data_ptr(), weight._version) for weight in weights)
+
+    def _count(self, sparse: int, dense: int, reasons: set[str]) -> None:
         stats = self.stats
         stats.sparse_tokens += sparse
         stats.dense_tokens += dense
         stats.sparse_calls += sparse > 0
         stats.dense_calls += sparse == 0
+        for reason in reasons - self.dense_because.keys():
+            logger.warning("fastfill: a prompt that should be read sparsely is dense (%s); this is said once.", reason)
+        self.dense_because.update(reasons)
         if self._metrics:
-            self._metrics.set(stats, self._prefill.sparsity, self.predictor_seconds)
+            self._metrics.set(stats, self._prefill.sparsity, self.predictor_seconds, self.dense_because)
         then, logged = self._logged
         if stats.sparse_tokens > logged.sparse_tokens and time.monotonic() - then > LOG_SECONDS:
             logger.info(
@@ -315,12 +334,11 @@ class SparsePrefill:
 
 
 def _metadata() -> Any:
-    """Where the requests of this step lie; None in dummy runs and where it cannot be told (such a step is dense)."""
+    """Where the requests of this step lie; None in dummy runs."""
     found = get_forward_context().attn_metadata if is_forward_context_available() else None
-    if not isinstance(found, dict) or not found:
+    if not found:
         return None
-    first = next(iter(found.values()))
-    return first if hasattr(first, "query_start_loc") and hasattr(first, "seq_lens") else None
+    return next(iter(found.values())) if isinstance(found, dict) else found
 
 
 def _parts(mlp: Any) -> FFN:
@@ -333,45 +351,17 @@ def _parts(mlp: Any) -> FFN:
     return FFN(mlp, gate, up, down.weight.data)
 
 
-def _check_weights(artifact: artifacts.Artifact, parts: list[FFN]) -> None:
-    """Raise UserError unless these, together with those of the other ranks, are the weights the artifact was made for."""
-    base = artifact.base_model
-    samples = ([_rows(part.gate), _rows(part.up), _columns(part.down)] for part in parts)
-    found = families.fingerprints_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
-    if not artifacts.same_weights(base, found):
-        raise UserError(artifacts.wrong_partner(base["name"], "same shapes, other weights"))
-
-
-def _rows(weight: torch.Tensor) -> torch.Tensor:
-    """`families.sample` of a weight whose rows are spread over the ranks."""
-    own, rank, ranks = weight.shape[0], get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    if ranks == 1:
-        return families.sample(weight)
-    wanted = families.sampled_rows(own * ranks)
-    found = weight.new_zeros(len(wanted), weight.shape[1])
-    for i, row in enumerate(wanted):
-        if row // own == rank:
-            found[i] = weight[row % own]
-    return tensor_model_parallel_all_reduce(found)
-
-
-def _columns(weight: torch.Tensor) -> torch.Tensor:
-    """`families.sample` of a weight whose columns are spread over the ranks."""
-    found = families.sample(weight)
-    return found if get_tensor_model_parallel_world_size() == 1 else tensor_model_parallel_all_gather(found, dim=1)
-
-
 class WorkerExtension:
     """Methods that `LLM.collective_rpc` can call on vLLM's workers."""
 
     model_runner: Any
 
     def fastfill_stats(self) -> dict[str, Any]:
-        """Sparse and dense tokens and steps so far, seconds in predictors, and the memory of the weights and of what the
-        artifact added, in this worker."""
+        """Sparse and dense tokens and steps so far, reasons for steps that should have been sparse and were not, seconds in
+        predictors, and the memory of the weights and of what the artifact added, in this worker."""
         model = self.model_runner.get_model()
         names = ("predictor_seconds", "model_bytes", "extra_bytes")
-        return {**vars(model.stats), **{name: getattr(model, name) for name in names}}
+        return {**vars(model.stats), "dense_because": dict(model.dense_because), **{n: getattr(model, n) for n in names}}
 
     def fastfill_start_clocks(self) -> None:
         self.model_runner.get_model().start_clocks()

@@ -12,13 +12,14 @@ import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from fastfill.vllm_plugin import settings
+from fastfill.vllm_plugin import settings, steps
 
-_OF: dict[int, Requests] = {}
+_KEY = "fastfill.requests"
 
 
 class Requests(LogitsProcessor):
-    """prompts: row of the running batch -> length of the prompt, for requests that are read sparsely."""
+    """prompts: row of the running batch -> length of the prompt (or `steps.EMBEDDINGS`), for requests that are to be read
+    sparsely."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -27,8 +28,8 @@ class Requests(LogitsProcessor):
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         self.min_tokens = settings.read(vllm_config).prefill.min_tokens
         self.prompts: dict[int, int] = {}
-        self.vllm_config = vllm_config  # kept alive, so that its id stays its own
-        _OF[id(vllm_config)] = self
+        # Where the model of the same engine finds it, and as long as that engine lives.
+        vllm_config.compilation_config.static_forward_context[_KEY] = self
 
     def is_argmax_invariant(self) -> bool:
         return True
@@ -40,8 +41,9 @@ class Requests(LogitsProcessor):
         process_dict_updates(self.prompts, batch_update, self._prompt)
 
     def _prompt(self, params: Any, prompt: list[int] | None, _output: list[int]) -> int | None:
-        # A prompt of embeddings has no ids, and stays dense.
-        return len(prompt) if prompt and is_sparse(params, len(prompt), self.min_tokens) else None
+        if not prompt:
+            return steps.EMBEDDINGS if settings.wants_sparse(params.extra_args) else None
+        return len(prompt) if is_sparse(params, len(prompt), self.min_tokens) else None
 
 
 def is_sparse(params: Any, prompt_tokens: int, min_tokens: int) -> bool:
@@ -50,4 +52,4 @@ def is_sparse(params: Any, prompt_tokens: int, min_tokens: int) -> bool:
 
 
 def of(vllm_config: Any) -> Requests:
-    return _OF[id(vllm_config)]
+    return vllm_config.compilation_config.static_forward_context[_KEY]

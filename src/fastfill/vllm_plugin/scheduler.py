@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -18,23 +19,35 @@ class _Salted:
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
         prefill = settings.read(vllm_config).prefill
         self._min_tokens, self._block = prefill.min_tokens, prefill.block_size
+        self._sparse_salt = f"fastfill-{secrets.token_hex(8)}-"  # requests can bring a salt, and none shall guess this one
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.need_mamba_block_aligned_split = True  # so that it asks the method below
 
     def add_request(self, request: Any) -> None:
-        embeddings = request.prompt_token_ids is None
-        if not embeddings and is_sparse(request.sampling_params, request.num_prompt_tokens, self._min_tokens):
-            request.cache_salt = f"{settings.SALT}{request.cache_salt or ''}"
+        self._salt(request)
+        super().add_request(request)  # type: ignore[misc]
+
+    def _update_request_as_session(self, session: Any, update: Any) -> None:
+        super()._update_request_as_session(session, update)  # type: ignore[misc]
+        self._salt(session)  # a prompt that comes in parts can grow to one that is read sparsely
+
+    def _salt(self, request: Any) -> None:
+        if request.prompt_token_ids is None or self._is_salted(request):
+            return  # a prompt of embeddings stays dense
+        if is_sparse(request.sampling_params, request.num_prompt_tokens, self._min_tokens):
+            request.cache_salt = f"{self._sparse_salt}{request.cache_salt or ''}"
             request.block_hashes.clear()  # they were made without the salt
             request.update_block_hashes()
-        super().add_request(request)  # type: ignore[misc]
+
+    def _is_salted(self, request: Any) -> bool:
+        return (request.cache_salt or "").startswith(self._sparse_salt)
 
     def _mamba_block_aligned_split(self, request: Any, new_tokens: int, *computed: int) -> int:
         """How many of these tokens of a request are computed now: vLLM's hook for models whose chunks must not end anywhere.
         No chunk of ours cuts a block, so that a prompt is read the same way however it is chunked. computed: by others."""
         start = request.num_computed_tokens + sum(computed)
         end = start + new_tokens
-        if end >= request.num_prompt_tokens or not (request.cache_salt or "").startswith(settings.SALT):
+        if end >= request.num_prompt_tokens or not self._is_salted(request):
             return new_tokens
         return max(0, end // self._block * self._block - start)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,12 @@ from fastfill.errors import UserError
 
 SUPPORTED = ((0, 32), (0, 33))  # from, below
 FIELD = "fastfill"
+# What is read of attention metadata is there in these; of a GPU's, that is all that has been tried. FlashInfer's lacks it.
+ATTENTION = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+# Those that hand checkpoints' weights to `load_weights`, and have been tried; the others write to the modules themselves, or
+# need packages that have not been.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "pt")
 SWITCH = "fastfill"  # name of the per-request switch in SamplingParams.extra_args
-SALT = "fastfill-sparse"
 # Shorter prompts stay dense unless the user says otherwise: vLLM's dense prefill is the faster one there (SmolLM2 on two
 # cores: 0.92x at 256 tokens, 1.04x at 512; docs/log.md).
 MIN_TOKENS = 512
@@ -76,6 +80,11 @@ def configure(vllm_config: Any) -> None:
     refuse(vllm_config)
     if settings.kernel not in ("auto", *kernels.KERNELS):
         raise UserError(f"kernel {settings.kernel!r} is not known; use auto, {' or '.join(kernels.KERNELS)}.")
+    if vllm_config.device_config.device_type == "cpu":
+        try:
+            kernels.choose(settings.kernel, torch.empty(0, dtype=vllm_config.model_config.dtype))
+        except ValueError as error:
+            raise UserError(str(error)) from error
     if settings.one_copy not in (True, False):
         raise UserError(f"one_copy must be true or false, not {settings.one_copy!r}.")
     if settings.one_copy and vllm_config.device_config.device_type != "cpu":
@@ -84,6 +93,8 @@ def configure(vllm_config: Any) -> None:
     wanted = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
     settings = Settings(**{**cfg.to_dict(defaults(artifact)), **wanted})
     prefill = settings.prefill  # checks the values
+    if settings.one_copy and prefill.sparsity == 0:
+        raise UserError("one_copy does nothing at sparsity 0, which is vLLM's own model; leave it out.")
     check_shapes(artifact, vllm_config.model_config.hf_config)
     check_checkpoint(artifact, Path(vllm_config.model_config.model))
     model, parallel, scheduler = vllm_config.model_config, vllm_config.parallel_config, vllm_config.scheduler_config
@@ -91,6 +102,8 @@ def configure(vllm_config: Any) -> None:
     parallel.worker_extension_cls = "fastfill.vllm_plugin.models.WorkerExtension"
     if prefill.sparsity == 0:
         return  # all of it is vLLM's own code
+    choose_attention(vllm_config.attention_config)
+    check_graphs(vllm_config)
     model.logits_processors = [*(model.logits_processors or []), "fastfill.vllm_plugin.requests:Requests"]
     check_blocks(vllm_config, prefill.block_size)
     scheduler.scheduler_cls = "fastfill.vllm_plugin.scheduler.scheduler"
@@ -102,19 +115,59 @@ def defaults(artifact: Artifact) -> PrefillConfig:
     return dataclasses.replace(artifact.prefill, min_tokens=least, dense_tail=DENSE_TAIL)
 
 
+def choose_attention(attention: Any) -> None:
+    """Check what the user chose; if it is nothing, choose for CUDA, where vLLM itself would take FlashInfer on some GPUs."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    check_attention(backend.name for backend in (attention.backend, *attention.backend_per_kind.values()) if backend)
+    if attention.backend is None and current_platform.is_cuda():
+        attention.backend = AttentionBackendEnum.FLASH_ATTN
+
+
+def check_attention(backends: Iterable[str]) -> None:
+    """Raise UserError for an attention backend that does not tell where the requests of a step lie, so that all is dense."""
+    for name in backends:
+        if name not in ATTENTION:
+            raise UserError(
+                f"The sparse prefill does not work with the attention backend {name}; start with --attention-backend "
+                "FLASH_ATTN or TRITON_ATTN, and on CPUs without that option."
+            )
+
+
+def check_graphs(vllm_config: Any) -> None:
+    """Raise UserError if a captured graph of the dense model would be replayed over prompts; over decode steps it may."""
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is not None and mode.mixed_mode().name == "FULL":
+        raise UserError(
+            "The sparse prefill does not work with full CUDA graphs over prompts; start with "
+            "-cc.cudagraph_mode=FULL_AND_PIECEWISE, FULL_DECODE_ONLY, PIECEWISE or NONE."
+        )
+
+
 def check_blocks(vllm_config: Any, block_size: int) -> None:
-    """See that neither a chunk nor a hit of the prefix cache has to end inside a block. Raises UserError where it must."""
+    """See that neither a chunk nor a hit of the prefix cache has to end inside a block, and that every step has room for a
+    block beside all requests that are being answered: else a prompt could wait for ever. Raises UserError."""
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
-    limits = {
-        "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
-        "--long-prefill-token-threshold": scheduler.long_prefill_token_threshold,
-    }
-    for option, limit in limits.items():
-        if 0 < limit < block_size:
-            raise UserError(f"{option} {limit} is less than a block; give {block_size} or more.")
+    others = min(scheduler.max_num_seqs, scheduler.max_num_active_seqs or scheduler.max_num_seqs)
+    for option in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        limit, needed = getattr(scheduler, option), others + block_size
+        if limit is not None and limit < needed:
+            raise UserError(
+                f"--{option.replace('_', '-')} {limit} is less than a token of each of {others} requests and a block of "
+                f"{block_size}; give {needed} or more, or a smaller --max-num-seqs."
+            )
+    if 0 < (limit := scheduler.long_prefill_token_threshold) < block_size:
+        raise UserError(f"--long-prefill-token-threshold {limit} is less than a block; give {block_size} or more.")
+    if not cache.enable_prefix_caching:
+        return
+    if cache.prefix_match_unit and cache.prefix_match_unit % block_size:
+        raise UserError(
+            f"--prefix-match-unit {cache.prefix_match_unit} is no multiple of the sparse blocks of {block_size}; leave it out."
+        )
     default = 128 if vllm_config.device_config.device_type == "cpu" else 16
     pages = cache.block_size if cache.user_specified_block_size else default
-    if not cache.enable_prefix_caching or pages % block_size == 0:
+    if pages % block_size == 0:
         return
     fitting = math.lcm(pages, block_size)
     if cache.user_specified_block_size:
@@ -140,14 +193,25 @@ def name_range() -> str:
 def refuse(vllm_config: Any) -> None:
     """Raise UserError for what the sparse prefill does not know, rather than be wrong or silently dense."""
     parallel, model, scheduler = vllm_config.parallel_config, vllm_config.model_config, vllm_config.scheduler_config
-    kind = getattr(model.hf_config, "hidden_act", None)
+    kind, load, offload = getattr(model.hf_config, "hidden_act", None), vllm_config.load_config, vllm_config.offload_config
     for given, what in (
         (vllm_config.speculative_config is not None, "speculative decoding; start without it"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism; start with --pipeline-parallel-size 1"),
-        (getattr(parallel, "enable_dbo", False), "dual-batch overlap; start without --enable-dbo"),
+        (parallel.prefill_context_parallel_size > 1, "context parallelism; start without --prefill-context-parallel-size"),
+        (parallel.decode_context_parallel_size > 1, "context parallelism; start without --decode-context-parallel-size"),
+        (parallel.enable_dbo, "dual-batch overlap; start without --enable-dbo"),
+        (parallel.ubatch_size > 1, "micro-batches; start without --ubatch-size"),
+        (parallel.enable_eplb or parallel.enable_elastic_ep, "expert parallelism; start without --enable-eplb and elastic EP"),
         (vllm_config.lora_config is not None, "LoRA adapters; merge them, and calibrate the merged model"),
         (vllm_config.quant_config is not None or model.quantization, "quantised weights; serve the floating-point model"),
-        (vllm_config.load_config.load_format == "dummy", "dummy weights; leave --load-format out"),
+        (load.load_format == "dummy", "dummy weights; leave --load-format out"),
+        (load.load_format not in LOAD_FORMATS, f"--load-format {load.load_format}; use {', '.join(LOAD_FORMATS)}"),
+        (model.model_weights, "weights from an object store; download the checkpoint"),
+        (model.enable_sleep_mode, "sleep mode, which gives the weights away; start without --enable-sleep-mode"),
+        (vllm_config.weight_transfer_config is not None, "weights from a trainer; start without --weight-transfer-config"),
+        (offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size, "offloaded weights; start without offloading"),
+        (vllm_config.kv_transfer_config is not None, "keys and values from elsewhere; start without --kv-transfer-config"),
+        (vllm_config.cache_config.kv_offloading_size, "offloaded keys and values; start without --kv-offloading-size"),
         (model.runner_type == "pooling", "pooling models"),
         (scheduler.scheduler_cls is not None, "another scheduler class; start without --scheduler-cls"),
         (parallel.worker_extension_cls, "another worker extension; start without --worker-extension-cls"),

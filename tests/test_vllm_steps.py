@@ -1,0 +1,128 @@
+"""What the plugin knows without vLLM: which rows of a step are sparse and why others are not, and whose weights go by."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import one_sentence, tiny_artifact, tiny_model
+
+from fastfill import families
+from fastfill.attachment import Stats
+from fastfill.config import PrefillConfig
+from fastfill.errors import UserError
+from fastfill.vllm_plugin import metrics, steps
+from fastfill.vllm_plugin.weights import ROLES, Checkpoint
+
+PREFILL = PrefillConfig(sparsity=0.5, block_size=32, dense_head=32, min_tokens=96, dense_tail=0)
+
+
+def metadata(*requests):
+    """Attention metadata of requests (tokens of this step, tokens with those before it)."""
+    new = torch.tensor([0, *(count for count, _ in requests)])
+    return SimpleNamespace(
+        query_start_loc=new.cumsum(0),
+        seq_lens=torch.tensor([total for _, total in requests]),
+        max_query_len=int(new.max()),
+        num_actual_tokens=int(new.sum()),
+    )
+
+
+def planned(found, prompts, prefill=PREFILL):
+    plan, reasons = steps.plan(found, prompts, found.num_actual_tokens, prefill)
+    return plan.sparse_tokens if plan else 0, reasons
+
+
+@pytest.mark.parametrize("tail", [0, 40])
+def test_chunks_at_block_ends_are_sparse_as_the_whole_prompt_and_give_no_reason(tail):
+    prefill = PrefillConfig(sparsity=0.5, block_size=32, dense_head=40, min_tokens=96, dense_tail=tail)
+    for prompt in (96, 100, 127, 500):
+        whole, reasons = planned(metadata((prompt, prompt)), {0: prompt}, prefill)
+        assert not reasons and whole == max(0, (prompt - tail) // 32 * 32 - 64)
+        for chunk in (32, 64, 160):
+            parts = [(min(chunk, prompt - at), min(at + chunk, prompt)) for at in range(0, prompt, chunk)]
+            found = [planned(metadata(part), {0: prompt}, prefill) for part in parts]
+            assert sum(sparse for sparse, _ in found) == whole and not any(reasons for _, reasons in found)
+    # A prompt that is read again with what was generated after it, and beside it one that is decoded.
+    assert planned(metadata((1, 700), (520, 520)), {1: 500}, PREFILL) == (448, set())
+
+
+def test_a_part_that_should_be_sparse_and_is_not_has_a_reason():
+    """A chunk that begins inside the block 64..96 loses the rest of it, one that ends inside the block 96..128 its begin."""
+    assert planned(metadata((56, 128)), {0: 500}) == (32, {steps.CUT_BLOCK})
+    assert planned(metadata((60, 124)), {0: 500}) == (32, {steps.CUT_BLOCK})
+    assert planned(metadata((20, 84)), {0: 500}) == (0, {steps.CUT_BLOCK})
+    assert planned(metadata((20, 500)), {0: 500}) == (0, set())  # what fills no block is dense
+    assert planned(metadata((20, 20)), {0: 500}) == (0, set())  # the head too
+    for row in (0, 1):
+        found = metadata(*[(300, 300), (1, 50)][:: 1 if row == 0 else -1])
+        assert planned(found, {row: steps.EMBEDDINGS}) == (0, {steps.AS_EMBEDDINGS})
+    assert planned(metadata((90, 90)), {0: steps.EMBEDDINGS}) == (0, set())  # short
+    assert planned(metadata((1, 301), (40, 40)), {0: steps.EMBEDDINGS}) == (0, set())  # decoding
+
+
+@pytest.mark.parametrize("name", steps.FIELDS)
+def test_metadata_that_lacks_a_field_is_a_reason_where_a_prompt_could_be(name):
+    found = metadata((500, 500))
+    delattr(found, name)
+    assert steps.plan(found, {0: 500}, 500, PREFILL) == (None, {steps.NO_METADATA})
+    assert steps.plan(found, {}, 500, PREFILL) == (None, set())
+    assert steps.plan(found, {0: 500}, 4, PREFILL) == (None, set())
+
+
+def test_decoding_reads_nothing_from_the_device():
+    found = metadata((1, 501), (1, 20))
+    found.query_start_loc = found.seq_lens = None
+    assert steps.plan(found, {0: 500}, 2, PREFILL) == (None, set())
+
+
+def checkpoint_of(model, names=None, dtype=None):
+    """The weights as a loader hands them on. names: ours -> the format's."""
+    for name, weight in model.state_dict().items():
+        for ours, theirs in (names or {}).items():
+            name = name.replace(ours, theirs)
+        yield name, weight.to(dtype or weight.dtype)
+
+
+def passed(weights):
+    checkpoint = Checkpoint(weights)
+    assert all(isinstance(name, str) for name, _ in checkpoint)
+    return checkpoint
+
+
+def test_the_checkpoints_own_dtype_is_looked_at_and_everything_is_handed_on():
+    """In fp16 these weights would have another fingerprint: rounding twice is not rounding once."""
+    model = tiny_model()
+    artifact = tiny_artifact(model)
+    handed_on = dict(Checkpoint(checkpoint_of(model)))
+    assert all(handed_on[name] is not None for name in model.state_dict())
+    passed(checkpoint_of(model)).check(artifact)
+    passed(checkpoint_of(model, dtype=torch.bfloat16)).check(artifact)
+    mistral = {f".{ours}.": f".{theirs}." for theirs, role in list(ROLES.items())[3:] for ours in [f"{role}_proj"]}
+    passed(checkpoint_of(model, names={"model.layers": "layers", "mlp": "feed_forward", **mistral})).check(artifact)
+    with pytest.raises(UserError, match="other weights"):
+        passed(checkpoint_of(model, dtype=torch.float16)).check(artifact)
+    with pytest.raises(UserError, match="other weights"):
+        passed(checkpoint_of(tiny_model(seed=1))).check(artifact)
+    assert artifact.base_model["fingerprint"] == families.fingerprint(families.dissect(model))
+
+
+def test_a_checkpoint_that_lacks_ffn_weights_is_refused():
+    model = tiny_model()
+    weights = [(n, w) for n, w in checkpoint_of(model) if not n.endswith("layers.1.mlp.up_proj.weight")]
+    with pytest.raises(UserError, match=r"no up weights of layer 1 .*1 weights are missing") as refused:
+        passed(weights).check(tiny_artifact(model))
+    one_sentence(refused.value)
+    with pytest.raises(UserError, match="9 weights are missing"):
+        passed(checkpoint_of(model, names={"mlp": "ffn"})).check(tiny_artifact(model))
+
+
+def test_counters_of_several_engines_add_up():
+    prometheus = pytest.importorskip("prometheus_client")
+    value = prometheus.REGISTRY.get_sample_value
+    first, second = metrics.Counters(), metrics.Counters()
+    first.set(Stats(sparse_tokens=3, dense_tokens=1), 0.5, 0.25, {"a": 1})
+    first.set(Stats(sparse_tokens=5, dense_tokens=1), 0.5, 0.25, {"a": 2, "b": 1})
+    second.set(Stats(sparse_tokens=1, dense_tokens=1), 0.5, 0.25, {"a": 4})
+    assert value("fastfill:sparse_tokens_total") == 6 and value("fastfill:dense_tokens_total") == 2
+    assert value("fastfill:dense_steps_total", {"reason": "a"}) == 6
+    assert value("fastfill:dense_steps_total", {"reason": "b"}) == 1
