@@ -196,7 +196,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--lengths", help="ruler, suite: tokens of prompt and answer; ranges too, as 1024-4096 (default: 1024,4096)"
     )
     evaluate.add_argument("--haystack", metavar="FILE", help="ruler, suite: text to hide things in (default: RULER's noise)")
-    evaluate.add_argument("--max-prompt-tokens", type=int, help="longbench, suite: cut prompts (default: to what the model holds)")
+    evaluate.add_argument(
+        "--max-prompt-tokens", type=int, help="longbench, suite: cut prompts (default: to what the model holds)"
+    )
     evaluate.add_argument("--max-new-tokens", type=int, help="shorten the answers (no longer comparable)")
     evaluate.add_argument(
         "--score",

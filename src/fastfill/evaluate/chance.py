@@ -1,8 +1,8 @@
 """What a set's answers score without being right: the level under which a recovery says nothing.
 
-Chance is measured, for all sets in the same way: what the dense model's answers score as answers to *other* examples of the set.
-For classes it is the score of guessing as often as this model names each, for retrieval one in so many paragraphs, for summaries
-and code what any summary or line has in common with any other, for hidden numbers 0.
+Chance is measured, for all sets in one way: what the dense model's answers score as answers to *other* examples of their set.
+For classes that is guessing each as often as this model does, for retrieval one in so many paragraphs, for summaries and code
+what any two have in common, for hidden numbers 0.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ def compare(model: Any, dense: torch.Tensor, sparse: torch.Tensor, answer: torch
 def summarize(groups: Sequence[Sequence[Row]], seed: int = 0) -> Row | None:
     """Nats per answer token of both readings, their paired difference with its interval, KL and agreement.
 
-    groups: rows of `compare`, by set. Within a set the tokens of all examples are pooled; sets weigh the same. None without rows.
+    groups: rows of `compare`, by set. Within a set the tokens of all examples are pooled; sets weigh the same. None without
+    rows.
     """
     groups = [group for group in groups if group]
     if not groups:

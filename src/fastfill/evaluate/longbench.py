@@ -168,7 +168,7 @@ def check(fields: Any, where: str, source: str, stem: str = "") -> Row:
     good = good and bool(fields.get("prompt", "whole").strip())
     if not good or not _texts(answers) or not answers or not (classes is None or _texts(classes)):
         raise UserError(
-            f"{where} is not a LongBench row: it needs `context` and `input` (or a whole `prompt`) and a list of texts `answers`."
+            f"{where} is not a LongBench row: it needs `context` and `input`, or a `prompt`, and a list of texts `answers`."
         )
     most = fields.get("max_new_tokens", 1)
     if not isinstance(most, int) or most < 1:

@@ -58,8 +58,8 @@ class Pace:
         self._told = True
         end = f", --minutes {self.minutes:g} ends it before" if self._over(left) else ""
         print(
-            f"fastfill: about {span(sum(map(self.seconds, left)))} for the other {len(left)} examples of {len(self.sets)} sets, "
-            f"judged by the first of each{end}.",
+            f"fastfill: about {span(sum(map(self.seconds, left)))} for the other {len(left)} examples, judged by the first of "
+            f"each of {len(self.sets)} sets{end}.",
             file=sys.stderr,
         )
 

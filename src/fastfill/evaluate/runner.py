@@ -137,8 +137,8 @@ def _text(tokenizer: Any, ids: Any) -> str:
 
 
 def summarize(rows: Sequence[Row], seed: int = 0, levels: dict[str, list[float]] | None = None) -> dict[str, Any]:
-    """Per set: mean scores, recovery and its interval, chance, and the likelihood of the right answer; then over sets with equal
-    weight.
+    """Per set: mean scores, recovery and its interval, chance, the likelihood of the right answer; then over sets, which weigh
+    the same.
 
     levels: chance level of each example of a set, in the order of its rows. `average` is over the sets on which the dense model
     is better than chance, or for which chance is not known. Rows without scores, or without likelihoods, have neither.
@@ -200,7 +200,7 @@ def _average(groups: Sequence[Sequence[tuple[float, float]]], seed: int) -> dict
     if not groups:
         return {"dense": None, "sparse": None, "recovery": None, "interval": None, "sets": 0}
     means = np.array([np.mean(group, axis=0) for group in groups])
-    each = {"mean_recovery": None, "mean_recovery_interval": None}
+    each: Row = {"mean_recovery": None, "mean_recovery_interval": None}
     if means[:, 0].all():
         draws = intervals.resample(groups, seed)
         dense = np.where(draws[:, :, 0] > 0, draws[:, :, 0], np.nan)

@@ -321,9 +321,7 @@ def _answers(
     score = options.score or ("both" if options.engine == "transformers" else "answers")
     settings = resume.settings(options.task, attachment, artifact, identity(examples), score=score, **more)
     store = Store(options.out, settings)
-    result = runner.run(
-        attachment, loaded.tokenizer, examples, store, seed=options.seed, score=score, minutes=options.minutes
-    )
+    result = runner.run(attachment, loaded.tokenizer, examples, store, seed=options.seed, score=score, minutes=options.minutes)
     if attachment.config.sparsity and not result["sparse_tokens"]:
         least = attachment.config.shortest_prompt
         print(f"fastfill: warning: all prompts stayed dense, as those under {least} tokens do.", file=sys.stderr)

@@ -14,7 +14,7 @@ from fastfill.report.values import MISSING, Table, count, distinct, known, numbe
 Document = dict[str, Any]
 METHODS = ("learned", "oracle", "static", "low-rank", "first-block", "random")  # the same look in every figure
 PER_TOKEN = ("gate-threshold", "input-threshold")  # each token has its own choice, which no matrix product of a prefill can use
-TASKS = {"longbench": "LongBench", "ruler": "RULER"}
+TASKS = {"longbench": "LongBench", "ruler": "RULER", "suite": "the suite"}
 READINGS = (("strict", "ppl_ratio"), ("continuation", "cont_ppl_ratio"))
 NAMED_BY = ("model", "dtype", "predictor", "compensator", "sparsity", "block_size", "sources")
 
@@ -368,6 +368,11 @@ def recovery(document: Document, name: str = "recovery") -> str:
         ax.set_title("sparse score / dense score, 95 % bootstrap interval (100%: as good)")
         as_percent(ax.xaxis)
     return sheet.svg
+
+
+def scored(document: Document) -> list[Document]:
+    """The sets that have scores; a run of `--score likelihood` has none."""
+    return [line for line in document["datasets"] if "recovery" in line]
 
 
 def _datasets(document: Document) -> list[tuple[str, Document]]:
