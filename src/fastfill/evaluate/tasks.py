@@ -31,7 +31,7 @@ Task = Callable[[Attachment, LoadedModel], dict[str, Any]]
 Score = Callable[[Attachment, LoadedModel, list[tuple[str, torch.Tensor]], Store], dict[str, Any]]
 RULER_EXAMPLES = 10  # of each task and length, unless --limit says otherwise
 SUITE_EXAMPLES = 100  # of each set of the suite
-SUITE_RULER = (*ruler.NEEDLES, "vt")  # what the suite takes of `ruler`
+SUITE_RULER = (*ruler.NEEDLES, "vt")  # what the suite takes of `ruler`, unless --datasets says otherwise
 
 ANSWERS = ("longbench", "ruler", "suite")
 READINGS = ("perplexity", "peers", "pareto")
@@ -237,15 +237,16 @@ def _ruler(options: argparse.Namespace, artifact: Artifact) -> Task:
 def _suite(options: argparse.Namespace, artifact: Artifact) -> Task:
     """Rows in LongBench's format, and needles and variables beside them: one run, one table, one mean."""
     named, count = _names(options.datasets), options.limit or SUITE_EXAMPLES
-    hidden = [name for name in named or SUITE_RULER if name in SUITE_RULER]
-    others = [name for name in named or () if name not in SUITE_RULER]
+    made = [name for name in ruler.TASKS if name != "qa"]  # its questions are in the rows
+    hidden = [name for name in named or SUITE_RULER if name in made]
+    others = [name for name in named or () if name not in made]
     rows = longbench.read(options.data, others, count) if others or not named else []
     shared = _calibrated_on({row.source for row in rows}, artifact)
     examples = _ruler_examples(options, [], count, hidden)
 
     def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
-        made = [*_longbench_examples(options, loaded, rows), *(examples(loaded) if hidden else [])]
-        result = _answers(options, artifact, attachment, loaded, made, **longbench.chinese(rows))
+        both = [*_longbench_examples(options, loaded, rows), *(examples(loaded) if hidden else [])]
+        result = _answers(options, artifact, attachment, loaded, both, **longbench.chinese(rows))
         return {**longbench.named_metrics(result, rows), "calibrated_on": shared}
 
     return run

@@ -378,7 +378,8 @@ def scored(document: Document) -> list[Document]:
 def _datasets(document: Document) -> list[tuple[str, Document]]:
     lines = [(text(line.get("dataset", "?"), 48), line) for line in document["datasets"]]
     average = document.get("average")
-    return [*lines, ("average", average)] if len(lines) > 1 and isinstance(average, dict) else lines
+    shown = len(lines) > 1 and isinstance(average, dict) and average.get("sets") != 0  # 0: the model can do none of them
+    return [*lines, ("average", average)] if shown else lines
 
 
 def recovery_title(document: Document) -> str:
