@@ -199,7 +199,7 @@ def code(files: Sequence[Path], count: int, characters: Callable[[], int], rng: 
 
 
 def summaries(files: Sequence[Path], count: int, characters: Callable[[], int], rng: random.Random) -> list[Row]:
-    """`count` modules without their docstrings, the first paragraph of which is the answer; long ones are cut at a line's end."""
+    """`count` modules without their docstrings, whose first paragraph is the answer; long ones are cut at a line's end."""
     rows: list[Row] = []
     for file in rng.sample(files, len(files)):
         if len(rows) == count:

@@ -53,7 +53,7 @@ def test_without_sparsity_it_is_a_plain_forwards_log_softmax(tokenizer, family, 
 
 
 def test_in_fp32_too(tokenizer):
-    """A hidden state of norm sqrt(H), fp32 sums of 96 terms in three layers: 1e-4 of the loss is generous, 1e-2 would be wrong."""
+    """Three layers of fp32 sums of at most 96 terms: errors of some 1e-6 of values of order one, 1e-4 is generous."""
     model, answer = tiny_model(), gold(20)
     with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
         row = runner.answer(attachment, tokenizer, example(answer), "likelihood")
@@ -135,7 +135,7 @@ def test_logits_are_only_taken_where_they_are_needed(model, tokenizer):
 
 
 def test_sums_by_hand():
-    """Two tokens, three words. First: dense (1/2, 1/4, 1/4), sparse (1/4, 1/2, 1/4), right is word 0. Then the same for both."""
+    """Two tokens, three words. First: dense (1/2, 1/4, 1/4), sparse (1/4, 1/2, 1/4), right is word 0. Then both the same."""
     head = torch.nn.Identity()
     model = SimpleNamespace(get_output_embeddings=lambda: head, device="cpu")
     dense = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]], dtype=torch.float64).log()

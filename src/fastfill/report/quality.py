@@ -378,8 +378,9 @@ def scored(document: Document) -> list[Document]:
 def _datasets(document: Document) -> list[tuple[str, Document]]:
     lines = [(text(line.get("dataset", "?"), 48), line) for line in document["datasets"]]
     average = document.get("average")
-    shown = len(lines) > 1 and isinstance(average, dict) and average.get("sets") != 0  # 0: the model can do none of them
-    return [*lines, ("average", average)] if shown else lines
+    if len(lines) < 2 or not isinstance(average, dict) or average.get("sets") == 0:  # 0: the model can do none of them
+        return lines
+    return [*lines, ("average", average)]
 
 
 def recovery_title(document: Document) -> str:
