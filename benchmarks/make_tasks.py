@@ -1,6 +1,6 @@
 """Build rows in LongBench's format from a SQuAD 2.0 file and from the Python standard library's source, with a seed.
 
-    python benchmarks/make_tasks.py --squad dev-v2.0.json --out tasks [--rows 50] [--characters 4500-12000] [--seed 0]
+    python benchmarks/make_tasks.py --squad dev-v2.0.json --out tasks [--rows 50] [--characters 5500-13000] [--seed 0]
     fastfill evaluate default --artifact default --task suite --data tasks --out run
 
 They are not LongBench: each follows the rules of a LongBench dataset (prompt, answer length, metric) on other text, and is
@@ -14,7 +14,7 @@ named `DATASET:made` so that no result can be taken for the official one.
 - gov_report: a module of the standard library without its docstring; what is it for? The docstring's first paragraph is the
   right answer. The prompt is ours, and answers have 64 tokens.
 
-A length such as 4500-12000 is drawn for each row: with 4 characters a token, prompts of about 1,000 to 3,500 tokens.
+A length such as 5500-13000 is drawn for each row: with 4 characters a token, prompts of about 1,000 to 4,000 tokens.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ def build(
 
 
 def _characters(text: str) -> tuple[int, int]:
-    """'8000' or '4500-12000'."""
+    """'8000' or '5500-13000'."""
     ends = [int(end) for end in text.split("-")]
     if len(ends) > 2 or not 2000 <= ends[0] <= ends[-1]:
         raise ValueError
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--characters",
         type=_characters,
         default="8000",
-        help="length of a context, at least 2000, or a range such as 4500-12000; about 4 a token (default: 8000)",
+        help="length of a context, at least 2000, or a range such as 5500-13000; about 4 a token (default: 8000)",
     )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
