@@ -1,7 +1,7 @@
 """Build rows in LongBench's format from a SQuAD 2.0 file and from the Python standard library's source, with a seed.
 
-    python benchmarks/make_tasks.py --squad dev-v2.0.json --out tasks [--rows 50] [--characters 8000] [--seed 0]
-    fastfill evaluate default --artifact default --task longbench --data tasks --out run
+    python benchmarks/make_tasks.py --squad dev-v2.0.json --out tasks [--rows 50] [--characters 5500-13000] [--seed 0]
+    fastfill evaluate default --artifact default --task suite --data tasks --out run
 
 They are not LongBench: each follows the rules of a LongBench dataset (prompt, answer length, metric) on other text, and is
 named `DATASET:made` so that no result can be taken for the official one.
@@ -11,11 +11,17 @@ named `DATASET:made` so that no result can be taken for the official one.
 - triviaqa: a paragraph and its question, after solved examples from other articles.
 - passage_retrieval_en: the beginnings of 30 paragraphs; to which of them do these questions and answers belong?
 - lcc: the next line of a module of the standard library (the files depend on the Python version, which is in each `_id`).
+- gov_report: a module of the standard library without its docstring; what is it for? The docstring's first paragraph is the
+  right answer. The prompt is ours, and answers have 64 tokens.
+
+A length such as 5500-13000 is drawn for each row: with 4 characters a token, prompts of about 1,000 to 4,000 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 import json
 import platform
 import random
@@ -28,6 +34,12 @@ from typing import Any
 
 Row = dict[str, Any]
 PARAGRAPHS = 30  # LongBench's prompt for passage retrieval names this number
+SUMMARY_TOKENS = 64
+SUMMARY_PROMPT = (
+    "You are given the source code of a Python module, without its documentation. Write a summary of what the module is for, "
+    "in one or two sentences.\n\nSource code:\n{source}\n\nNow, write the summary in one or two sentences. Do not output any "
+    "code.\n\nSummary:"
+)
 
 
 @dataclass(frozen=True)
@@ -164,26 +176,73 @@ def _beginning(text: str, characters: int) -> str:
     return text if len(text) <= room else text[:room].rsplit(" ", 1)[0]
 
 
-def code(files: Sequence[Path], count: int, characters: int, rng: random.Random) -> list[Row]:
+def code(files: Sequence[Path], count: int, characters: Callable[[], int], rng: random.Random) -> list[Row]:
     """The next line of `count` modules, each cut where a line of code with something to guess follows."""
     rows: list[Row] = []
     for file in rng.sample(files, len(files)):
         if len(rows) == count:
             break
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        except (OSError, UnicodeDecodeError):
+        text = _source(file)
+        if text is None:
             continue
+        lines, most = text.splitlines(keepends=True), characters()
         ends, size = [], 0
         for number, line in enumerate(lines):
-            if size >= characters // 2 and size <= characters and _worth(line):
+            if 3 * most // 4 <= size <= most and _worth(line):
                 ends.append(number)
             size += len(line)
         if ends:
             end = rng.choice(ends)
-            name = f"{platform.python_version()}-{file.stem}-{end + 1}"
+            name = f"{_name(file)}-{end + 1}"
             rows.append(_row("lcc", name, "".join(lines[:end]), "", [lines[end].strip("\n")]))
     return rows
+
+
+def summaries(files: Sequence[Path], count: int, characters: Callable[[], int], rng: random.Random) -> list[Row]:
+    """`count` modules without their docstrings, whose first paragraph is the answer; long ones are cut at a line's end."""
+    rows: list[Row] = []
+    for file in rng.sample(files, len(files)):
+        if len(rows) == count:
+            break
+        parts = _without_docstring(_source(file) or "")
+        if parts is None:
+            continue
+        source, summary = parts
+        most = characters()
+        if len(source) < 3 * most // 4 or not 40 <= len(summary) <= 400:
+            continue
+        if len(source) > most:
+            source = source[: source.rindex("\n", 0, most) + 1]
+        row = _row("gov_report", _name(file), source, "", [summary])
+        prompt = SUMMARY_PROMPT.replace("{source}", row.pop("context"))
+        rows.append({**row, "prompt": prompt, "max_new_tokens": SUMMARY_TOKENS})
+    return rows
+
+
+def _without_docstring(text: str) -> tuple[str, str] | None:
+    """A module's source without its docstring and what stands before it, and the docstring's first paragraph as one line."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return None
+    docstring = ast.get_docstring(tree)
+    if not docstring or not tree.body[0].end_lineno:
+        return None
+    after = text.splitlines(keepends=True)[tree.body[0].end_lineno :]
+    return "".join(after).lstrip("\n"), " ".join(docstring.split("\n\n")[0].split())
+
+
+def _source(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _name(file: Path) -> str:
+    root = Path(sysconfig.get_path("stdlib"))
+    inside = file.relative_to(root) if file.is_relative_to(root) else Path(file.name)
+    return f"{platform.python_version()}-{'.'.join(inside.with_suffix('').parts)}"
 
 
 def _worth(line: str) -> bool:
@@ -192,9 +251,12 @@ def _worth(line: str) -> bool:
 
 
 def library_files() -> list[Path]:
-    """Modules of the standard library (top level, sorted), without what is installed beside it, and without modules a to c:
-    the shipped artifact was calibrated on them."""
-    return sorted(Path(sysconfig.get_path("stdlib")).glob("[!a-c]*.py"))
+    """Modules of the standard library, sorted, without tests, tables of encodings and what is installed beside it, and without
+    modules and packages a to c: the shipped artifact was calibrated on them."""
+    root = Path(sysconfig.get_path("stdlib"))
+    apart = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
+    found = [file.relative_to(root) for file in root.rglob("*.py")]
+    return sorted(root / file for file in found if file.parts[0][0] not in "abc" and not apart & {*file.parts})
 
 
 MAKERS: dict[str, Callable[[Squad, Question, int, random.Random], Row]] = {
@@ -205,26 +267,42 @@ MAKERS: dict[str, Callable[[Squad, Question, int, random.Random], Row]] = {
 }
 
 
-def build(squad: Squad | None, files: Sequence[Path], count: int, characters: int, seed: int) -> dict[str, list[Row]]:
-    """Rows by dataset. The same arguments give the same rows, and a dataset's rows do not depend on the other datasets."""
+def build(
+    squad: Squad | None, files: Sequence[Path], count: int, characters: tuple[int, int], seed: int
+) -> dict[str, list[Row]]:
+    """Rows by dataset. characters: shortest and longest context, drawn for each row. The same arguments give the same rows, and
+    a dataset's rows do not depend on the other datasets."""
+
+    def lengths(dataset: str) -> Callable[[], int]:
+        return functools.partial(random.Random(f"{seed}/{dataset}/characters").randint, *characters)
+
     made = {}
     for dataset, maker in MAKERS.items() if squad else ():
-        rng = random.Random(f"{seed}/{dataset}")
+        rng, length = random.Random(f"{seed}/{dataset}"), lengths(dataset)
         assert squad is not None
         questions = squad.questions
         if dataset == "passage_retrieval_en":
             if len({text for texts in squad.paragraphs for text in texts}) < PARAGRAPHS:
                 continue
-            shown = {(i, j): _beginning(t, characters) for i, ts in enumerate(squad.paragraphs) for j, t in enumerate(ts)}
+            shown = {(i, j): _beginning(t, characters[0]) for i, ts in enumerate(squad.paragraphs) for j, t in enumerate(ts)}
             questions = [q for q in questions if q.answers[0] in shown[q.article, q.paragraph]]
             first = {(q.article, q.paragraph): q for q in reversed(questions)}  # one question a paragraph
             questions = [q for q in questions if first[q.article, q.paragraph] is q]
         if dataset == "multifieldqa_en":
-            questions = [q for q in questions if len(squad.paragraphs[q.article][q.paragraph]) <= characters]
+            questions = [q for q in questions if len(squad.paragraphs[q.article][q.paragraph]) <= characters[0]]
         chosen = rng.sample(questions, min(count, len(questions)))
-        made[dataset] = [maker(squad, question, characters, rng) for question in chosen]
-    made["lcc"] = code(files, count, characters, random.Random(f"{seed}/lcc"))
+        made[dataset] = [maker(squad, question, length(), rng) for question in chosen]
+    for dataset, of_code in (("lcc", code), ("gov_report", summaries)):
+        made[dataset] = of_code(files, count, lengths(dataset), random.Random(f"{seed}/{dataset}"))
     return made
+
+
+def _characters(text: str) -> tuple[int, int]:
+    """'8000' or '5500-13000'."""
+    ends = [int(end) for end in text.split("-")]
+    if len(ends) > 2 or not 2000 <= ends[0] <= ends[-1]:
+        raise ValueError
+    return ends[0], ends[-1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,11 +310,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--squad", type=Path, help="SQuAD 2.0 JSON file (without it only code rows are made)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the .jsonl files")
     parser.add_argument("--rows", type=int, default=50, help="rows of each dataset (default: 50)")
-    parser.add_argument("--characters", type=int, default=8000, help="length of a context, about 4 a token (default: 8000)")
+    parser.add_argument(
+        "--characters",
+        type=_characters,
+        default="8000",
+        help="length of a context, at least 2000, or a range such as 5500-13000; about 4 a token (default: 8000)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    if arguments.rows < 1 or arguments.characters < 2000:
-        parser.error("--rows must be at least 1 and --characters at least 2000")
+    if arguments.rows < 1:
+        parser.error("--rows must be at least 1")
     try:
         squad = load_squad(arguments.squad) if arguments.squad else None
         made = build(squad, library_files(), arguments.rows, arguments.characters, arguments.seed)

@@ -275,7 +275,8 @@ def tasks_tables(folder: Path) -> str:
 def _task(name: str, scores: Row, examples: int) -> str:
     recovery = "" if scores["recovery"] is None else f"{scores['recovery']:.0%}"
     interval = _interval(scores["interval"], "{:.0%} to {:.0%}")
-    return f"| {name} | {examples} | {scores['dense']:.1f} | {scores['sparse']:.1f} | {recovery} | {interval} |"
+    dense, sparse = ("" if scores[kind] is None else f"{scores[kind]:.1f}" for kind in ("dense", "sparse"))
+    return f"| {name} | {examples} | {dense} | {sparse} | {recovery} | {interval} |"
 
 
 def load_lines(file: Path) -> list[Row]:

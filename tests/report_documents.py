@@ -297,7 +297,18 @@ def one_of_each() -> list[dict[str, Any]]:
     """A small document of every kind."""
     small = bench()
     small["rows"] = small["rows"][2:4]
-    rest = [pareto(), peers(), recovery(), recovery("ruler"), recall(), picks(3, 96, 5), inspect(), demo(), *kernel()[:2]]
+    rest = [
+        pareto(),
+        peers(),
+        recovery(),
+        recovery("ruler"),
+        recovery("suite"),
+        recall(),
+        picks(3, 96, 5),
+        inspect(),
+        demo(),
+        *kernel()[:2],
+    ]
     return [small, perplexity(), perplexity("oracle"), *rest]
 
 
@@ -312,6 +323,7 @@ def everything() -> list[dict[str, Any]]:
         peers(),
         recovery("longbench"),
         recovery("ruler"),
+        recovery("suite"),
         recall(),
         picks(),
         inspect(),

@@ -2,12 +2,13 @@
 
 import json
 import string
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_sentence, tiny_text
+from conftest import one_sentence, tiny_artifact, tiny_text
 
-from fastfill import cli
+from fastfill import attach, cli
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 from fastfill.evaluate import longbench, metrics
@@ -36,6 +37,13 @@ def write(path, rows):
 
 def one(dataset="hotpotqa", **changes):
     return longbench.Row(dataset, dataset, "f#0", fields(dataset, **changes))
+
+
+def whole_prompt(dataset="hotpotqa", **changes):
+    """A row as in MiniLongBench."""
+    wanted = ("answers", "dataset", "language", "all_classes", "_id")
+    row = {key: value for key, value in fields(dataset).items() if key in wanted}
+    return longbench.Row(dataset, dataset, "f#0", {**row, "prompt": tiny_text(60, seed=4), **changes})
 
 
 # --- the benchmark's own data -------------------------------------------------------------------------------------------
@@ -108,6 +116,12 @@ def test_longbench_e_is_another_set(tmp_path):
         (json.dumps({**fields(), "answers": []}), "a list of texts `answers`"),
         (json.dumps({k: v for k, v in fields().items() if k != "context"}), "needs `context`"),
         (json.dumps({**fields("trec"), "all_classes": None}), "all_classes"),
+        (json.dumps({**fields(), "prompt": 3}), "or a `prompt`"),
+        (json.dumps({**fields(), "prompt": " "}), "or a `prompt`"),
+        (json.dumps({**fields(), "max_new_tokens": 0}), "`max_new_tokens` must be"),
+        (json.dumps({**fields(), "max_new_tokens": "8"}), "`max_new_tokens` must be"),
+        (json.dumps({**fields(), "dataset": "hotpotqa:\x1b[31m"}), "no LongBench dataset"),
+        (json.dumps({**fields(), "dataset": "x" * 999}), "no LongBench dataset"),
         (json.dumps({**fields("passage_retrieval_en"), "answers": ["3"]}), "Paragraph 7"),
         ("", "no rows of the wanted datasets"),
         (json.dumps(fields("lsht")), "no rows of the wanted datasets"),
@@ -149,6 +163,33 @@ def test_truncation_keeps_both_ends(tokenizer):
     assert longbench.cut_middle(tokenizer, text, 50) == (text, False)
 
 
+class Letters:
+    """Every character is a token, and nothing changes on the way back."""
+
+    chat_template = None
+
+    def __call__(self, text, return_tensors=None, **_):
+        ids = [ord(letter) for letter in text]
+        return {"input_ids": ids if return_tensors is None else torch.tensor([ids])}
+
+    def decode(self, ids, **_):
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize("tokens", [2, 100, 1536, 1537, 2048, 8192])
+def test_the_cut_is_exact(tokens):
+    """LongBench: the first and the last int(N / 2) tokens of the whole prompt, wording and all."""
+    text = "".join(chr(200 + i % 5000) for i in range(9000))
+    for row in (whole_prompt("lcc", prompt=text), one("lcc", context=text)):
+        whole = longbench.prompt_of(row)
+        ids, cut = longbench.encode(Letters(), row, tokens)
+        half = int(tokens / 2)
+        assert cut and "".join(map(chr, ids[0].tolist())) == whole[:half] + whole[-half:]
+    row = whole_prompt("lcc", prompt=text[:tokens])
+    ids, cut = longbench.encode(Letters(), row, tokens)
+    assert not cut and ids.shape[1] == tokens
+
+
 @pytest.mark.parametrize("dataset, chat", [("hotpotqa", True), ("lcc", False)])
 def test_prompts_fit_and_use_the_chat_template_where_longbench_does(tokenizer, dataset, chat):
     row = one(dataset)
@@ -171,6 +212,38 @@ def test_examples_leave_room_for_the_answer(tokenizer):
     assert example.max_new_tokens == 8 and example.ids.shape[1] <= 40
     with pytest.raises(UserError, match="twice"):
         longbench.examples(tokenizer, [one(), one()], 500)
+
+
+@pytest.mark.parametrize("dataset", longbench.RULES)
+def test_whole_prompts_are_taken_as_they_are(tmp_path, tokenizer, dataset):
+    row = whole_prompt(dataset)
+    (read,) = longbench.read([str(write(tmp_path / "mini.jsonl", [row.fields]))], [longbench.ALL])
+    assert (read.dataset, read.label, read.fields) == (dataset, dataset, row.fields)
+    (example,) = longbench.examples(tokenizer, [read], 1000)
+    chat = longbench.RULES[dataset].chat
+    assert torch.equal(example.ids, engine.encode(tokenizer, row.fields["prompt"], chat)) and example.name == f"{dataset}-0"
+    assert example.score(row.fields["answers"][0]) == pytest.approx(1)
+
+
+def test_the_right_answers_tokens(tokenizer):
+    """As they follow the prompt, no more than an answer may have, whatever is written."""
+    (example,) = longbench.examples(tokenizer, [one(answers=["w9 w10", "w11", "w9 w10"])], 500, max_new_tokens=1)
+    assert [gold.tolist() for gold in example.golds] == [[9, 10], [11]] and example.max_new_tokens == 1
+    long = one("hotpotqa", answers=[tiny_text(40)])
+    (example,) = longbench.examples(tokenizer, [long], 500)
+    assert len(example.golds[0]) == example.max_new_tokens == 32
+    (example,) = longbench.examples(tokenizer, [one("multi_news", max_new_tokens=7, answers=[tiny_text(40)])], 500)
+    assert len(example.golds[0]) == example.max_new_tokens == 7
+    (example,) = longbench.examples(Letters(), [whole_prompt("trec", prompt="Question: x\nType:", answers=["City"])], 500)
+    assert "".join(map(chr, example.golds[0].tolist())) == " City"
+    (example,) = longbench.examples(Letters(), [one("lcc", answers=["    return x"])], 500)
+    assert "".join(map(chr, example.golds[0].tolist())) == "    return x"
+
+
+def test_the_answer_fits_behind_the_prompt(tokenizer):
+    """Also where the written one is kept short: the right one is read to its end."""
+    (example,) = longbench.examples(tokenizer, [one(answers=[tiny_text(40)])], 100, max_new_tokens=1)
+    assert example.ids.shape[1] + len(example.golds[0]) <= 100
 
 
 # --- scores -------------------------------------------------------------------------------------------------------------
@@ -212,6 +285,7 @@ def test_the_command_from_files_to_recovery_and_again(tmp_path, capsys, model_fo
         ("hotpotqa", 3, "qa_f1"),
         ("lcc", 2, "code_similarity"),
     ]
+    assert result["score"] == "both" and result["likelihood"]["examples"] == 5 and "the right answer" in out
     assert result["sparse_tokens"] > 300 and result["dense_tokens"] > 0 and result["resumed"] == 0
     assert result["sparsity"] == 0.5 and result["machine"] and result["calibrated_on"] == 0
     assert max(map(len, out.splitlines()[:-1])) <= 80 and "recovery" in out and "95 % interval" in out
@@ -227,6 +301,38 @@ def test_the_command_from_files_to_recovery_and_again(tmp_path, capsys, model_fo
     assert ("jieba" in captured.err) == by_character
 
 
+def test_from_python(model, tokenizer):
+    """Rows, a tokenizer and an attachment give what the command gives."""
+    rows = [fields(index=i) for i in range(3)] + [whole_prompt("lcc", _id=str(i)).fields for i in range(2)]
+    with attach(model, tiny_artifact(model)) as attachment:
+        result = longbench.evaluate(attachment, tokenizer, rows, max_prompt_tokens=60, max_new_tokens=3, score="both")
+        alone = longbench.evaluate(attachment, tokenizer, rows, max_prompt_tokens=60, max_new_tokens=3, score="likelihood")
+        with pytest.raises(UserError, match="Row 1 is not a JSON object"):
+            longbench.evaluate(attachment, tokenizer, [rows[0], "x"])
+    assert [(line["dataset"], line["metric"], line["examples"]) for line in result["datasets"]] == [
+        ("hotpotqa", "qa_f1", 3),
+        ("lcc", "code_similarity", 2),
+    ]
+    assert result["likelihood"] == alone["likelihood"] and result["likelihood"]["loss"] != 0
+    assert result["max_prompt_tokens"] == 60 and result["prompt_tokens"] <= 5 * 60 and result["sparse_tokens"] > 0
+    json.dumps(result)
+
+
+def test_minilongbenchs_rows_from_the_whole_file():
+    """All 21 sets, no row twice, and every prompt ends as LongBench's does."""
+    file = Path(__file__).parents[2] / "shared" / "data" / "minilongbench_part.jsonl"
+    if not file.is_file():
+        pytest.skip("the rows are not here")
+    rows = longbench.read([str(file)], [longbench.ALL])
+    assert len(rows) == 109 and {row.dataset for row in rows} == set(longbench.RULES)
+    assert len({(row.label, row.fields["_id"]) for row in rows}) == 109
+    for row in rows:
+        end = longbench.prompts()[row.dataset].rsplit("}", 1)[1]
+        assert longbench.prompt_of(row).rstrip().endswith(end.rstrip().split("\n")[-1])
+        assert longbench.score(row, row.fields["answers"][0]) > 0
+    assert {row.dataset for row in longbench.read([str(file)])} == set(longbench.DEFAULT)
+
+
 def test_the_command_refuses_what_does_not_fit(tmp_path, capsys, model_folder, artifact_folder):
     base = ["evaluate", str(model_folder), "--artifact", str(artifact_folder), "--task", "longbench"]
     data = ["--data", str(write(tmp_path / "hotpotqa.jsonl", [fields()]))]
@@ -236,6 +342,14 @@ def test_the_command_refuses_what_does_not_fit(tmp_path, capsys, model_folder, a
         ([*data, "--limit", "0"], "--limit must be"),
         ([*data, "--max-new-tokens", "0"], "--max-new-tokens must be"),
         ([*data, "--datasets", "colours"], "no dataset 'colours'"),
+        ([*data, "--minutes", "0"], "--minutes must be"),
+        ([*data, "--minutes", "nan"], "--minutes must be"),
+        ([*data, "--lengths", "512"], "--lengths is an option of --task ruler, suite; leave it out for --task longbench"),
+        ([*data, "--tokens", "0"], "--tokens is an option of --task perplexity"),
+        ([*data, "--calibration", "x"], "--calibration is an option of --task peers"),
+        ([*data, "--task", "perplexity", "--no-chat"], "--no-chat is an option of --task longbench"),
+        ([*data, "--task", "recall", "--score", "both"], "--score is an option of --task longbench"),
+        ([*data, "--engine", "vllm", "--score", "both"], "--score both reads inside the model"),
     ]:
         assert cli.main([*base, *more]) == 2
         err = capsys.readouterr().err

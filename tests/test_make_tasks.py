@@ -54,28 +54,29 @@ def modules(tmp_path):
     folder.mkdir()
     for i in range(4):
         lines = [f"def function_{i}_{j}(argument):\n    return other(argument, {j})\n" for j in range(80)]
-        (folder / f"module{i}.py").write_text("".join(lines))
+        doc = f'"""Module {i}: many functions that call\nanother one with a number.\n\nMore about it.\n"""\n\n'
+        (folder / f"module{i}.py").write_text("# a comment\n" + doc + "".join(lines))
     (folder / "short.py").write_text("x = 1\n")
     return sorted(folder.glob("*.py"))
 
 
 @pytest.fixture
 def made(squad_file, modules):
-    return make_tasks.build(make_tasks.load_squad(squad_file), modules, 6, 3000, 0)
+    return make_tasks.build(make_tasks.load_squad(squad_file), modules, 6, (3000, 3000), 0)
 
 
 def test_every_row_is_longbench(made, tmp_path, tokenizer):
-    assert set(made) == {"multifieldqa_en", "hotpotqa", "triviaqa", "passage_retrieval_en", "lcc"}
+    assert set(made) == {"multifieldqa_en", "hotpotqa", "triviaqa", "passage_retrieval_en", "lcc", "gov_report"}
     for dataset, rows in made.items():
-        assert len(rows) == (4 if dataset == "lcc" else 6) and len({row["_id"] for row in rows}) == len(rows)
+        assert len(rows) == (4 if dataset in ("lcc", "gov_report") else 6) and len({row["_id"] for row in rows}) == len(rows)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{dataset}-made.jsonl").write_text(text)
     read = longbench.read([str(f) for f in sorted(tmp_path.glob("*-made.jsonl"))])
-    assert {row.label for row in read} == {f"{dataset}:made" for dataset in made} and len(read) == 28
+    assert {row.label for row in read} == {f"{dataset}:made" for dataset in made} and len(read) == 32
     for row in read:
         assert longbench.score(row, row.fields["answers"][0]) == 1
-        assert len(row.fields["context"]) <= 3000 + 200
-    assert len(longbench.examples(tokenizer, read, 100_000)) == 28
+        assert len(row.fields.get("context", "")) <= 3000 + 200 and len(longbench.prompt_of(row)) < 5000
+    assert len(longbench.examples(tokenizer, read, 100_000)) == 32
 
 
 def test_single_document(made):
@@ -124,26 +125,47 @@ def test_code(made, modules):
         assert "(" in row["answers"][0] and row["input"] == ""
 
 
+def test_summaries(made, modules, tokenizer):
+    sources = {file.stem: file.read_text() for file in modules}
+    for row in made["gov_report"]:
+        stem = row["_id"].rsplit("-", 1)[1]
+        assert row["answers"] == [f"Module {stem[-1]}: many functions that call another one with a number."]
+        shown = row["prompt"].split("Source code:\n")[1].split("\n\nNow, write")[0]
+        assert sources[stem].split('"""\n\n')[1].startswith(shown) and 2800 < len(shown) <= 3000
+        assert "many functions" not in row["prompt"] and "a comment" not in row["prompt"]
+    examples = longbench.examples(tokenizer, [longbench.check(row, "", "") for row in made["gov_report"]], 100_000)
+    assert {example.max_new_tokens for example in examples} == {make_tasks.SUMMARY_TOKENS}
+
+
+def test_lengths_are_drawn_from_the_range(squad_file, modules):
+    made = make_tasks.build(make_tasks.load_squad(squad_file), modules, 20, (2400, 6000), 0)
+    sizes = [len(row["context"]) for row in made["hotpotqa"]]
+    assert max(sizes) - min(sizes) > 2000 and min(sizes) > 1900 and max(sizes) <= 6000 + 16
+
+
 def test_the_seed_makes_them(squad_file, modules):
     squad = make_tasks.load_squad(squad_file)
-    first, again, other = (make_tasks.build(squad, modules, 6, 3000, seed) for seed in (0, 0, 1))
+    first, again, other = (make_tasks.build(squad, modules, 6, (2400, 3000), seed) for seed in (0, 0, 1))
     assert first == again and all(first[dataset] != other[dataset] for dataset in first)
 
 
 def test_the_standard_library_has_enough():
-    rows = make_tasks.code(make_tasks.library_files(), 20, 8000, random.Random(0))
-    assert len(rows) == 20
+    files = make_tasks.library_files()
+    for maker in (make_tasks.code, make_tasks.summaries):
+        rows = maker(files, 100, lambda: 8000, random.Random(0))
+        assert len(rows) == 100 and len({row["_id"] for row in rows}) == 100
 
 
 def test_the_command(squad_file, tmp_path, capsys, monkeypatch, modules):
     monkeypatch.setattr(make_tasks, "library_files", lambda: modules)
     out = tmp_path / "out"
     assert make_tasks.main(["--squad", str(squad_file), "--out", str(out), "--rows", "2", "--characters", "3000"]) == 0
-    assert len(list(out.glob("*-made.jsonl"))) == 5 and "hotpotqa" in capsys.readouterr().out
+    assert len(list(out.glob("*-made.jsonl"))) == 6 and "hotpotqa" in capsys.readouterr().out
     for text in ("{", "{}", '{"data": [1]}', '{"data": []}'):
         squad_file.write_text(text)
         assert make_tasks.main(["--squad", str(squad_file), "--out", str(out)]) == 2
         err = capsys.readouterr().err
         assert err.startswith("make_tasks: ") and len(err.splitlines()) == 1
-    with pytest.raises(SystemExit):
-        make_tasks.main(["--out", str(out), "--rows", "0"])
+    for bad in (["--rows", "0"], ["--characters", "1999"], ["--characters", "4000-3000"], ["--characters", "1-2-3"]):
+        with pytest.raises(SystemExit):
+            make_tasks.main(["--out", str(out), *bad])

@@ -101,12 +101,18 @@ def test_the_real_clock():
 def common(model_folder, artifact_folder, tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text("\n".join(json.dumps({"text": tiny_text(160, seed=s)}) for s in range(4)))
-    other = tmp_path / "other.jsonl"
-    other.write_text(json.dumps({"text": tiny_text(200, seed=9)}))
     return [
         *("evaluate", model_folder, "--artifact", artifact_folder, "--data", f"{file}[:2]", "--dtype", "fp32", "--json"),
-        *("--tokens", 64, "--continuation", 16, "--calibration", other),
+        *("--tokens", 64, "--continuation", 16),
     ]
+
+
+@pytest.fixture
+def peers_command(common, tmp_path):
+    """`--calibration` is an option of this task alone."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": tiny_text(200, seed=9)}))
+    return [*common, "--task", "peers", "--calibration", other]
 
 
 def call(capsys, *arguments):
@@ -115,9 +121,9 @@ def call(capsys, *arguments):
     return code, captured
 
 
-def test_peers_by_the_command(capsys, common, tmp_path):
+def test_peers_by_the_command(capsys, peers_command, tmp_path):
     for resumed in (0, 30):
-        code, captured = call(capsys, *common, "--task", "peers", "--out", tmp_path / "run")
+        code, captured = call(capsys, *peers_command, "--out", tmp_path / "run")
         found = json.loads(captured.out.splitlines()[-1])
         assert code == 0 and found["task"] == "peers" and found["resumed"] == resumed
     assert found["calibration"] == ["other.jsonl#0"] and found["calibration_tokens"] == 3 * 64
@@ -128,7 +134,7 @@ def test_peers_by_the_command(capsys, common, tmp_path):
     assert all(wanted <= row.keys() for row in found["rows"]) and len(found["rows"]) == 16
     assert all(name in captured.out for name in ("GRIFFIN-like", "CATS-like", "TEAL-like", "POP-like", "learned"))
     assert max(len(line) for line in captured.out.splitlines()[:-1]) <= 80
-    code, captured = call(capsys, *common, "--task", "peers", "--out", tmp_path / "run", "--seed", 1)
+    code, captured = call(capsys, *peers_command, "--out", tmp_path / "run", "--seed", 1)
     assert code == 2 and "other settings (seed was 0, is 1)" in captured.err
 
 
@@ -160,6 +166,7 @@ def test_pareto_by_the_command(capsys, common):
         (["--task", "pareto", "--prompt-tokens", "10"], "too short to be sparse"),
         (["--task", "pareto", "--prompt-tokens", "512"], "more than the model holds"),
         (["--task", "pareto", "--repeats", "0"], "--repeats"),
+        (["--task", "pareto", "--calibration", "other.jsonl"], "--calibration is an option of --task peers; leave it out"),
         (["--tokens", "513"], "more than the 512 that the model holds"),
         (["--record", "--sparsity", "0.3"], "--record stores what the artifact scores as it is"),
         (["--record", "--dense-tail", "8"], "--record stores what the artifact scores as it is"),
@@ -173,12 +180,12 @@ def test_options_that_do_not_fit(capsys, common, more, words):
     assert code == 2 and len(captured.err.splitlines()) == 1 and words in captured.err, captured.err
 
 
-def test_thresholds_from_the_evaluated_text_are_refused(capsys, common):
-    code, captured = call(capsys, *common[:-1], common[5], "--task", "peers")
+def test_thresholds_from_the_evaluated_text_are_refused(capsys, peers_command):
+    code, captured = call(capsys, *peers_command[:-1], peers_command[5])
     assert code == 2 and "text.jsonl#0 is evaluated on; thresholds must come from other text" in captured.err
 
 
 def test_the_demo_document_is_the_default_calibration(capsys, common):
     """The tiny tokenizer knows none of its words, so it makes enough tokens of one kind: here only the name matters."""
-    code, captured = call(capsys, *common[:-2], "--task", "peers", "--limit", 1)
+    code, captured = call(capsys, *common, "--task", "peers", "--limit", 1)
     assert code == 0 and json.loads(captured.out.splitlines()[-1])["calibration"] == ["demo_document.txt"]

@@ -33,6 +33,9 @@ def test_needles_can_be_found(task, numbers, filler):
     wanted = re.findall(r"[a-z]+-[a-z]+", asked)
     assert len(held) == {"niah_single": 1}.get(task, 4) and len(answers) == numbers
     assert sorted(answers) == sorted(number for name, number in held if name in wanted)
+    assert answers == sorted(
+        answers, key=lambda number: (wanted.index(dict((n, k) for k, n in held)[number]), prompt.index(number))
+    )
     assert asked in begin and prompt.count(filler[0]) == (30 if len(filler) == 1 else 15)
     assert ("is the special magic number for" in prompt) == (numbers == 1)
 
@@ -56,7 +59,7 @@ def test_common_words_can_be_counted(size, often, seldom, most):
     counts = {word: words.count(word) for word in set(words)}
     assert sorted(word for word, n in counts.items() if n == often) == sorted(answers) and len(answers) == ruler.COMMON
     assert max(n for word, n in counts.items() if word not in answers) == most < often
-    assert len(words) == 10 * often + size * seldom
+    assert len(words) == 10 * often + size * seldom and answers == sorted(answers, key=words.index)
 
 
 def test_no_word_is_a_part_of_another():
@@ -96,6 +99,36 @@ def test_the_seed_makes_them(tokenizer):
     # One task's examples do not depend on which others are made, nor on how many.
     (alone,) = ruler.examples(tokenizer, 600, tasks=["vt"], lengths=[512], count=1)
     assert alone.answers == next(e for e in first if e.dataset == "vt@512").answers
+
+
+def test_lengths_may_be_drawn_from_a_range(tokenizer):
+    made = ruler.examples(tokenizer, 1000, tasks=["niah_single", "vt"], lengths=[(400, 900), 512], count=8)
+    assert [e.dataset for e in made[::8]] == ["niah_single@400-900", "vt@400-900", "niah_single@512", "vt@512"]
+    used = [e.ids.shape[1] + e.max_new_tokens for e in made[:16]]
+    assert min(used) >= 360 and max(used) <= 900 and max(used) - min(used) > 200
+    again = ruler.examples(tokenizer, 1000, tasks=["vt"], lengths=[(400, 900)], count=3)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(again, made[8:11], strict=True))
+    with pytest.raises(UserError, match="fewer than the length 1100"):
+        ruler.examples(tokenizer, 1000, lengths=[(400, 1100)])
+
+
+def test_the_right_answer_as_it_would_be_written(tokenizer):
+    assert ruler.written("niah_single", ["1"]) == ["1"]
+    assert ruler.written("niah_multikey", ["1", "2", "3"]) == ["1, 2, and 3"]
+    assert ruler.written("vt", ["A", "B"]) == ["A B"] and ruler.written("cwe", ["a", "b"]) == ["1. a 2. b"]
+    assert ruler.written("qa", ["x", "y"]) == ["x", "y"]
+    rows = [{**row, "answers": [f"w{i + 20}", f"w{i + 40}"]} for i, row in enumerate(ROWS)]
+    (question,) = ruler.examples(tokenizer, 600, tasks=["qa"], lengths=[300], count=1, rows=rows)
+    assert [tokenizer.decode(gold) for gold in question.golds] == list(question.answers)
+
+
+def test_rows_of_whole_prompts_have_no_documents(tokenizer):
+    whole = [{"prompt": "x", "answers": ["y"]}]
+    assert {e.dataset for e in ruler.examples(tokenizer, 600, lengths=[512], count=1, rows=whole)} == {
+        f"{task}@512" for task in ruler.TASKS if task != "qa"
+    }
+    with pytest.raises(UserError, match="qa needs --data"):
+        ruler.examples(tokenizer, 600, tasks=["qa"], count=1, rows=whole)
 
 
 def test_scores_are_shares_and_for_questions_any(tokenizer):
@@ -159,9 +192,39 @@ def test_the_command(tmp_path, capsys, model_folder, artifact_folder):
     for more, words in [
         (["--lengths", "x"], "--lengths must be numbers"),
         (["--lengths", "0"], "each length must be"),
+        (["--lengths", "512-256"], "from its shorter to its longer end"),
+        (["--lengths", "256-"], "--lengths must be numbers"),
+        (["--max-prompt-tokens", "99"], "--max-prompt-tokens is an option of --task longbench, suite"),
         (["--haystack", str(tmp_path / "none")], "cannot be read"),
         (["--lengths", "1024"], "holds 512 tokens"),
     ]:
         assert cli.main([*base, *more]) == 2
         err = capsys.readouterr().err
         assert words in err and len(err.splitlines()) == 1
+
+
+def test_the_suite_is_one_run_of_rows_and_needles(tmp_path, capsys, model_folder, artifact_folder):
+    base = ["evaluate", str(model_folder), "--artifact", str(artifact_folder), "--task", "suite", "--dtype", "fp32"]
+    rows = [
+        {"prompt": tiny_text(60, seed=i), "answers": [f"w{i + 20}"], "dataset": "lcc:made", "_id": str(i)} for i in range(3)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    command = [*base, "--data", str(file), "--lengths", "300-450", "--limit", "2", "--max-new-tokens", "3", "--json"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    names = ["lcc:made", *(f"{task}@300-450" for task in (*ruler.NEEDLES, "vt"))]
+    assert [(line["dataset"], line["examples"]) for line in result["datasets"]] == [(name, 2) for name in names]
+    assert result["datasets"][0]["metric"] == "code_similarity" and result["likelihood"]["examples"] == 12
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    stored = [json.loads(line)["key"] for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [key.split("@")[0] for key in stored[:7]] == ["lcc:made/0", *ruler.NEEDLES, "vt", "lcc:made/1"]  # in turn
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {**result, "resumed": 12}
+    assert cli.main([*base, "--data", str(file), "--lengths", "300", "--datasets", "vt", "--limit", "1", "--json"]) == 0
+    only = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [line["dataset"] for line in only["datasets"]] == ["vt@300"]
+    assert cli.main([*command, "--datasets", "lcc"]) == 0
+    only = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [line["dataset"] for line in only["datasets"]] == ["lcc:made"]

@@ -1,7 +1,9 @@
 """Both answers to each example, recovery with its interval, and going on after a kill."""
 
+import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +107,92 @@ def test_the_interval_is_seeded_paired_and_holds_the_truth():
 
 def test_no_interval_where_many_resamples_have_no_dense_score():
     assert runner.bootstrap([[(0.0, 0.0), (0.0, 0.1), (1.0, 1.0)]]) is None
+
+
+# --- chance, likelihood, and time ---------------------------------------------------------------------------------------
+
+
+def test_sets_at_chance_are_apart_and_not_in_the_average():
+    rows = [row("x", 1.0, 0.5), row("x", 0.5, 0.5), row("y", 0.25, 0.125), row("z", 0.5, 0.1), row("z", 0.5, 0.1)]
+    result = runner.summarize(rows, levels={"x": [0.1, 0.1], "z": [0.5, 0.5]})
+    x, y, z = result["datasets"]
+    assert (x["chance"], x["at_chance"]) == (10.0, False) and (z["chance"], z["at_chance"]) == (50.0, True)
+    assert "at_chance" not in y and z["recovery"] == 0.2
+    # x: 0.75 and 0.5; y: 0.25 and 0.125. Ratio of the means 0.3125 / 0.5; mean of the ratios (2/3 + 1/2) / 2.
+    average = result["average"]
+    assert (average["dense"], average["recovery"], average["sets"]) == (50.0, 0.625, 2)
+    assert average["mean_recovery"] == pytest.approx(7 / 12, abs=1e-4)
+    low, high = average["mean_recovery_interval"]
+    assert (low, high) == (0.5, 0.75)  # x is drawn as 1/2, 2/3 or 1, y is 1/2
+    none = runner.summarize(rows[3:], levels={"z": [0.5, 0.5]})["average"]
+    assert none["sets"] == 0 and none["recovery"] is none["dense"] is None
+
+
+def test_chance_is_measured_with_the_answers_of_the_set(attached, tokenizer):
+    attachment, _ = attached
+    made = [dataclasses.replace(e, score=lambda text: 0.5) for e in examples()]
+    result = runner.run(attachment, tokenizer, made, Store(None, {}))
+    assert [(line["chance"], line["at_chance"]) for line in result["datasets"]] == [(50.0, True)] * 2
+    assert result["average"]["sets"] == 0 and result["score"] == "both"
+
+
+def with_golds(count=4):
+    return [
+        dataclasses.replace(e, golds=(token_ids(3, seed=i), token_ids(2, seed=i + 9))) for i, e in enumerate(examples(count))
+    ]
+
+
+@pytest.mark.parametrize("score, texts, likelihoods", [("both", 1, 1), ("likelihood", 0, 1), ("answers", 1, 0)])
+def test_what_is_asked_is_measured_and_stored(attached, tokenizer, tmp_path, score, texts, likelihoods):
+    attachment, _ = attached
+    made = with_golds()
+    result = runner.run(attachment, tokenizer, made, Store(tmp_path, settings(attached, made)), score=score)
+    rows = [json.loads(line) for line in (tmp_path / resume.PREDICTIONS).read_text().splitlines()]
+    assert len(rows) == 4 and result["score"] == score and result["examples"] == result["planned"] == 4
+    for one in rows:
+        assert ({"dense", "sparse", "score_dense", "score_sparse"} <= one.keys()) == bool(texts)
+        assert ({"gold", "gold_tokens", "nll_dense", "nll_sparse", "kl"} <= one.keys()) == bool(likelihoods)
+    for line in (result, *result["datasets"]):
+        assert ("likelihood" in line) == bool(likelihoods) and ("same_answers" in line) == bool(texts)
+    assert ("average" in result) == all("recovery" in line for line in result["datasets"]) == bool(texts)
+    again = runner.run(attachment, tokenizer, made, Store(tmp_path, settings(attached, made)), score=score)
+    assert again == {**result, "resumed": 4}
+
+
+def test_without_sparsity_the_likelihood_is_the_same_to_the_bit(model, tokenizer):
+    with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
+        result = runner.run(attachment, tokenizer, with_golds(), Store(None, {}), score="likelihood")
+    found = result["likelihood"]
+    assert (found["loss"], found["interval"], found["kl"], found["first_token_agreement"]) == (0, [0, 0], 0, 1)
+
+
+def test_an_engine_without_hidden_states_writes_answers_alone(attached, tokenizer):
+    attachment, _ = attached
+    engine_like = SimpleNamespace(model=attachment.model, dense=attachment.dense, stats=attachment.stats)
+    made = with_golds(2)
+    for score in ("both", "likelihood"):
+        with pytest.raises(UserError, match="needs --engine transformers"):
+            runner.run(engine_like, tokenizer, made, Store(None, {}), score=score)
+    with pytest.raises(UserError, match="use one of both, likelihood, answers"):
+        runner.run(attachment, tokenizer, made, Store(None, {}), score="luck")
+    result = runner.run(engine_like, tokenizer, made, Store(None, {}), score="answers")
+    assert result == runner.run(attachment, tokenizer, made, Store(None, {}), score="answers")
+
+
+def test_a_run_that_stops_in_time_is_fair_and_goes_on(attached, tokenizer, tmp_path, monkeypatch, capsys):
+    attachment, _ = attached
+    made = with_golds(8)
+    whole = runner.run(attachment, tokenizer, made, Store(tmp_path / "whole", settings(attached, made)))
+    capsys.readouterr()
+    monkeypatch.setattr(runner.Pace, "fits", lambda self, example: example.name != "4")  # the fifth in turn
+    part = runner.run(attachment, tokenizer, made, Store(tmp_path / "out", settings(attached, made)), minutes=1)
+    assert (part["examples"], part["planned"]) == (4, 8) and [line["examples"] for line in part["datasets"]] == [2, 2]
+    err = capsys.readouterr().err
+    assert "for the other 6 examples" in err and "stopped in time, 4 of 8 examples are left" in err
+    assert len(err.splitlines()) == 2
+    monkeypatch.undo()
+    rest = runner.run(attachment, tokenizer, made, Store(tmp_path / "out", settings(attached, made)), minutes=100)
+    assert rest == {**whole, "resumed": 4} and snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
 # --- going on after a kill ----------------------------------------------------------------------------------------------

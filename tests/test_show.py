@@ -116,6 +116,16 @@ def _pareto():
     return result
 
 
+def _tasks():
+    loss = {"examples": 100, "dense": 12.345, "loss": -0.1234, "interval": [-0.2345, 0.1234], "kl": 1.234}
+    loss["first_token_agreement"] = 1.0
+    names = ("passage_retrieval_en:made", "niah_multivalue@131072", "niah_multiquery@1024-4096")
+    lines = [{**_line(name), "likelihood": loss, "chance": 12.34, "at_chance": name[0] == "p"} for name in names]
+    average = {**_line("average"), "sets": 2, "mean_recovery": 0.9876, "mean_recovery_interval": [0.9123, 1.0123]}
+    counts = {"examples": 99_000, "planned": 100_000, "same_answers": 100, "cut_prompts": 100}
+    return {**COMMON, "task": "suite", "datasets": lines, "average": average, "likelihood": loss, **counts}
+
+
 SAMPLES = {  # function of show -> its arguments
     "artifact": _artifact,
     "evaluation": lambda: (_quality(),),
@@ -130,6 +140,7 @@ SAMPLES = {  # function of show -> its arguments
             "cut_prompts": 100_000,
         },
     ),
+    "tasks": lambda: (_tasks(),),
     "recall": lambda: (_recall(),),
     "picks": lambda: (_picks(),),
     "bench": lambda: (_bench(),),
@@ -153,6 +164,24 @@ def test_it_fits_80_columns_and_nothing_is_cut(capsys, name):
     lines = out.splitlines()
     assert len(lines) > 2 and max(map(len, lines)) <= 80, "\n".join(line for line in lines if len(line) > 80)
     assert "…" not in out
+
+
+def test_sets_at_chance_have_a_table_of_their_own(capsys):
+    show.tasks(_tasks())
+    first, second = capsys.readouterr().out.split("at chance, and not in the average")
+    assert "passage_retrieval_en" not in first and second.count("passage_retrieval_en") == 2 and "12.34" in second
+    assert "mean of the 2 recoveries: 98.8% (91.2% to 101.2%)" in first and "99000 of 100000 examples are done" in second
+
+
+def test_likelihoods_alone(capsys):
+    result = _tasks()
+    del result["average"]
+    for line in result["datasets"]:
+        for key in ("dense", "sparse", "recovery", "interval", "chance", "at_chance"):
+            line.pop(key, None)
+    show.tasks(result)
+    out = capsys.readouterr().out
+    assert "recover" not in out and "-0.123" in out and "-0.234 to +0.123" in out
 
 
 def test_brackets_are_shown(capsys):

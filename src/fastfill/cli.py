@@ -170,7 +170,9 @@ def build_parser() -> argparse.ArgumentParser:
     model_options(evaluate)
     attach_options(evaluate)
     evaluate.add_argument(
-        "--task", default="perplexity", choices=["perplexity", "longbench", "ruler", "recall", "picks", "peers", "pareto"]
+        "--task",
+        default="perplexity",
+        choices=["perplexity", "longbench", "ruler", "suite", "recall", "picks", "peers", "pareto"],
     )
     evaluate.add_argument("--engine", default="transformers", choices=["transformers", "vllm"], help="default: transformers")
     evaluate.add_argument(
@@ -179,30 +181,41 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="as for calibrate; longbench: .jsonl files or their folder; ruler: rows for qa; picks: default is the demo's",
     )
-    evaluate.add_argument("--limit", type=int, help="at most this many documents, or examples of each dataset (ruler: 10)")
+    evaluate.add_argument(
+        "--limit", type=int, help="at most this many documents, or examples of each dataset (ruler: 10, suite: 100)"
+    )
     evaluate.add_argument("--out", metavar="DIR", help="keep predictions here; the same command goes on after a kill")
     evaluate.add_argument("--seed", type=int, default=0, help="of the examples and the intervals (default: 0)")
+    # These belong to some tasks, which have their defaults and refuse them for others: evaluate.tasks.OWNED.
+    evaluate.add_argument("--tokens", type=int, help="first tokens of each document that are read (default: 2048)")
+    evaluate.add_argument("--continuation", type=int, help="last tokens, read densely (default: 256)")
     evaluate.add_argument(
-        "--tokens", type=int, default=2048, help="first tokens of each document that are read (default: 2048)"
+        "--datasets", metavar="NAMES", help="of longbench ('all' for all 21), ruler or both (suite), separated by commas"
     )
-    evaluate.add_argument("--continuation", type=int, default=256, help="last tokens, read densely (default: 256)")
-    evaluate.add_argument("--datasets", metavar="NAMES", help="of longbench or ruler, separated by commas")
-    evaluate.add_argument("--lengths", default="1024,4096", help="ruler: tokens of prompt and answer (default: 1024,4096)")
-    evaluate.add_argument("--haystack", metavar="FILE", help="ruler: text to hide things in (default: RULER's noise)")
-    evaluate.add_argument("--max-prompt-tokens", type=int, help="longbench: cut prompts (default: to what the model holds)")
+    evaluate.add_argument(
+        "--lengths", help="ruler, suite: tokens of prompt and answer; ranges too, as 1024-4096 (default: 1024,4096)"
+    )
+    evaluate.add_argument("--haystack", metavar="FILE", help="ruler, suite: text to hide things in (default: RULER's noise)")
+    evaluate.add_argument(
+        "--max-prompt-tokens", type=int, help="longbench, suite: cut prompts (default: to what the model holds)"
+    )
     evaluate.add_argument("--max-new-tokens", type=int, help="shorten the answers (no longer comparable)")
+    evaluate.add_argument(
+        "--score",
+        choices=["both", "likelihood", "answers"],
+        help="longbench, ruler, suite: of the right answer its likelihood, of the written answer its score (default: both)",
+    )
+    evaluate.add_argument("--minutes", type=float, help="longbench, ruler, suite: stop in time; --out keeps what is done")
     evaluate.add_argument("--no-chat", action="store_true", help="never use the chat template (base models)")
     evaluate.add_argument("--predictor", default="learned", help="learned, oracle, static, first-block, low-rank or random")
     evaluate.add_argument("--no-compensator", action="store_true", help="leave the correction out")
     evaluate.add_argument(
         "--calibration", nargs="+", metavar="FILE", help="peers: text for thresholds (default: the package's demo document)"
     )
-    evaluate.add_argument(
-        "--sparsities", default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8", help="pareto: separated by commas (default: 0.1 to 0.8)"
-    )
-    evaluate.add_argument("--methods", default="learned,oracle,static", help="pareto: predictors, separated by commas")
-    evaluate.add_argument("--prompt-tokens", type=int, default=2048, help="pareto: of the TTFT (default: 2048)")
-    evaluate.add_argument("--repeats", type=int, default=3, help="pareto: TTFT measurements after one warm-up (default: 3)")
+    evaluate.add_argument("--sparsities", help="pareto: separated by commas (default: 0.1 to 0.8)")
+    evaluate.add_argument("--methods", help="pareto: predictors, separated by commas (default: learned,oracle,static)")
+    evaluate.add_argument("--prompt-tokens", type=int, help="pareto: of the TTFT (default: 2048)")
+    evaluate.add_argument("--repeats", type=int, help="pareto: TTFT measurements after one warm-up (default: 3)")
     evaluate.add_argument("--record", action="store_true", help="store the result in the artifact (config.json and README.md)")
 
     report = command(
@@ -553,7 +566,7 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         "peers": show.methods,
         "pareto": show.pareto,
     }
-    shown.get(arguments.task, show.answers)(result)
+    shown.get(arguments.task, show.tasks)(result)
     if arguments.record:
         artifact.quality = {k: v for k, v in result.items() if k not in ("machine",)}
         artifacts.save(artifact, folder, readme=artifacts.readme(artifact))
@@ -580,7 +593,7 @@ def _evaluated(arguments: argparse.Namespace, artifact: Any) -> Iterator[tuple[A
         with _attach(arguments, loaded.model, artifact, **extra) as attachment:
             yield attachment, loaded
         return
-    if arguments.task not in ("longbench", "ruler"):
+    if arguments.task not in ("longbench", "ruler", "suite"):
         raise UserError(f"--task {arguments.task} looks inside the model; it needs --engine transformers.")
     if arguments.predictor != "learned" or arguments.no_compensator:
         raise UserError("--predictor and --no-compensator need --engine transformers.")

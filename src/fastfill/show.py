@@ -135,6 +135,57 @@ def answers(result: dict[str, Any]) -> None:
     _read(result)
 
 
+def tasks(result: dict[str, Any]) -> None:
+    """Results of `evaluate --task longbench`, `ruler` and `suite`: scores, sets at chance apart, likelihoods."""
+    lines = result["datasets"]
+    lost = [line for line in lines if line.get("at_chance")]
+    if "average" in result:
+        answers({**result, "datasets": [line for line in lines if not line.get("at_chance")]})
+        if (mean := result["average"].get("mean_recovery")) is not None and result["average"]["sets"] > 1:
+            low_high = result["average"]["mean_recovery_interval"]
+            console().print(
+                f"mean of the {result['average']['sets']} recoveries: {mean:.1%}"
+                + (f" ({low_high[0]:.1%} to {low_high[1]:.1%})" if low_high else "")
+            )
+    if lost:
+        table(
+            "\nat chance, and not in the average",
+            ["dataset", "n", "dense", "sparse", "chance"],
+            [
+                [line["dataset"], str(line["examples"]), *(f"{line[key]:.2f}" for key in ("dense", "sparse", "chance"))]
+                for line in lost
+            ],
+        )
+    if "likelihood" in result:
+        _likelihoods(result)
+    if result["examples"] < result["planned"]:
+        console().print(f"{result['examples']} of {result['planned']} examples are done")
+
+
+def _likelihoods(result: dict[str, Any]) -> None:
+    """The right answer's nats per token after the dense and after the sparse prompt."""
+    rows = [(line["dataset"], line["likelihood"]) for line in result["datasets"] if "likelihood" in line]
+    if len(rows) > 1:
+        rows.append(("average", result["likelihood"]))
+    table(
+        "\nthe right answer, nats per token",
+        ["dataset", "n", "dense", "loss", "95 % interval", "KL", "first"],
+        [
+            [
+                name,
+                str(line["examples"]),
+                f"{line['dense']:.3f}",
+                f"{line['loss']:+.3f}",
+                "{:+.3f} to {:+.3f}".format(*line["interval"]) if line["interval"] else "-",
+                f"{line['kl']:.3f}",
+                f"{line['first_token_agreement']:.0%}",
+            ]
+            for name, line in rows
+        ],
+    )
+    console().print("loss: sparse - dense; first: the same most likely first token")
+
+
 def recall(result: dict[str, Any]) -> None:
     """Predictor against oracle, per layer."""
     keys = ("held", "held_oracle", "recovery", "recall")

@@ -1,4 +1,4 @@
-"""LongBench, from its official JSONL files, with its own prompts, truncation, answer lengths and metrics.
+"""LongBench and MiniLongBench, from their JSONL files, with LongBench's prompts, truncation, answer lengths and metrics.
 
 LongBench's own, to be comparable: prompts (`longbench_prompts.json`, MIT, (c) 2023 THU-KEG & Zhipu AI), answer lengths, which
 datasets go without the chat template, how a prompt is cut and which part of an answer counts. The code is ours.
@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
+from fastfill.attachment import Attachment
 from fastfill.data import split_slice
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import metrics
-from fastfill.evaluate.runner import Example
+from fastfill.evaluate import likelihood, metrics, runner
+from fastfill.evaluate.example import Example
+from fastfill.evaluate.resume import Store
 
 Metric = Callable[[str, str, Sequence[str]], float]
 
@@ -62,11 +64,17 @@ RULES = {
     "repobench-p": Rules(metrics.code_similarity, 64, chat=False),
 }
 DEFAULT = tuple(name for name, rules in RULES.items() if not rules.chinese)
+ALL = "all"  # in the place of a dataset's name
+POSITIONS = 1 << 20  # of a model that does not say how many it holds
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a LongBench file. label: how results name the dataset; source: `file#row`."""
+    """One line of a file. label: how results name the dataset; source: `file#row`.
+
+    fields: `context` and `input` as in LongBench, or a whole `prompt` as in MiniLongBench; `answers`; `all_classes` where the
+    metric needs them. Rows of other origin may ask for shorter answers by `max_new_tokens`.
+    """
 
     dataset: str
     label: str
@@ -82,7 +90,7 @@ def prompts() -> dict[str, str]:
 
 
 def read(sources: Sequence[str], datasets: Sequence[str] | None = None, limit: int | None = None) -> list[Row]:
-    """Rows of the wanted datasets (default: the 16 English and code ones), at most `limit` of each.
+    """Rows of the wanted datasets (default: the 16 English and code ones; ALL: all 21), at most `limit` of each.
 
     sources: .jsonl files, a slice such as [20:100] may follow, or folders of them. A dataset is what a row's `dataset` says: a
     LongBench name, also with `_e` (LongBench-E; so are all rows of a file NAME_e.jsonl, which folders leave out beside a
@@ -90,17 +98,18 @@ def read(sources: Sequence[str], datasets: Sequence[str] | None = None, limit: i
 
     Raises UserError for what cannot be read, an unknown dataset, a row without its fields, or nothing left to do.
     """
-    wanted = list(datasets) if datasets else list(DEFAULT)
-    for name in wanted:
+    named = [name for name in datasets or () if name != ALL]
+    wanted = list(RULES) if ALL in (datasets or ()) else named or list(DEFAULT)
+    for name in named:
         if name not in RULES:
-            raise UserError(f"LongBench has no dataset {name!r}; it has {', '.join(RULES)}.")
+            raise UserError(f"LongBench has no dataset {name[:40]!r}; it has {', '.join(RULES)}.")
     rows: dict[str, list[Row]] = {}
     for source in sources:
         for row in _file_rows(source):
             group = rows.setdefault(row.label, [])
             if row.dataset in wanted and (limit is None or len(group) < limit):
                 group.append(row)
-    missing = [name for name in datasets or () if not any(row.dataset == name for group in rows.values() for row in group)]
+    missing = [name for name in named if not any(row.dataset == name for group in rows.values() for row in group)]
     if missing:
         raise UserError(f"The data has no rows of {', '.join(missing)}; it has {', '.join(rows) or 'none at all'}.")
     found = [row for group in rows.values() for row in group]
@@ -124,7 +133,7 @@ def _file_rows(source: str) -> list[Row]:
 
 def _parse(path: Path) -> list[Row]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"The data file {path} cannot be read: {reason}.") from error
@@ -137,30 +146,40 @@ def _parse(path: Path) -> list[Row]:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not JSON ({error.msg}); each line must be one JSON object.") from error
-        rows.append(_checked(fields, path, number - 1, where))
+        rows.append(check(fields, where, f"{path.name}#{number - 1}", path.stem))
     return rows
 
 
-def _checked(fields: Any, path: Path, index: int, where: str) -> Row:
+def check(fields: Any, where: str, source: str, stem: str = "") -> Row:
+    """A row of what JSON gave. where: names it in errors. stem: of its file, which names the dataset if the row does not.
+
+    Raises UserError for what is not a row of a known dataset.
+    """
     if not isinstance(fields, dict):
         raise UserError(f"{where} is not a JSON object.")
-    label = str(fields.get("dataset", path.stem))
-    if path.stem == f"{label}_e":
-        label = path.stem
+    label = str(fields.get("dataset", stem))
+    if stem == f"{label}_e":
+        label = stem
     base = re.sub(r"_e$", "", label.split(":")[0])
-    if base not in RULES:
-        raise UserError(f"{where} is of no LongBench dataset ({label!r}); it has {', '.join(RULES)}.")
+    if base not in RULES or not label.isprintable() or len(label) > 60:
+        raise UserError(f"{where} is of no LongBench dataset ({label[:60]!r}); it has {', '.join(RULES)}.")
     answers, classes = fields.get("answers"), fields.get("all_classes")
-    good = isinstance(fields.get("context"), str) and isinstance(fields.get("input"), str)
+    good = all(isinstance(fields.get(name), str) for name in (("prompt",) if "prompt" in fields else ("context", "input")))
+    good = good and bool(fields.get("prompt", "whole").strip())
     if not good or not _texts(answers) or not answers or not (classes is None or _texts(classes)):
-        raise UserError(f"{where} is not a LongBench row: it needs `context`, `input` and a list of texts `answers`.")
+        raise UserError(
+            f"{where} is not a LongBench row: it needs `context` and `input`, or a `prompt`, and a list of texts `answers`."
+        )
+    most = fields.get("max_new_tokens", 1)
+    if not isinstance(most, int) or most < 1:
+        raise UserError(f"{where}: `max_new_tokens` must be a whole number of at least 1.")
     if RULES[base].metric is metrics.classification and not classes:
         raise UserError(f"{where} needs `all_classes`, the names of all classes.")
     if RULES[base].metric in (metrics.retrieval, metrics.retrieval_zh):
         for answer in answers:
             if not re.search(r"(?:Paragraph |段落)\d+", answer):
-                raise UserError(f"{where} must have an answer such as 'Paragraph 7', not {answer!r}.")
-    return Row(base, label, f"{path.name}#{index}", fields)
+                raise UserError(f"{where} must have an answer such as 'Paragraph 7', not {answer[:60]!r}.")
+    return Row(base, label, source, fields)
 
 
 def _texts(value: Any) -> bool:
@@ -191,7 +210,7 @@ def encode(tokenizer: Any, row: Row, most: int, chat: bool = True) -> tuple[torc
 
     Cut text may take a few tokens more than it was cut to, and the chat template adds some: then it is cut again, shorter.
     """
-    text = _fill(prompts()[row.dataset], row.fields)
+    text = prompt_of(row)
     room = most
     while room > 1:
         short, cut = cut_middle(tokenizer, text, room)
@@ -200,6 +219,11 @@ def encode(tokenizer: Any, row: Row, most: int, chat: bool = True) -> tuple[torc
             return ids, cut
         room -= max(1, ids.shape[1] - most)
     raise UserError(f"{row.source} cannot be cut to {most} tokens; allow longer prompts.")
+
+
+def prompt_of(row: Row) -> str:
+    """The whole prompt, uncut and without the chat template."""
+    return row.fields["prompt"] if "prompt" in row.fields else _fill(prompts()[row.dataset], row.fields)
 
 
 def _fill(prompt: str, fields: dict[str, Any]) -> str:
@@ -223,27 +247,69 @@ def examples(
     """
     made = []
     for row in rows:
-        new = RULES[row.dataset].max_new_tokens
-        new = new if max_new_tokens is None else min(new, max_new_tokens)
-        room = positions - new
+        rules = RULES[row.dataset]
+        new = min(rules.max_new_tokens, row.fields.get("max_new_tokens", rules.max_new_tokens))
+        room = positions - new  # for the right answer too, whatever is written
         ids, cut = encode(tokenizer, row, min(room, max_prompt_tokens or room), chat)
+        templated = chat and rules.chat and getattr(tokenizer, "chat_template", None)
         made.append(
             Example(
                 dataset=row.label,
                 name=str(row.fields.get("_id") or row.source),
                 ids=ids,
-                max_new_tokens=new,
+                max_new_tokens=new if max_new_tokens is None else min(new, max_new_tokens),
                 score=functools.partial(score, row),
                 answers=tuple(row.fields["answers"]),
                 cut=cut,
+                golds=likelihood.answer_ids(tokenizer, row.fields["answers"], "" if templated else prompt_of(row), new),
             )
         )
     names = [example.key for example in made]
     if len(set(names)) < len(names):  # ids are unique in the official files
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"The data has the row {twice} twice; give each file once.")
-    if any(rules.chinese for rules in (RULES[row.dataset] for row in rows)) and metrics.chinese_splitter() != "jieba":
+    if chinese(rows).get("chinese_words") == "characters":
         print(
             "fastfill: warning: jieba is not installed; Chinese scores are by character and not LongBench's.", file=sys.stderr
         )
     return made
+
+
+def evaluate(
+    attachment: Attachment,
+    tokenizer: Any,
+    rows: Sequence[Row | dict[str, Any]],
+    *,
+    max_prompt_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    chat: bool = True,
+    score: str = runner.SCORES[0],
+    store: Store | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What `fastfill evaluate --task longbench` measures, from Python. rows: of `read`, or a file's JSON objects.
+
+    store: keeps finished examples (`resume.Store`), of the same rows and settings only. For the rest see `examples` and
+    `runner.run`. Raises UserError for a row that is none.
+    """
+    known = [row if isinstance(row, Row) else check(row, f"Row {i}", f"rows#{i}") for i, row in enumerate(rows)]
+    positions = getattr(attachment.model.config, "max_position_embeddings", None) or POSITIONS
+    limits = {"max_prompt_tokens": max_prompt_tokens, "max_new_tokens": max_new_tokens}
+    made = examples(tokenizer, known, positions, chat=chat, **limits)
+    result = runner.run(attachment, tokenizer, made, store or Store(None, {}), seed=seed, score=score, minutes=minutes)
+    return {**named_metrics(result, known), **limits, "chat": chat}
+
+
+def named_metrics(result: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """A result of `runner.run` on rows, with the metric of each dataset, and how Chinese was cut into words."""
+    rules = {row.label: RULES[row.dataset] for row in rows}
+    for line in result["datasets"]:
+        if line["dataset"] in rules:
+            line["metric"] = rules[line["dataset"]].metric.__name__
+    return {**result, **chinese(rows)}
+
+
+def chinese(rows: Sequence[Row]) -> dict[str, str]:
+    """What the scores of Chinese rows depend on; nothing without such rows."""
+    return {"chinese_words": metrics.chinese_splitter()} if any(RULES[row.dataset].chinese for row in rows) else {}

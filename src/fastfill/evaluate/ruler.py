@@ -19,8 +19,8 @@ import torch
 
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import metrics
-from fastfill.evaluate.runner import Example
+from fastfill.evaluate import likelihood, metrics
+from fastfill.evaluate.example import Example
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLES = {  # keys in the text, values of each, keys asked for
@@ -47,7 +47,7 @@ def examples(
     positions: int,
     *,
     tasks: Sequence[str] | None = None,
-    lengths: Sequence[int] = (1024, 4096),
+    lengths: Sequence[int | tuple[int, int]] = (1024, 4096),
     count: int = 10,
     seed: int = 0,
     rows: Sequence[dict[str, Any]] = (),
@@ -57,12 +57,14 @@ def examples(
 ) -> list[Example]:
     """`count` examples of each task at each length; prompt and answer together take at most `length` tokens.
 
+    lengths: a pair is a range, from which each example draws its own length.
     tasks: default all, qa only if there are rows. positions: how many tokens the model can hold. rows: LongBench-like, for qa:
     `input`, `answers` and the `context` that answers it; the contexts of other rows are the distractors. haystack: text to hide
     things in instead of RULER's noise.
 
     Raises UserError for an unknown task, qa without rows, or a length too small for a task or too large for the model.
     """
+    rows = [row for row in rows if "context" in row]  # a whole prompt does not say what its documents are
     tasks = list(tasks or [task for task in TASKS if task != "qa" or rows])
     for task in tasks:
         if task not in TASKS:
@@ -73,26 +75,38 @@ def examples(
         )
     filler = sentences(haystack) if haystack else [NOISE]
     made = []
-    for length in lengths:
-        if length > positions:
-            raise UserError(f"The model holds {positions} tokens, fewer than the length {length}; leave it out.")
+    for wanted in lengths:
+        low, high = (wanted, wanted) if isinstance(wanted, int) else wanted
+        if high > positions:
+            raise UserError(f"The model holds {positions} tokens, fewer than the length {high}; leave it out.")
+        at = str(low) if low == high else f"{low}-{high}"
         for task in tasks:
             new = NEW_TOKENS[task]
             for index in range(count):
-                build = _builder(task, filler, rows, length, f"{seed}/{task}/{length}/{index}")
-                ids, answers = _largest(tokenizer, build, length - new, chat, f"{task} at {length} tokens")
+                name = f"{seed}/{task}/{at}/{index}"
+                length = random.Random(f"{name}/length").randint(low, high)
+                build = _builder(task, filler, rows, length, name)
+                ids, begin, answers = _largest(tokenizer, build, length - new, chat, f"{task} at {length} tokens")
                 match = metrics.match_any if task == "qa" else metrics.match_all
                 made.append(
                     Example(
-                        dataset=f"{task}@{length}",
+                        dataset=f"{task}@{at}",
                         name=str(index),
                         ids=ids,
                         max_new_tokens=new if max_new_tokens is None else min(new, max_new_tokens),
                         score=functools.partial(match, references=answers),
                         answers=tuple(answers),
+                        golds=likelihood.answer_ids(tokenizer, written(task, answers), begin, new),
                     )
                 )
     return made
+
+
+def written(task: str, answers: Sequence[str]) -> list[str]:
+    """The forms of the right answer as it would be written: a solved example's where RULER shows one, else a list."""
+    if task == "qa":
+        return list(answers)
+    return [{"vt": " ".join, "cwe": _numbered}.get(task, _listed)(answers)]
 
 
 def sentences(text: str) -> list[str]:
@@ -126,10 +140,10 @@ def _builder(
 
 def _largest(
     tokenizer: Any, build: Callable[[int], Problem], most: int, chat: bool, what: str
-) -> tuple[torch.Tensor, list[str]]:
-    """The problem with the most filler whose prompt takes at most `most` tokens, as ids (1, T), and its answers."""
+) -> tuple[torch.Tensor, str, list[str]]:
+    """The problem with the most filler whose prompt takes at most `most` tokens: ids (1, T), how the answer begins, answers."""
 
-    def made(size: int) -> tuple[torch.Tensor, list[str]] | None:
+    def made(size: int) -> tuple[torch.Tensor, str, list[str]] | None:
         prompt, begin, answers = build(size)
         ids = torch.cat(
             [
@@ -138,7 +152,7 @@ def _largest(
             ],
             dim=1,
         )
-        return (ids, answers) if ids.shape[1] <= most else None
+        return (ids, begin, answers) if ids.shape[1] <= most else None
 
     best, low, high = made(1), 1, 2
     if best is None:
@@ -174,13 +188,13 @@ def needles(rng: random.Random, size: int, filler: Sequence[str], keys: int, val
     names = [
         f"{adjective}-{noun}" for adjective, noun in zip(rng.sample(ADJECTIVES, keys), rng.sample(NOUNS, keys), strict=True)
     ]
-    held = {name: [str(rng.randrange(10**6, 10**7)) for _ in range(values)] for name in names}
-    lines = [f"One of the special magic numbers for {name} is: {number}." for name in names for number in held[name]]
-    rng.shuffle(lines)
+    held = [(name, str(rng.randrange(10**6, 10**7))) for name in names for _ in range(values)]
+    rng.shuffle(held)
+    lines = [f"One of the special magic numbers for {name} is: {number}." for name, number in held]
     context = _hide(rng, lines, filler, size, "\n" if len(filler) == 1 else " ")
     chosen = rng.sample(names, asked)
-    query = chosen[0] if asked == 1 else f"{', '.join(chosen[:-1])}, and {chosen[-1]}"
-    answers = [number for name in chosen for number in held[name]]
+    query = _listed(chosen)
+    answers = [number for name in chosen for owner, number in held if owner == name]  # as asked, then as in the text
     if len(answers) == 1:
         return (
             "A special magic number is hidden within the following text. Make sure to memorize it. "
@@ -228,8 +242,12 @@ def common_words(rng: random.Random, size: int, often: int, seldom: int) -> Prob
         "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear "
         f"most often.\n{_numbered(entries)}\nQuestion: What are the 10 most common words in the above list?",
         " Answer: The top 10 words that appear most often in the list are:",
-        common,
+        sorted(common, key=entries.index),
     )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])}, and {words[-1]}"
 
 
 def _numbered(words: Sequence[str]) -> str:

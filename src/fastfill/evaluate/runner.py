@@ -1,79 +1,113 @@
-"""Examples that are answered twice, by the dense and by the sparse model, and what the sparse one recovers.
+"""Examples that are read twice, by the dense and by the sparse model, and what the sparse one recovers.
 
-Both answers are greedy. The dense one is dense throughout; the sparse one reads the prompt sparsely and then decodes densely.
+Two measures: the score of the answer that is written, and how likely the right answer is (`likelihood`). Answers are greedy.
+The dense reading is dense throughout; the sparse one reads the prompt sparsely and is dense after it.
 """
 
 from __future__ import annotations
 
-import random
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastfill.attachment import Attachment
 from fastfill.engines import transformers as engine
+from fastfill.errors import UserError
+from fastfill.evaluate import chance, intervals, likelihood
+from fastfill.evaluate.example import Example, identity
+from fastfill.evaluate.intervals import CONFIDENCE, RESAMPLES, percentiles
+from fastfill.evaluate.pace import Pace, in_turn
 from fastfill.evaluate.resume import Store
 from fastfill.progress import stage
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
+__all__ = ["CONFIDENCE", "RESAMPLES", "SCORES", "Example", "answer", "bootstrap", "identity", "percentiles", "run", "summarize"]
+
+SCORES = ("both", "likelihood", "answers")  # what is measured of each example
+
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Example:
-    """One question. ids: (1, T), the whole prompt. score: answer text -> 0 to 1. cut: the prompt was shortened."""
+def run(
+    attachment: Attachment,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    store: Store,
+    *,
+    seed: int = 0,
+    score: str = SCORES[0],
+    minutes: float | None = None,
+) -> dict[str, Any]:
+    """Read what the store does not have yet, set by set in turn, and summarise all of it; scores in percent.
 
-    dataset: str
-    name: str
-    ids: torch.Tensor
-    max_new_tokens: int
-    score: Callable[[str], float]
-    answers: Sequence[str]
-    cut: bool = False
+    score: one of SCORES. minutes: stop when the next example would not be done in that time; what is done is summarised, and
+    the same call goes on.
 
-    @property
-    def key(self) -> str:
-        return f"{self.dataset}/{self.name}"
+    Raises UserError for an unknown `score`, or likelihoods of an engine that does not show its hidden states.
+    """
+    if score not in SCORES:
+        raise UserError(f"The score {score!r} is not known; use one of {', '.join(SCORES)}.")
+    if score != "answers" and not isinstance(attachment, Attachment):
+        raise UserError("The likelihood of an answer is read inside the model; it needs --engine transformers.")
+    todo = [example for example in in_turn(examples) if example.key not in store]
+    resumed = len(examples) - len(todo)
+    pace = Pace(todo, minutes)
+    with stage("answers", len(examples), resumed) as bar:
+        for index, example in enumerate(todo):
+            if not pace.fits(example):
+                print(
+                    f"fastfill: stopped in time, {len(todo) - index} of {len(examples)} examples are left; "
+                    "with --out the same command goes on.",
+                    file=sys.stderr,
+                )
+                break
+            begin = time.monotonic()
+            store.add(example.key, answer(attachment, tokenizer, example, score))
+            pace.add(example, time.monotonic() - begin)
+            pace.tell(todo[index + 1 :])
+            bar.step(note=example.dataset)
+    done = [example for example in examples if example.key in store]
+    rows = [store.rows[example.key] for example in done]
+    found = summarize(rows, seed, _levels(done, rows) if score != "likelihood" else {})
+    return {**found, "score": score, "planned": len(examples), "resumed": resumed}
 
 
-def identity(examples: Sequence[Example]) -> list[Any]:
-    """What makes these examples these: for the digest in `resume.settings`."""
-    return [[e.key, e.ids[0].tolist(), e.max_new_tokens, list(e.answers)] for e in examples]
+def _levels(examples: Sequence[Example], rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Set -> chance level of each of its examples, where that can be told."""
+    sets: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        sets.setdefault(example.dataset, []).append(index)
+    found = {
+        name: chance.levels([rows[i]["dense"] for i in places], [examples[i].score for i in places])
+        for name, places in sets.items()
+    }
+    return {name: levels for name, levels in found.items() if levels is not None}
 
 
-def run(attachment: Attachment, tokenizer: Any, examples: Sequence[Example], store: Store, *, seed: int = 0) -> dict[str, Any]:
-    """Answer what the store does not have yet, and summarise all of it; scores in percent."""
-    done = sum(example.key in store for example in examples)
-    with stage("answers", len(examples), done) as bar:
-        for example in examples:
-            if example.key not in store:
-                store.add(example.key, answer(attachment, tokenizer, example))
-                bar.step(note=example.dataset)
-    return {**summarize([store.rows[example.key] for example in examples], seed), "resumed": done}
-
-
-def answer(attachment: Attachment, tokenizer: Any, example: Example) -> dict[str, Any]:
-    """Both answers to one example, their scores, and the tokens of the sparse run by how they were computed."""
-
-    def text() -> str:
-        new = engine.generate(attachment.model, example.ids, example.max_new_tokens)
-        return tokenizer.decode(new, skip_special_tokens=True)
-
+def answer(attachment: Attachment, tokenizer: Any, example: Example, score: str = SCORES[0]) -> Row:
+    """Both readings of one example: the answers written and their scores, the likelihood of the right answer (of several forms
+    the one that is most likely after the dense prompt), and the tokens of the sparse reading by how they were computed."""
+    golds = example.golds if score != "answers" else ()
+    texts = score != "likelihood"
     with attachment.dense():
-        dense = text()
+        dense, known = _read(attachment, tokenizer, example, golds, texts)
+    model = attachment.model
+    best = min(range(len(golds)), key=lambda i: likelihood.nats(model, known[i], golds[i]), default=0)
+    gold = golds[best : best + 1]
     before = attachment.stats.sparse_tokens, attachment.stats.dense_tokens
-    sparse = text()
+    sparse, follows = _read(attachment, tokenizer, example, gold, texts)
     stats = attachment.stats
-    return {
-        "dataset": example.dataset,
-        "answers": list(example.answers),
-        "dense": dense,
-        "sparse": sparse,
-        "score_dense": example.score(dense),
-        "score_sparse": example.score(sparse),
+    row: Row = {"dataset": example.dataset, "answers": list(example.answers)}
+    if texts:
+        scores = {"score_dense": example.score(dense), "score_sparse": example.score(sparse)}
+        row |= {"dense": dense, "sparse": sparse, **scores}
+    if gold:
+        row |= {"gold": tokenizer.decode(gold[0]), **likelihood.compare(model, known[best], follows[0], gold[0])}
+    return row | {
         "prompt_tokens": example.ids.shape[1],
         "cut": example.cut,
         "sparse_tokens": stats.sparse_tokens - before[0],
@@ -81,65 +115,108 @@ def answer(attachment: Attachment, tokenizer: Any, example: Example) -> dict[str
     }
 
 
-def summarize(rows: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
-    """Means, recovery and its interval per dataset, and over datasets with equal weight."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+def _read(
+    attachment: Attachment, tokenizer: Any, example: Example, golds: Sequence[torch.Tensor], texts: bool
+) -> tuple[str, list[torch.Tensor]]:
+    """One prefill in the mode that the attachment is in; then, densely, the answer that is written (if `texts`) and the states
+    that predict each gold answer's tokens."""
+    model = attachment.model
+    if not isinstance(attachment, Attachment):  # an engine that only hands answers out
+        return _text(tokenizer, engine.generate(model, example.ids, example.max_new_tokens)), []
+    prompt = likelihood.read(model, example.ids)
+    with attachment.dense():
+        follows = [likelihood.states(model, prompt, gold) for gold in golds]
+        return _text(tokenizer, likelihood.write(model, prompt, example.max_new_tokens)) if texts else "", follows
+
+
+def _text(tokenizer: Any, ids: Any) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# --- what all of it says ------------------------------------------------------------------------------------------------
+
+
+def summarize(rows: Sequence[Row], seed: int = 0, levels: dict[str, list[float]] | None = None) -> dict[str, Any]:
+    """Per set: mean scores, recovery and its interval, chance, the likelihood of the right answer; then over sets, which weigh
+    the same.
+
+    levels: chance level of each example of a set, in the order of its rows. `average` is over the sets on which the dense model
+    is better than chance, or for which chance is not known. Rows without scores, or without likelihoods, have neither.
+    """
+    levels = levels or {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["dataset"], []).append(row)
-    pairs = {name: [(row["score_dense"], row["score_sparse"]) for row in group] for name, group in groups.items()}
-    table = [{"dataset": name, **_line([pairs[name]], seed), **_counts(group)} for name, group in groups.items()]
+    pairs = {name: _pairs(group) for name, group in groups.items()}
+    table = []
+    for name, group in groups.items():
+        line = {"dataset": name, **(_line([pairs[name]], seed) if pairs[name] else {}), **_counts(group)}
+        if name in levels:
+            line["chance"] = round(100 * statistics.fmean(levels[name]), 2)
+            line["at_chance"] = chance.at_chance([dense for dense, _ in pairs[name]], levels[name], seed)
+        table.append({**line, **_likelihood([group], seed)})
+    able = [pairs[line["dataset"]] for line in table if not line.get("at_chance")]
+    scored = bool(rows) and "score_dense" in rows[0]
     return {
         "datasets": table,
-        "average": _line(list(pairs.values()), seed),
+        **({"average": _average(able, seed)} if scored else {}),
+        **_likelihood(list(groups.values()), seed),
         "seed": seed,
         **_counts(rows),
     }
 
 
-def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _pairs(group: Sequence[Row]) -> list[tuple[float, float]]:
+    return [(row["score_dense"], row["score_sparse"]) for row in group if "score_dense" in row]
+
+
+def _likelihood(groups: Sequence[Sequence[Row]], seed: int) -> dict[str, Any]:
+    found = likelihood.summarize([[row for row in group if "gold_tokens" in row] for group in groups], seed)
+    return {"likelihood": found} if found else {}
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "examples": len(rows),
-        "same_answers": sum(row["dense"] == row["sparse"] for row in rows),
+        **({"same_answers": sum(row["dense"] == row["sparse"] for row in rows)} if rows and "dense" in rows[0] else {}),
         "cut_prompts": sum(row["cut"] for row in rows),
         **{key: sum(row[key] for row in rows) for key in ("prompt_tokens", "sparse_tokens", "dense_tokens")},
     }
 
 
 def _line(groups: Sequence[Sequence[tuple[float, float]]], seed: int) -> dict[str, Any]:
+    """Mean scores, and their ratio."""
     dense, sparse = (statistics.fmean(statistics.fmean(pair[i] for pair in group) for group in groups) for i in (0, 1))
-    interval = bootstrap(groups, seed)
     return {
         "dense": round(100 * dense, 2),
         "sparse": round(100 * sparse, 2),
         "recovery": round(sparse / dense, 4) if dense else None,
-        "interval": [round(bound, 4) for bound in interval] if interval else None,
+        "interval": intervals.rounded(bootstrap(groups, seed), 4),
     }
+
+
+def _average(groups: Sequence[Sequence[tuple[float, float]]], seed: int) -> dict[str, Any]:
+    """`_line` over sets, how many they are, and the mean of their recoveries with its own interval."""
+    if not groups:
+        return {"dense": None, "sparse": None, "recovery": None, "interval": None, "sets": 0}
+    means = np.array([np.mean(group, axis=0) for group in groups])
+    each: Row = {"mean_recovery": None, "mean_recovery_interval": None}
+    if means[:, 0].all():
+        draws = intervals.resample(groups, seed)
+        dense = np.where(draws[:, :, 0] > 0, draws[:, :, 0], np.nan)
+        bounds = intervals.interval((draws[:, :, 1] / dense).mean(axis=1), groups)
+        each = {
+            "mean_recovery": round(float((means[:, 1] / means[:, 0]).mean()), 4),
+            "mean_recovery_interval": intervals.rounded(bounds, 4),
+        }
+    return {**_line(groups, seed), "sets": len(groups), **each}
 
 
 def bootstrap(groups: Sequence[Sequence[tuple[float, float]]], seed: int = 0) -> tuple[float, float] | None:
     """95 % interval of mean sparse / mean dense, paired: an example is drawn with both its scores, within its group.
 
     groups: (dense, sparse) scores. Percentiles of 2000 resamples; a resample whose dense mean is 0 has no ratio and is left
-    out. None where more than 1 in 20 are, because what is left would flatter, or where there is only one example.
+    out. None where more than 1 in 20 are, or where there is only one example.
     """
-    if max(len(group) for group in groups) < 2:
-        return None
-    rng = random.Random(seed)
-    ratios = []
-    for _ in range(RESAMPLES):
-        dense = sparse = 0.0
-        for group in groups:
-            drawn = rng.choices(group, k=len(group))
-            dense += sum(pair[0] for pair in drawn) / len(group)
-            sparse += sum(pair[1] for pair in drawn) / len(group)
-        if dense:
-            ratios.append(sparse / dense)
-    if len(ratios) < 0.95 * RESAMPLES:
-        return None
-    return percentiles(ratios)
-
-
-def percentiles(values: Sequence[float]) -> tuple[float, float]:
-    """The middle 95 % of resampled values."""
-    ordered, tail = sorted(values), (1 - CONFIDENCE) / 2 * (len(values) - 1)
-    return ordered[round(tail)], ordered[round(len(ordered) - 1 - tail)]
+    dense, sparse = intervals.resample(groups, seed).mean(axis=1).T
+    return intervals.interval(sparse / np.where(dense > 0, dense, np.nan), groups)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from fastfill.attachment import LEARNED, Attachment
 from fastfill.config import PrefillConfig, check_integer, check_sparsity
 from fastfill.data import Document
 from fastfill.errors import UserError
-from fastfill.evaluate import longbench, metrics, pareto, peers, perplexity, picks, recall, resume, ruler, runner
+from fastfill.evaluate import longbench, pareto, peers, perplexity, picks, recall, resume, ruler, runner
+from fastfill.evaluate.example import Example, identity
 from fastfill.evaluate.resume import Store
 from fastfill.models import LoadedModel
 from fastfill.predictor import BASELINES
@@ -28,13 +30,41 @@ from fastfill.predictor import BASELINES
 Task = Callable[[Attachment, LoadedModel], dict[str, Any]]
 Score = Callable[[Attachment, LoadedModel, list[tuple[str, torch.Tensor]], Store], dict[str, Any]]
 RULER_EXAMPLES = 10  # of each task and length, unless --limit says otherwise
+SUITE_EXAMPLES = 100  # of each set of the suite
+SUITE_RULER = (*ruler.NEEDLES, "vt")  # what the suite takes of `ruler`, unless --datasets says otherwise
+
+ANSWERS = ("longbench", "ruler", "suite")
+READINGS = ("perplexity", "peers", "pareto")
+# Option -> its default and the tasks that take it; the others refuse it.
+OWNED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "tokens": (2048, (*READINGS, "recall", "picks")),
+    "continuation": (256, READINGS),
+    "datasets": (None, ANSWERS),
+    "lengths": ("1024,4096", ("ruler", "suite")),
+    "haystack": (None, ("ruler", "suite")),
+    "max_prompt_tokens": (None, ("longbench", "suite")),
+    "max_new_tokens": (None, ANSWERS),
+    "no_chat": (False, ANSWERS),
+    "score": (None, ANSWERS),
+    "minutes": (None, ANSWERS),
+    "calibration": (None, ("peers",)),
+    "sparsities": ("0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8", ("pareto",)),
+    "methods": ("learned,oracle,static", ("pareto",)),
+    "prompt_tokens": (2048, ("pareto",)),
+    "repeats": (3, ("pareto",)),
+}
 
 
 def prepare(options: argparse.Namespace, artifact: Artifact) -> Task:
     """Read and check what the task needs. Raises UserError for options or data that do not fit."""
+    _owned(options)
     for name in ("limit", "max_prompt_tokens", "max_new_tokens"):
         if getattr(options, name) is not None:
             check_integer("--" + name.replace("_", "-"), getattr(options, name), 1)
+    if options.minutes is not None and not 0 < options.minutes < math.inf:
+        raise UserError(f"--minutes must be more than 0, not {options.minutes:g}.")
+    if options.score not in (None, "answers", *(runner.SCORES if options.engine == "transformers" else ())):
+        raise UserError(f"--score {options.score} reads inside the model; it needs --engine transformers.")
     if options.record and options.task != "perplexity":
         raise UserError("--record stores perplexities; use it with --task perplexity.")
     changed = any(getattr(options, field.name, None) is not None for field in dataclasses.fields(PrefillConfig))
@@ -43,6 +73,17 @@ def prepare(options: argparse.Namespace, artifact: Artifact) -> Task:
     if options.task not in ("ruler", "picks") and not options.data:
         raise UserError(f"--task {options.task} needs --data FILE.")
     return TASKS[options.task](options, artifact)
+
+
+def _owned(options: argparse.Namespace) -> None:
+    """Put defaults where an option was not given (None, or False of a switch); refuse those of other tasks."""
+    for name, (default, owners) in OWNED.items():
+        given = getattr(options, name)
+        if given is None or given is False:
+            setattr(options, name, default)
+        elif options.task not in owners:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is an option of --task {', '.join(owners)}; leave it out for --task {options.task}.")
 
 
 def _calibrated_on(sources: set[str], artifact: Artifact) -> int:
@@ -176,56 +217,98 @@ def _longbench(options: argparse.Namespace, artifact: Artifact) -> Task:
     shared = _calibrated_on({row.source for row in rows}, artifact)
 
     def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
-        examples = longbench.examples(
-            loaded.tokenizer,
-            rows,
-            _positions(loaded),
-            max_prompt_tokens=options.max_prompt_tokens,
-            max_new_tokens=options.max_new_tokens,
-            chat=not options.no_chat,
-        )
-        known = {row.label: longbench.RULES[row.dataset] for row in rows}
-        more = {"chinese_words": metrics.chinese_splitter()} if any(rules.chinese for rules in known.values()) else {}
-        result = {**_answers(options, artifact, attachment, loaded, examples, **more), "calibrated_on": shared, **more}
-        for line in result["datasets"]:
-            line["metric"] = known[line["dataset"]].metric.__name__
-        return result
+        made = _longbench_examples(options, loaded, rows)
+        result = _answers(options, artifact, attachment, loaded, made, **longbench.chinese(rows))
+        return {**longbench.named_metrics(result, rows), "calibrated_on": shared}
 
     return run
 
 
 def _ruler(options: argparse.Namespace, artifact: Artifact) -> Task:
-    try:
-        lengths = list(dict.fromkeys(int(length) for length in options.lengths.split(",")))
-    except ValueError as error:
-        raise UserError(f"--lengths must be numbers separated by commas, not {options.lengths!r}.") from error
-    for length in lengths:
-        check_integer("each length", length, 1)
     rows = longbench.read(options.data) if options.data else []
+    examples = _ruler_examples(options, rows, options.limit or RULER_EXAMPLES, _names(options.datasets))
+
+    def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
+        return _answers(options, artifact, attachment, loaded, examples(loaded))
+
+    return run
+
+
+def _suite(options: argparse.Namespace, artifact: Artifact) -> Task:
+    """Rows in LongBench's format, and needles and variables beside them: one run, one table, one mean."""
+    named, count = _names(options.datasets), options.limit or SUITE_EXAMPLES
+    made = [name for name in ruler.TASKS if name != "qa"]  # its questions are in the rows
+    hidden = [name for name in named or SUITE_RULER if name in made]
+    others = [name for name in named or () if name not in made]
+    rows = longbench.read(options.data, others, count) if others or not named else []
+    shared = _calibrated_on({row.source for row in rows}, artifact)
+    examples = _ruler_examples(options, [], count, hidden)
+
+    def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
+        both = [*_longbench_examples(options, loaded, rows), *(examples(loaded) if hidden else [])]
+        result = _answers(options, artifact, attachment, loaded, both, **longbench.chinese(rows))
+        return {**longbench.named_metrics(result, rows), "calibrated_on": shared}
+
+    return run
+
+
+def _longbench_examples(options: argparse.Namespace, loaded: LoadedModel, rows: Sequence[longbench.Row]) -> list[Example]:
+    return longbench.examples(
+        loaded.tokenizer,
+        rows,
+        _positions(loaded),
+        max_prompt_tokens=options.max_prompt_tokens,
+        max_new_tokens=options.max_new_tokens,
+        chat=not options.no_chat,
+    )
+
+
+def _ruler_examples(
+    options: argparse.Namespace, rows: Sequence[longbench.Row], count: int, names: Sequence[str] | None
+) -> Callable[[LoadedModel], list[Example]]:
+    lengths = _lengths(options.lengths)
     haystack = None
     if options.haystack:
         try:
-            haystack = Path(options.haystack).read_text(encoding="utf-8")
+            haystack = Path(options.haystack).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise UserError(f"{options.haystack} cannot be read: {reason}.") from error
 
-    def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
-        examples = ruler.examples(
+    def examples(loaded: LoadedModel) -> list[Example]:
+        return ruler.examples(
             loaded.tokenizer,
             _positions(loaded),
-            tasks=_names(options.datasets),
+            tasks=names,
             lengths=lengths,
-            count=options.limit or RULER_EXAMPLES,
+            count=count,
             seed=options.seed,
             rows=[row.fields for row in rows],
             haystack=haystack,
             chat=not options.no_chat,
             max_new_tokens=options.max_new_tokens,
         )
-        return _answers(options, artifact, attachment, loaded, examples)
 
-    return run
+    return examples
+
+
+def _lengths(text: str) -> list[int | tuple[int, int]]:
+    """'1024,2048-4096' -> [1024, (2048, 4096)], each once."""
+    found: list[int | tuple[int, int]] = []
+    for part in text.split(","):
+        try:
+            ends = [int(end) for end in part.split("-")]
+        except ValueError as error:
+            raise UserError(
+                f"--lengths must be numbers separated by commas, or ranges such as 1024-4096, not {text[:60]!r}."
+            ) from error
+        for end in ends:
+            check_integer("each length", end, 1)
+        if len(ends) > 2 or ends[0] > ends[-1]:
+            raise UserError(f"--lengths: a range goes from its shorter to its longer end, not {part[:60]!r}.")
+        length = ends[0] if ends[0] == ends[-1] else (ends[0], ends[1])
+        found += [length] if length not in found else []
+    return found
 
 
 def _answers(
@@ -233,11 +316,13 @@ def _answers(
     artifact: Artifact,
     attachment: Attachment,
     loaded: LoadedModel,
-    examples: list[runner.Example],
+    examples: list[Example],
     **more: Any,
 ) -> dict[str, Any]:
-    settings = resume.settings(options.task, attachment, artifact, runner.identity(examples), **more)
-    result = runner.run(attachment, loaded.tokenizer, examples, Store(options.out, settings), seed=options.seed)
+    score = options.score or ("both" if options.engine == "transformers" else "answers")
+    settings = resume.settings(options.task, attachment, artifact, identity(examples), score=score, **more)
+    store = Store(options.out, settings)
+    result = runner.run(attachment, loaded.tokenizer, examples, store, seed=options.seed, score=score, minutes=options.minutes)
     if attachment.config.sparsity and not result["sparse_tokens"]:
         least = attachment.config.shortest_prompt
         print(f"fastfill: warning: all prompts stayed dense, as those under {least} tokens do.", file=sys.stderr)
@@ -250,13 +335,14 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _positions(loaded: LoadedModel) -> int:
-    return getattr(loaded.model.config, "max_position_embeddings", None) or 1 << 20
+    return getattr(loaded.model.config, "max_position_embeddings", None) or longbench.POSITIONS
 
 
 TASKS: dict[str, Callable[[argparse.Namespace, Artifact], Task]] = {
     "perplexity": _perplexity,
     "longbench": _longbench,
     "ruler": _ruler,
+    "suite": _suite,
     "recall": _recall,
     "picks": _picks,
     "peers": _peers,

@@ -48,8 +48,9 @@ FIGURES = (
     _figure("peers", "Quality at equal FLOPs", "peers", quality, "peers", True, itemgetter("rows")),
     _figure("selection", "Quality by selection", "perplexity", quality, "selection", False),
     _figure("curve", "Loss along the prompt", "perplexity", quality, "curve", False, quality.points),
-    _figure("longbench", "Recovery on LongBench", "longbench", quality, "recovery", True, itemgetter("datasets")),
-    _figure("ruler", "Recovery on RULER", "ruler", quality, "recovery", True, itemgetter("datasets")),
+    _figure("longbench", "Recovery on LongBench", "longbench", quality, "recovery", True, quality.scored),
+    _figure("ruler", "Recovery on RULER", "ruler", quality, "recovery", True, quality.scored),
+    _figure("suite", "Recovery on the suite", "suite", quality, "recovery", True, quality.scored),
     _figure("recall", "Predictor recall by layer", "recall", layers, "recall", False, itemgetter("layers")),
     _figure("sparsity", "Sparsity by layer", "inspect", layers, "sparsity", False, itemgetter("layer_sparsity")),
     _figure("picks", "Which neurons are picked, by layer", "picks", layers, "picks", True, itemgetter("share")),
@@ -144,7 +145,7 @@ def claims(runs: Sequence[Run]) -> list[str]:
             "is kept."
         )
     for run in runs:
-        if run.kind in ("longbench", "ruler") and run.document["datasets"]:
+        if run.kind in quality.TASKS and quality.scored(run.document):
             found.append(f"{quality.TASKS[run.kind]}: {quality.recovery_caption(run.document)}")
     return found
 

@@ -14,7 +14,7 @@ from fastfill.report.values import MISSING, Table, count, distinct, known, numbe
 Document = dict[str, Any]
 METHODS = ("learned", "oracle", "static", "low-rank", "first-block", "random")  # the same look in every figure
 PER_TOKEN = ("gate-threshold", "input-threshold")  # each token has its own choice, which no matrix product of a prefill can use
-TASKS = {"longbench": "LongBench", "ruler": "RULER"}
+TASKS = {"longbench": "LongBench", "ruler": "RULER", "suite": "the suite"}
 READINGS = (("strict", "ppl_ratio"), ("continuation", "cont_ppl_ratio"))
 NAMED_BY = ("model", "dtype", "predictor", "compensator", "sparsity", "block_size", "sources")
 
@@ -370,10 +370,17 @@ def recovery(document: Document, name: str = "recovery") -> str:
     return sheet.svg
 
 
+def scored(document: Document) -> list[Document]:
+    """The sets that have scores; a run of `--score likelihood` has none."""
+    return [line for line in document["datasets"] if "recovery" in line]
+
+
 def _datasets(document: Document) -> list[tuple[str, Document]]:
     lines = [(text(line.get("dataset", "?"), 48), line) for line in document["datasets"]]
     average = document.get("average")
-    return [*lines, ("average", average)] if len(lines) > 1 and isinstance(average, dict) else lines
+    if len(lines) < 2 or not isinstance(average, dict) or average.get("sets") == 0:  # 0: the model can do none of them
+        return lines
+    return [*lines, ("average", average)]
 
 
 def recovery_title(document: Document) -> str:

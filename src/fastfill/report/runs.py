@@ -16,6 +16,7 @@ LISTS: dict[str, dict[str, type]] = {  # kind: fields that hold a list, and of w
     "perplexity": {},
     "longbench": {"datasets": dict},
     "ruler": {"datasets": dict},
+    "suite": {"datasets": dict},
     "recall": {"layers": dict},
     "peers": {"rows": dict},
     "pareto": {"rows": dict},

@@ -1,0 +1,143 @@
+"""How likely the right answer is after a prompt that was read densely or sparsely: every example counts, guessed or not.
+
+A prompt is read once, in one call of the base model. What follows starts from its last hidden state and the cache it left, and
+is dense, as decoding is: the tokens of the right answer (teacher-forced), and the answer that the model writes itself (greedy).
+The vocabulary's logits are only taken where they are needed, a few tokens at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastfill.evaluate import intervals
+
+CHUNK = 64  # answer tokens whose logits (CHUNK, V) are in memory at a time
+
+Row = dict[str, Any]
+
+
+def answer_ids(tokenizer: Any, answers: Sequence[str], after: str, most: int) -> tuple[torch.Tensor, ...]:
+    """Right answers -> ids (n,) of each, as they follow `after`, the plain text that the prompt ends with ("" after a chat
+    template); at most `most` tokens of each, and none twice.
+
+    A space comes between a prompt such as "Answer:" and its answer, as a model would write it; Chinese has none.
+    """
+    open_end = after[-1:].isascii() and not after[-1:].isspace()
+    found = {}
+    for answer in answers:
+        text = f" {answer}" if after and open_end and not answer[:1].isspace() else answer
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:most]
+        if answer.strip() and ids:
+            found[tuple(ids)] = torch.tensor(ids, dtype=torch.long)
+    return tuple(found.values())
+
+
+@dataclass
+class Prompt:
+    """A prompt that was read. state: (1, H), the last hidden state of its last token. cache: keys and values of all."""
+
+    state: torch.Tensor
+    cache: Any
+
+
+@torch.no_grad()
+def read(model: Any, ids: torch.Tensor) -> Prompt:
+    """Prefill ids (1, T), in the mode that the attachment is in."""
+    out = model.base_model(input_ids=ids.to(model.device), use_cache=True)
+    return Prompt(out.last_hidden_state[0, -1:].clone(), out.past_key_values)
+
+
+@torch.no_grad()
+def states(model: Any, prompt: Prompt, answer: torch.Tensor) -> torch.Tensor:
+    """The hidden states (n, H) that predict the tokens of an answer (n,): the prompt's last, then those of all but the
+    answer's last. The prompt stays as it is."""
+    if len(answer) == 1:
+        return prompt.state
+    inputs = answer[None, :-1].to(model.device)
+    out = model.base_model(input_ids=inputs, past_key_values=copy.deepcopy(prompt.cache), use_cache=True)
+    return torch.cat([prompt.state, out.last_hidden_state[0]])
+
+
+@torch.no_grad()
+def write(model: Any, prompt: Prompt, most: int) -> list[int]:
+    """The greedy answer, up to `most` ids, the end-of-sequence id included. It is written into the prompt's cache."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    head, state, new = model.get_output_embeddings(), prompt.state, []
+    while True:
+        token = int(head(state).argmax())
+        new.append(token)
+        if len(new) == most or token in ends:
+            return new
+        step = torch.tensor([[token]], device=model.device)
+        state = model.base_model(input_ids=step, past_key_values=prompt.cache, use_cache=True).last_hidden_state[0]
+
+
+def _log_probabilities(head: Any, hidden: torch.Tensor) -> torch.Tensor:
+    logits = head(hidden)
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+
+
+@torch.no_grad()
+def nats(model: Any, hidden: torch.Tensor, answer: torch.Tensor) -> float:
+    """Minus the log-likelihood of an answer (n,) by the states (n, H) that predict it."""
+    head, answer = model.get_output_embeddings(), answer.to(model.device)
+    parts = zip(hidden.split(CHUNK), answer.split(CHUNK), strict=True)
+    return sum(float(F.nll_loss(_log_probabilities(head, part), ids, reduction="sum")) for part, ids in parts)
+
+
+@torch.no_grad()
+def compare(model: Any, dense: torch.Tensor, sparse: torch.Tensor, answer: torch.Tensor) -> Row:
+    """Sums over the tokens of an answer (n,), by the states (n, H) of both readings: minus log-likelihood, KL(dense || sparse)
+    of the next token's distribution, and how often the most likely token is the same, apart for the first."""
+    head, answer = model.get_output_embeddings(), answer.to(model.device)
+    nll_dense = nll_sparse = kl = 0.0
+    same: list[bool] = []
+    for d, s, ids in zip(dense.split(CHUNK), sparse.split(CHUNK), answer.split(CHUNK), strict=True):
+        log_d, log_s = _log_probabilities(head, d), _log_probabilities(head, s)
+        nll_dense += float(F.nll_loss(log_d, ids, reduction="sum"))
+        nll_sparse += float(F.nll_loss(log_s, ids, reduction="sum"))
+        kl += float(F.kl_div(log_s, log_d, reduction="sum", log_target=True))
+        same += (log_d.argmax(-1) == log_s.argmax(-1)).tolist()
+    return {
+        "gold_tokens": len(answer),
+        "nll_dense": nll_dense,
+        "nll_sparse": nll_sparse,
+        "kl": kl,
+        "same_tokens": sum(same),
+        "same_first": same[0],
+    }
+
+
+def summarize(groups: Sequence[Sequence[Row]], seed: int = 0) -> Row | None:
+    """Nats per answer token of both readings, their paired difference with its interval, KL and agreement.
+
+    groups: rows of `compare`, by set. Within a set the tokens of all examples are pooled; sets weigh the same. None without
+    rows.
+    """
+    groups = [group for group in groups if group]
+    if not groups:
+        return None
+    keys = ("gold_tokens", "nll_dense", "nll_sparse", "kl", "same_tokens", "same_first")
+    values = [[[float(row[key]) for key in keys] for row in group] for group in groups]
+    tokens, dense, sparse, kl, same, first = np.array([np.mean(group, axis=0) for group in values]).T
+    draws = intervals.resample(values, seed)
+    losses = ((draws[:, :, 2] - draws[:, :, 1]) / draws[:, :, 0]).mean(axis=1)
+    return {
+        "examples": sum(len(group) for group in groups),
+        "tokens": sum(row["gold_tokens"] for group in groups for row in group),
+        "dense": round(float(np.mean(dense / tokens)), 4),
+        "sparse": round(float(np.mean(sparse / tokens)), 4),
+        "loss": round(float(np.mean((sparse - dense) / tokens)), 4),
+        "interval": intervals.rounded(intervals.interval(losses, groups), 4),
+        "kl": round(float(np.mean(kl / tokens)), 5),
+        "top1_agreement": round(float(np.mean(same / tokens)), 4),
+        "first_token_agreement": round(float(np.mean(first)), 4),
+    }

@@ -1,0 +1,214 @@
+"""The likelihood of the right answer: a plain forward's log-softmax where nothing is sparse, and decoding's where it is."""
+
+import functools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BLOCK, logits, tiny_artifact, tiny_model, token_ids
+
+from fastfill import attach
+from fastfill.engines import transformers as engine
+from fastfill.evaluate import likelihood, metrics, runner
+from fastfill.evaluate.example import Example
+
+T = 45  # a prompt; blocks at 8..39 are sparse
+LENGTHS = (1, 2, 5, likelihood.CHUNK + 6)
+
+
+def example(*golds, tokens=T, new=6, seed=0):
+    score = functools.partial(metrics.match_all, references=["w9"])
+    return Example("set", "0", token_ids(1, tokens, seed=seed), new, score, ("w9",), golds=golds)
+
+
+def gold(length, seed=1):
+    return token_ids(length, seed=seed)
+
+
+def forced(model, prompt, answer, off=0):
+    """The answer's log-likelihood by one forward over prompt and answer. off: mistakes the slice by so many tokens."""
+    known = F.log_softmax(logits(model, torch.cat([prompt, answer[None]], 1))[0], -1)
+    first = prompt.shape[1] - 1 + off
+    return float(known[first : first + len(answer)].gather(1, answer[:, None]).sum())
+
+
+# --- nothing sparse -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_without_sparsity_it_is_a_plain_forwards_log_softmax(tokenizer, family, length):
+    model, answer = tiny_model(family, dtype=torch.float64), gold(length)
+    with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
+        row = runner.answer(attachment, tokenizer, example(answer), "likelihood")
+    want = -forced(model, example().ids, answer)
+    # Sums of fewer than 100 terms per value, each to 2**-53, through three layers of order one: far below 1e-10.
+    assert row["nll_dense"] == pytest.approx(want, rel=1e-10)
+    assert row["nll_sparse"] == row["nll_dense"] and row["kl"] == 0  # to the bit: the same code, all of it dense
+    assert row["gold_tokens"] == row["same_tokens"] == length and row["same_first"] and row["sparse_tokens"] == 0
+    for off in (-1, 1) if length > 1 else (-1,):
+        assert abs(-forced(model, example().ids, answer[: length - (off > 0)], off) - want) > 0.01  # one token off shows
+
+
+def test_in_fp32_too(tokenizer):
+    """Three layers of fp32 sums of at most 96 terms: errors of some 1e-6 of values of order one, 1e-4 is generous."""
+    model, answer = tiny_model(), gold(20)
+    with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
+        row = runner.answer(attachment, tokenizer, example(answer), "likelihood")
+    assert row["nll_dense"] == pytest.approx(-forced(model, example().ids, answer), rel=1e-4)
+
+
+# --- a sparse prompt ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_sparse_prompt_then_token_by_token_as_decoding(exact_model, tokenizer, length):
+    """However long the answer is: at least one here is longer than `min_tokens`, and dense all the same."""
+    model, answer = exact_model, gold(length)
+    prompt = example().ids
+    with attach(model, tiny_artifact(model)) as attachment:
+        row = runner.answer(attachment, tokenizer, example(answer), "likelihood")
+        assert (row["sparse_tokens"], row["dense_tokens"]) == (4 * BLOCK, T - 4 * BLOCK + length - 1)
+        with torch.no_grad():
+            out = model(input_ids=prompt, use_cache=True)
+            want = 0.0
+            for token in answer:
+                want -= float(F.log_softmax(out.logits[0, -1], -1)[token])
+                out = model(input_ids=token[None, None], past_key_values=out.past_key_values, use_cache=True)
+    assert row["nll_sparse"] == pytest.approx(want, rel=1e-10)
+    assert row["nll_dense"] == pytest.approx(-forced(model, prompt, answer), rel=1e-10)
+    assert abs(row["nll_sparse"] - row["nll_dense"]) > 1e-4 and row["kl"] > 1e-4
+
+
+def test_of_several_answers_the_one_most_likely_after_the_dense_prompt(exact_model, tokenizer):
+    """Sparse takes the same one, also where it would prefer another."""
+    model, plain, differs = exact_model, tiny_model(dtype=torch.float64), 0
+    with attach(model, tiny_artifact(model)) as attachment:
+        for seed in range(20):
+            one = example(gold(3, seed=50 + seed), gold(3, seed=90 + seed), seed=seed)
+            row = runner.answer(attachment, tokenizer, one, "likelihood")
+            dense = [-forced(plain, one.ids, answer) for answer in one.golds]
+            rows = [runner.answer(attachment, tokenizer, example(answer, seed=seed), "likelihood") for answer in one.golds]
+            best = dense.index(min(dense))
+            assert row["gold"] == tokenizer.decode(one.golds[best]) and row["nll_dense"] == pytest.approx(dense[best], rel=1e-9)
+            assert row["nll_sparse"] == rows[best]["nll_sparse"]
+            sparse = [each["nll_sparse"] for each in rows]
+            differs += sparse.index(min(sparse)) != best
+    assert differs
+
+
+def test_scoring_leaves_the_written_answer_as_it_was(exact_model, tokenizer):
+    model = exact_model
+    with attach(model, tiny_artifact(model)) as attachment:
+        both = runner.answer(attachment, tokenizer, example(gold(7), gold(40, seed=3)))
+        texts = runner.answer(attachment, tokenizer, example(gold(7), gold(40, seed=3)), "answers")
+        alone = runner.answer(attachment, tokenizer, example(gold(7), gold(40, seed=3)), "likelihood")
+        sparse = tokenizer.decode(engine.generate(model, example().ids, 6), skip_special_tokens=True)
+    dense = tokenizer.decode(engine.generate(model, example().ids, 6), skip_special_tokens=True)
+    assert (both["dense"], both["sparse"]) == (texts["dense"], texts["sparse"]) == (dense, sparse)
+    assert both.items() >= {key: value for key, value in alone.items() if key != "dense_tokens"}.items()
+    assert "nll_dense" not in texts and "dense" not in alone and "score_dense" not in alone
+
+
+def test_writing_ends_with_the_sequence(model):
+    whole = engine.generate(model, example().ids, 12).tolist()
+    stop = whole.index(whole[5]) + 1
+    for ends in (whole[5], [126, whole[5]]):
+        model.generation_config.eos_token_id = ends
+        assert likelihood.write(model, likelihood.read(model, example().ids), 12) == whole[:stop]
+    assert likelihood.write(model, likelihood.read(model, example().ids), 3) == whole[:3]
+
+
+def test_logits_are_only_taken_where_they_are_needed(model, tokenizer):
+    """Of a long prompt one row; of the answer at most CHUNK at a time."""
+    rows = []
+    model.get_output_embeddings().register_forward_hook(lambda _module, inputs, _out: rows.append(inputs[0].shape[:-1].numel()))
+    with attach(model, tiny_artifact(model)) as attachment:
+        runner.answer(attachment, tokenizer, example(gold(2 * likelihood.CHUNK + 1), tokens=300))
+    assert max(rows) == likelihood.CHUNK
+    assert sum(rows) == 2 * 6 + 3 * (2 * likelihood.CHUNK + 1)  # written twice; chosen, compared with both
+
+
+# --- by hand ------------------------------------------------------------------------------------------------------------
+
+
+def test_sums_by_hand():
+    """Two tokens, three words. First: dense (1/2, 1/4, 1/4), sparse (1/4, 1/2, 1/4), right is word 0. Then both the same."""
+    head = torch.nn.Identity()
+    model = SimpleNamespace(get_output_embeddings=lambda: head, device="cpu")
+    dense = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]], dtype=torch.float64).log()
+    sparse = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.7, 0.1]], dtype=torch.float64).log()
+    answer = torch.tensor([0, 2])
+    row = likelihood.compare(model, dense, sparse, answer)
+    assert row["nll_dense"] == pytest.approx(-math.log(0.5) - math.log(0.1))
+    assert row["nll_sparse"] == pytest.approx(-math.log(0.25) - math.log(0.1))
+    # 1/2 ln 2 + 1/4 ln 1/2 = 1/4 ln 2; the other way around it would be the same, so a second, lopsided pair:
+    assert row["kl"] == pytest.approx(0.25 * math.log(2))
+    assert (row["gold_tokens"], row["same_tokens"], row["same_first"]) == (2, 1, False)
+    assert likelihood.nats(model, dense, answer) == pytest.approx(row["nll_dense"])
+    even, odd = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    row = likelihood.compare(model, even, odd, torch.tensor([0]))
+    assert row["kl"] == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), rel=1e-6)
+
+
+def counts(tokens, dense, sparse, first=True):
+    row = {"gold_tokens": tokens, "nll_dense": dense, "nll_sparse": sparse, "kl": 0.1 * tokens, "same_tokens": tokens - 1}
+    return {**row, "same_first": first}
+
+
+def test_summary_by_hand():
+    # One set: 10 nats over 5 tokens dense, 12 sparse; the other: 3 over 1, and 3.3. Sets weigh the same.
+    groups = [[counts(1, 4.0, 5.0), counts(4, 6.0, 7.0, first=False)], [counts(1, 3.0, 3.3)]]
+    found = likelihood.summarize(groups)
+    assert (found["dense"], found["sparse"], found["loss"]) == (2.5, 2.85, 0.35)
+    assert (found["kl"], found["tokens"], found["examples"]) == (0.1, 6, 3)
+    assert found["first_token_agreement"] == 0.75 and found["top1_agreement"] == 0.3
+    assert likelihood.summarize([[], []]) is None and likelihood.summarize([groups[1]])["interval"] is None
+
+
+def test_the_interval_of_the_loss_is_that_of_a_ratio_of_sums():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 9, (400,), generator=generator)
+    dense = 2.0 * tokens + torch.randn(400, generator=generator)  # the examples' own spread cancels: they are paired
+    extra = 0.2 * tokens + 0.2 * torch.randn(400, generator=generator)
+    rows = [counts(int(t), float(d), float(d + e)) for t, d, e in zip(tokens, dense, extra, strict=True)]
+    found = likelihood.summarize([rows], seed=3)
+    low, high = found["interval"]
+    assert low < 0.2 < high and found == likelihood.summarize([rows], seed=3)
+    # Delta method: sd(e - 0.2 t) / sqrt(n) / mean(t) = 0.2 / 20 / 4.5 = 0.0022; by a fixed number of tokens it would be 0.005.
+    assert high - low == pytest.approx(2 * 1.96 * 0.2 / 20 / float(tokens.double().mean()), rel=0.2)
+
+
+# --- tokens of an answer ------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """Every character is a token."""
+
+    def __call__(self, text, **options):
+        assert options == {"add_special_tokens": False, "verbose": False}
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.mark.parametrize(
+    "after, answer, written",
+    [
+        ("Answer:", "Paris", " Paris"),
+        ("Answer: ", "Paris", "Paris"),
+        ("Answer:\n", "Paris", "Paris"),
+        ("", "Paris", "Paris"),  # behind a chat template
+        ("code:", "\tx = 1", "\tx = 1"),
+        ("code:\n", "    x", "    x"),
+        ("\u7b54\u6848\uff1a", "\u6bb5\u843d7", "\u6bb5\u843d7"),
+    ],
+)
+def test_an_answer_follows_its_prompt_as_it_would_be_written(after, answer, written):
+    (ids,) = likelihood.answer_ids(Letters(), [answer], after, 99)
+    assert "".join(map(chr, ids.tolist())) == written
+
+
+def test_answers_are_cut_and_none_comes_twice_or_empty():
+    found = likelihood.answer_ids(Letters(), ["abcd", " ", "", "abc", "x"], "", 3)
+    assert ["".join(map(chr, ids.tolist())) for ids in found] == ["abc", "x"]
