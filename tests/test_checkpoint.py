@@ -104,20 +104,6 @@ def test_a_checkpoint_that_was_killed_at_its_very_begin_is_resumed(tmp_path):
     assert resume(tmp_path / "out.checkpoint").json("seconds") is None
 
 
-def test_other_threads_are_noted(folder, caplog):
-    resume(folder)
-    assert not caplog.records
-    document = json.loads((folder / "settings.json").read_text())
-    threads = torch.get_num_threads()
-    assert document["value"]["threads"] == threads
-    (folder / "settings.json").unlink()
-    made = Checkpoint.__new__(Checkpoint)
-    made.folder, made.write, made._settings = folder, True, SETTINGS
-    made.put_json("settings", {"threads": threads + 3, **SETTINGS})
-    read_all(resume(folder))
-    assert f"began with {threads + 3} threads and goes on with {threads}" in caplog.text
-
-
 def test_two_calibrations_do_not_write_to_one_place(folder):
     code = (
         "import sys, pathlib, json; from fastfill.calibration.checkpoint import Checkpoint\n"

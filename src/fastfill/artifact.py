@@ -20,6 +20,7 @@ from fastfill.compensator import Compensator
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError, printable
 from fastfill.predictor import LearnedPredictor
+from fastfill.schema import BASE_KEYS as BASE_KEYS
 
 DEFAULT_ARTIFACT = "smollm2-135m-instruct"
 CONFIG, WEIGHTS, README = "config.json", "weights.safetensors", "README.md"
@@ -277,8 +278,9 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Artifact]:
     if isinstance(document, dict):
         document |= {key: schema.plain(document[key]) for key in schema.RECORDS if key in document}
     prefill = schema.check(document, str(file))
-    base, ranks, weights, *records = (document[key] for key in ("base_model", "ranks", "layer_importance", *schema.RECORDS))
-    return document, Artifact(base, prefill, ranks, weights, {}, *records, folder, document.get("checksums", {}))
+    base, ranks, weights = (document[key] for key in ("base_model", "ranks", "layer_importance"))
+    record, quality = (document[key] for key in schema.RECORDS)
+    return document, Artifact(base, prefill, ranks, weights, {}, record, quality, folder, document.get("checksums", {}))
 
 
 def _check_tensors(tensors: dict[str, torch.Tensor], document: dict[str, Any], where: str) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from fastfill import tensors as stored
 from fastfill.errors import UserError
 
 SETTINGS, SUM = "settings", "checksum"
-log = logging.getLogger(__name__)
 
 
 class Checkpoint:
@@ -45,20 +43,14 @@ class Checkpoint:
             raise UserError(
                 f"An unfinished calibration is in {self.folder}; go on with --resume, or delete that folder to start anew."
             )
-        begun_with = self.json(SETTINGS)
-        if begun_with is None and any(not file.name.startswith(".") for file in self.folder.iterdir()):
+        found = self.json(SETTINGS)
+        if found is None and any(not file.name.startswith(".") for file in self.folder.iterdir()):
             raise UserError(f"{self.folder} has no {SETTINGS}.json and cannot be resumed; delete that folder to start anew.")
-        threads = torch.get_num_threads()
-        if begun_with is None:
-            self.put_json(SETTINGS, {"threads": threads, **self._settings})
-            return
-        began = begun_with.pop("threads", threads)
-        if begun_with != self._settings:
-            keys = self._settings.keys() | begun_with.keys()
-            other = sorted(k for k in keys if self._settings.get(k) != begun_with.get(k))
+        if found is not None and found != self._settings:
+            other = sorted(k for k in self._settings.keys() | found.keys() if self._settings.get(k) != found.get(k))
             raise UserError(f"The checkpoint {self.folder} has other settings ({', '.join(other)}); repeat them, or delete it.")
-        if began != threads:  # sums depend on how they are split
-            log.warning("The calibration began with %s threads and goes on with %s: its last bits may differ.", began, threads)
+        if found is None:
+            self.put_json(SETTINGS, self._settings)
 
     def json(self, name: str) -> Any:
         file = self.folder / f"{name}.json"
