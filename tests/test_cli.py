@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import BLOCK, INTERMEDIATE, LAYERS, logits, snapshot, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 
 from fastfill import artifact as artifacts
 from fastfill import cli, models
@@ -322,9 +323,9 @@ def broken(folder, what):
     elif what == "unknown keys":
         config.write_text(config.read_text().replace('"schema_version": 1', '"schema_version": 1, "colour": "red"'))
     elif what == "NaN weights":
-        artifact = artifacts.load(folder)
-        artifact.tensors["layers.0.predictor.bias"][3] = float("nan")
-        artifacts.save(artifact, folder)
+        tensors = load_file(weights)
+        tensors["layers.0.predictor.bias"][3] = float("nan")
+        save_file(tensors, weights)
     elif what == "missing weights":
         weights.unlink()
     return folder
@@ -337,6 +338,43 @@ BROKEN = {
     "NaN weights": "NaN",
     "missing weights": "missing",
 }
+
+
+PLACES = {
+    "calibrate": lambda model, artifact, texts, place: ["calibrate", model, "--data", texts, "--out", place],
+    "evaluate": lambda model, artifact, texts, place: [
+        *("evaluate", model, "--artifact", artifact, "--data", texts, "--out", place)
+    ],
+    "report": lambda model, artifact, texts, place: ["report", artifact, "--out", place],
+    "figures": lambda model, artifact, texts, place: ["report", artifact, "--out", "page.html", "--svg", place],
+}
+
+
+@pytest.mark.parametrize("command", PLACES)
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    capsys, monkeypatch, tmp_path, model_folder, artifact_folder, texts, command
+):
+    def too_late(*_args, **_kwargs):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(models, "load", too_late)
+    monkeypatch.setattr("fastfill.report.page.figures", too_late)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "below", "/proc/below/x"):
+        line = PLACES[command](model_folder, artifact_folder, texts, place)
+        assert "could not be written" in refusal(capsys, *line)
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "page.html").exists()
+
+
+def test_a_record_that_cannot_be_written_is_told_before_the_work(capsys, monkeypatch, model_folder, artifact_folder, texts):
+    def full(*_args, **_kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("fastfill.files.tempfile.mkdtemp", full)
+    line = ["evaluate", model_folder, "--artifact", artifact_folder, "--data", texts, "--record"]
+    assert "could not be written: Read-only file system" in refusal(capsys, *line)
 
 
 @pytest.mark.parametrize("what", BROKEN)

@@ -503,6 +503,9 @@ def test_stored_results_of_the_project_make_a_page(tmp_path: Path) -> None:
         ('{"repeats": 5, "rows": [1]}', "damaged"),
         ('{"task": "picks", "share": 3}', "damaged"),
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON .it is nested"),
+        ('{"repeats": 1' + "0" * 6000 + ', "rows": []}', "not JSON .a whole number has 6,001 digits"),
+        ('{"task": "demo", "task": "demo"}', "not JSON .the key 'task' comes twice"),
         ("", "no results"),
     ],
 )
@@ -525,6 +528,26 @@ def test_places_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written") as error:
         report.write([tmp_path / "all.json"], tmp_path / "file" / "report.html")
+    one_sentence(error)
+
+
+def test_a_page_is_written_through_a_link_and_nothing_is_left_beside(tmp_path: Path) -> None:
+    store(tmp_path / "all.json", documents.pareto())
+    (tmp_path / "there").mkdir()
+    (tmp_path / "page.html").symlink_to("there/real.html")
+    report.write([tmp_path / "all.json"], tmp_path / "page.html")
+    assert (tmp_path / "page.html").is_symlink() and (tmp_path / "there" / "real.html").read_text().startswith("<!")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["all.json", "page.html", "real.html", "there"]
+
+
+def test_files_that_others_wrote(tmp_path: Path) -> None:
+    """A byte order mark is none of the text; U+2028 ends no line of JSON; a pipe is not waited for."""
+    line = json.dumps({**documents.demo(), "question": "a\u2028b"}, ensure_ascii=False)
+    (tmp_path / "all.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n{line}\n".encode())
+    assert [run.kind for run in runs.read([tmp_path / "all.jsonl"])] == ["demo", "demo"]
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match=r"cannot be read .it is not a regular file") as error:
+        runs.read([tmp_path / "pipe.json"])
     one_sentence(error)
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -282,3 +284,45 @@ def test_a_damaged_line_is_told_by_its_number(attached, tmp_path):
         handle.write("nonsense\n")
     with pytest.raises(UserError, match="line 2 is damaged"):
         Store(tmp_path, settings(attached, made))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 5000,
+        '{"key": 1}',
+        '{"key": ["a"]}',
+        "[1]",
+        '{"x": 1}',
+        '{"key": "a", "n": 1' + "0" * 5000 + "}",
+        "\0" * 40,
+        "\x80",
+    ],
+)
+def test_a_row_that_is_none_is_named(attached, tmp_path, line):
+    made = examples()
+    Store(tmp_path, settings(attached, made)).add("a", {"x": 1})
+    with (tmp_path / resume.PREDICTIONS).open("ab") as handle:
+        handle.write(line.encode("latin-1") + b"\n")
+    before = (tmp_path / resume.PREDICTIONS).read_bytes()
+    with pytest.raises(UserError, match=r"predictions\.jsonl, line 2 is damaged.*give another --out") as error:
+        Store(tmp_path, settings(attached, made))
+    one_sentence(error)
+    assert (tmp_path / resume.PREDICTIONS).read_bytes() == before
+
+
+def test_half_of_a_pair_is_kept(attached, tmp_path):
+    """What a model says may end within a character."""
+    made = examples()
+    Store(tmp_path, settings(attached, made)).add("a", {"text": "\ud83d 你好 \udc80"})
+    assert Store(tmp_path, settings(attached, made)).rows["a"]["text"] == "\ud83d 你好 \udc80"
+    assert "你好" in (tmp_path / resume.PREDICTIONS).read_text(encoding="utf-8")
+
+
+def test_two_runs_do_not_write_to_one_folder(attached, tmp_path):
+    store = Store(tmp_path, settings(attached, examples()))
+    code = "import sys; from fastfill.evaluate.resume import Store; Store(sys.argv[1], {})"
+    env = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    refused = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=env)
+    assert "another process is writing there" in refused.stderr and store.rows == {}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["settings.json"]

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
+import logging
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fastfill import config as cfg
-from fastfill import families, schedule
+from fastfill import families, files, schedule, schema
+from fastfill import tensors as stored
 from fastfill.compensator import Compensator
 from fastfill.config import PrefillConfig
-from fastfill.errors import UserError
+from fastfill.errors import UserError, printable
 from fastfill.predictor import LearnedPredictor
+from fastfill.schema import BASE_KEYS as BASE_KEYS
 
 DEFAULT_ARTIFACT = "smollm2-135m-instruct"
-KEYS = {"schema_version", "base_model", "prefill", "ranks", "layer_importance", "calibration", "quality"}
-BASE_KEYS = {"name", "model_type", "hidden_size", "intermediate_size", "layers", "fingerprint"}
-FINGERPRINTS = frozenset({"fingerprints"})  # of base_model; an artifact without them does not know its model in fp16
-RANK_KEYS = {"predictor", "linear", "silu"}
+CONFIG, WEIGHTS, README = "config.json", "weights.safetensors", "README.md"
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,7 +33,7 @@ class Artifact:
 
     base_model: name, model_type, sizes and fingerprint. ranks: inner widths of predictor and compensator.
     layer_importance: L weights for `schedule.allocate`. tensors: see `shapes`. calibration: the record of how it was
-    made. quality: what was measured (may be empty). folder: where it was loaded from.
+    made. quality: what was measured (may be empty). folder: where it was loaded from. checksums: as they are in the file.
     """
 
     base_model: dict[str, Any]
@@ -46,6 +44,7 @@ class Artifact:
     calibration: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = field(default=None, compare=False)
+    checksums: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def layers(self) -> int:
@@ -57,6 +56,7 @@ class Artifact:
         return schedule.allocate(self.layer_importance, target, self.base_model["intermediate_size"])
 
     def predictor(self, layer: int, like: torch.Tensor, kernel: str = "auto") -> LearnedPredictor:
+        """A layer's predictor in the dtype and on the device of `like`. Here and below: UserError if a weight overflows."""
         w_in, w_out, bias = (self._weight(layer, f"predictor.{name}", like) for name in ("w_in", "w_out", "bias"))
         return LearnedPredictor(w_in, w_out, bias, kernel)
 
@@ -69,7 +69,7 @@ class Artifact:
         intermediate, learned = self.base_model["intermediate_size"], self.kept()[layer]
         if kept != learned < intermediate:
             scale = (intermediate - kept) / (intermediate - learned)
-            w_out, bias = w_out * scale, bias * scale
+            w_out, bias = (_finite(w * scale, f"layer {layer}'s compensator, scaled") for w in (w_out, bias))
         return Compensator(w_in, w_out, bias, self.ranks["linear"], kernel)
 
     def statistics(self, layer: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -77,7 +77,8 @@ class Artifact:
         return {name: self._weight(layer, f"stats.{name}", like) for name in ("importance", "input_rms")}
 
     def _weight(self, layer: int, name: str, like: torch.Tensor) -> torch.Tensor:
-        weight = self.tensors[f"layers.{layer}.{name}"].to(device=like.device, dtype=like.dtype)
+        key = f"layers.{layer}.{name}"
+        weight = _finite(self.tensors[key].to(device=like.device, dtype=like.dtype), key)
         return weight.clone() if weight.is_inference() else weight  # as such it could not take part in a backward pass
 
     def flops(self, sparsity: float | None = None) -> dict[str, float]:
@@ -157,7 +158,7 @@ def describe_model(anatomy: families.Anatomy, name: str) -> dict[str, Any]:
     """The `base_model` part of config.json."""
     ffns, outside = families.fingerprints(anatomy), families.fingerprints_outside(anatomy)
     return {
-        "name": name,
+        "name": printable(name, schema.LONGEST_NAME) or "unnamed",
         "model_type": anatomy.model_type,
         "hidden_size": anatomy.hidden,
         "intermediate_size": anatomy.intermediate,
@@ -167,67 +168,73 @@ def describe_model(anatomy: families.Anatomy, name: str) -> dict[str, Any]:
     }
 
 
-def replace_folder(target: Path, files: dict[str, str | dict[str, torch.Tensor]]) -> None:
-    """Write a folder beside `target` and swap it in, so that a failure (a full disk) leaves the old one whole.
-
-    files: name -> text, or tensors for a safetensors file. Other files already in `target` are kept.
-    """
-    target = Path(os.path.abspath(target))
-    beside = None
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} could not be written: there is a file of that name; name a folder.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        beside.chmod(0o755)
-        if target.is_dir():
-            for old in target.iterdir():
-                if old.name not in files:
-                    (shutil.copytree if old.is_dir() else shutil.copy2)(old, beside / old.name)
-        for name, content in files.items():
-            if isinstance(content, str):
-                (beside / name).write_text(content)
-            else:
-                save_file({k: v.contiguous() for k, v in content.items()}, beside / name)
-                (beside / name).chmod(0o644)  # safetensors makes it unreadable to other users
-        aside = None
-        if target.exists():
-            aside = beside.with_name(beside.name + "-old")
-            target.rename(aside)
-        try:
-            beside.rename(target)
-        except BaseException:  # an interrupt too
-            if aside:
-                aside.rename(target)
-            raise
-        if aside:
-            shutil.rmtree(aside, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{target} could not be written: {reason}. What was there before is untouched.") from error
-    finally:
-        if beside:
-            shutil.rmtree(beside, ignore_errors=True)
+def _finite(weight: torch.Tensor, name: str) -> torch.Tensor:
+    if not bool(torch.isfinite(weight).all()):
+        raise UserError(f"{name} does not fit into {weight.dtype}: it becomes infinite; load the model in bf16 or fp32.")
+    return weight
 
 
 def save(artifact: Artifact, folder: str | Path, readme: str | None = None) -> None:
-    """Write the artifact folder. Raises UserError (and leaves what was there) if it cannot be written."""
+    """Write the artifact folder. Raises UserError, and leaves what was there, if it is not one that `load` takes, or cannot be
+    written."""
     document = {
         "schema_version": cfg.SCHEMA_VERSION,
         "base_model": artifact.base_model,
         "prefill": cfg.to_dict(artifact.prefill),
         "ranks": artifact.ranks,
         "layer_importance": artifact.layer_importance,
-        "calibration": artifact.calibration,
-        "quality": artifact.quality,
+        "calibration": schema.plain(artifact.calibration),
+        "quality": schema.plain(artifact.quality),
     }
-    files: dict[str, Any] = {
-        "config.json": json.dumps(document, indent=2) + "\n",
-        "weights.safetensors": artifact.tensors,
-    }
+    try:
+        text = _text(document)
+        found = files.parse_json(text)
+        schema.check(found, CONFIG)
+        _check_tensors(artifact.tensors, found, WEIGHTS)
+    except (UserError, ValueError, TypeError) as error:  # what JSON cannot hold
+        raise UserError(f"{folder} is not written, and what was there is untouched, since {error}") from error
+    document["checksums"] = _checksums(artifact.tensors, found)
+    tensors = {name: tensor.contiguous() for name, tensor in artifact.tensors.items()}
+    contents: dict[str, files.Content] = {CONFIG: _text(document), WEIGHTS: lambda file: save_file(tensors, file)}
     if readme is not None:
-        files["README.md"] = readme
-    replace_folder(Path(folder), files)
+        contents[README] = readme
+    files.replace_folder(folder, contents)
+
+
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def _checksums(tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> dict[str, Any]:
+    sums = {name: stored.checksum(tensor) for name, tensor in sorted(tensors.items())}
+    return {"settings": schema.settings_checksum(document), "tensors": sums}
+
+
+def record(artifact: Artifact, folder: str | Path, quality: dict[str, Any]) -> None:
+    """Store what was measured in the folder the artifact was loaded from. Its weights are not touched; one without checksums
+    gets them.
+
+    Raises UserError if there is another artifact by now, or the folder cannot be written.
+    """
+    folder = folder_of(folder)
+    held = files.hold(folder, files.WAIT_S)
+    document, now = _read_config(folder)
+    same = (now.base_model, now.prefill, now.ranks, now.layer_importance, now.calibration, now.checksums) == (
+        artifact.base_model,
+        artifact.prefill,
+        artifact.ranks,
+        artifact.layer_importance,
+        artifact.calibration,
+        artifact.checksums,
+    )
+    if not same:
+        raise UserError(f"{folder} holds another artifact by now than the one that was measured; measure that one.")
+    artifact.quality = document["quality"] = schema.plain(quality)
+    document.setdefault("checksums", _checksums(artifact.tensors, document))
+    schema.check(document, str(folder / CONFIG))
+    files.write(folder / CONFIG, _text(document))
+    files.write(folder / README, readme(artifact))
+    del held
 
 
 def folder_of(name: str | Path) -> Path:
@@ -243,82 +250,83 @@ def folder_of(name: str | Path) -> Path:
 
 
 def load(folder: str | Path) -> Artifact:
-    """Read and check an artifact folder ('default': the shipped one).
+    """Read and check an artifact folder ('default': the shipped one). The tensors are copies of what is in the files.
 
-    Raises UserError with one sentence if it is missing, truncated, of a newer schema, or holds unknown keys, wrong shapes,
-    NaN or infinite weights.
+    Raises UserError with one sentence if it is missing, truncated, damaged, of a newer schema, or holds unknown or missing
+    keys, values out of range, wrong shapes, NaN or infinite weights, or values that are not those of its checksums.
     """
     folder = folder_of(folder)
-    config_file, weights_file = folder / "config.json", folder / "weights.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise UserError(f"{folder} is not an artifact: {file.name} is missing; make one with `fastfill calibrate`.")
-    try:
-        document = json.loads(config_file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{config_file} cannot be read as JSON ({error}); calibrate again or restore the file.") from error
-    artifact = _from_document(document, str(config_file))
-    artifact.folder = folder
-    try:
-        artifact.tensors = load_file(weights_file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{weights_file} is truncated or damaged ({error}); calibrate again or restore it.") from error
+    with files.reading(folder, "cannot be read", "name an artifact folder"):
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).exists():
+                raise UserError(f"{folder} is not an artifact: {name} is missing; make one with `fastfill calibrate`.")
+    document, artifact = _read_config(folder)
     expected = shapes(artifact.base_model, artifact.ranks)
-    found = {name: tuple(tensor.shape) for name, tensor in artifact.tensors.items()}
-    if found != expected:
-        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise UserError(f"{weights_file} does not fit its config.json: {odd[0]} ({len(odd)} tensors missing or misshapen).")
-    for name, tensor in artifact.tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{weights_file}: {name} holds NaN, infinite or non-float values; calibrate again.")
+    values = sum(math.prod(shape) for shape in expected.values())
+    weights_file = folder / WEIGHTS
+    with files.reading(weights_file, "is truncated or damaged", "calibrate again or restore it"):
+        artifact.tensors = stored.read(weights_file, 8 * values + 1024 * len(expected) + (1 << 20))  # fp64 and a long header
+    _check_tensors(artifact.tensors, document, str(weights_file))
+    _check_sums(artifact, document, folder)
     return artifact
 
 
-def _from_document(document: Any, where: str) -> Artifact:
-    if not isinstance(document, dict):
-        raise UserError(f"{where} must be a JSON object.")
-    version = document.get("schema_version")
-    if not isinstance(version, int):
-        raise UserError(f"{where} has no schema_version; it is not a fastfill artifact.")
-    if version > cfg.SCHEMA_VERSION:
+def _read_config(folder: Path) -> tuple[dict[str, Any], Artifact]:
+    """config.json, checked, and the artifact without its tensors."""
+    file = folder / CONFIG
+    document = files.read_json(file, "calibrate again or restore the file")
+    if isinstance(document, dict):
+        document |= {key: schema.plain(document[key]) for key in schema.RECORDS if key in document}
+    prefill = schema.check(document, str(file))
+    base, ranks, weights = (document[key] for key in ("base_model", "ranks", "layer_importance"))
+    record, quality = (document[key] for key in schema.RECORDS)
+    return document, Artifact(base, prefill, ranks, weights, {}, record, quality, folder, document.get("checksums", {}))
+
+
+def _check_tensors(tensors: dict[str, torch.Tensor], document: dict[str, Any], where: str) -> None:
+    """Raise UserError unless names, shapes, types and values are what an artifact of this config.json has."""
+    expected = shapes(document["base_model"], document["ranks"])
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise UserError(
-            f"{where} has schema version {version}, this fastfill reads up to {cfg.SCHEMA_VERSION}; upgrade fastfill."
+            f"{where} does not fit its config.json: {printable(odd[0], 60)} ({len(odd)} tensors missing or misshapen)."
         )
-    _same_keys(document, KEYS, where)
-    _same_keys(document["base_model"], BASE_KEYS, f"{where}: base_model", FINGERPRINTS)
-    _same_keys(document["ranks"], RANK_KEYS, f"{where}: ranks")
-    base, ranks = document["base_model"], document["ranks"]
-    for name in ("hidden_size", "intermediate_size", "layers"):
-        cfg.check_integer(f"{where}: base_model.{name}", base[name], 1)
-    for name in RANK_KEYS:
-        cfg.check_integer(f"{where}: ranks.{name}", ranks[name], 1 if name == "predictor" else 0)
-    weights = document["layer_importance"]
-    good = isinstance(weights, list) and all(isinstance(w, (int, float)) and 0 < w < float("inf") for w in weights)
-    if not good or len(weights) != base["layers"]:
-        raise UserError(f"{where}: layer_importance must hold {base['layers']} positive numbers.")
-    for name in ("calibration", "quality"):
-        if not isinstance(document[name], dict):
-            raise UserError(f"{where}: {name} must be a JSON object.")
-    prefill = cfg.from_dict(PrefillConfig, document["prefill"], f"{where}: prefill")
-    return Artifact(base, prefill, ranks, weights, {}, document["calibration"], document["quality"])
+    for name, tensor in tensors.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.dtype not in stored.FLOATS:
+            raise UserError(f"{where}: {name} is of the non-float or too narrow type {kind}; calibrate again.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{where}: {name} holds NaN or infinite values; calibrate again.")
 
 
-def _same_keys(values: Any, keys: set[str], where: str, optional: frozenset[str] = frozenset()) -> None:
-    if not isinstance(values, dict):
-        raise UserError(f"{where} must be a JSON object.")
-    unknown, missing = sorted(set(values) - keys - optional), sorted(keys - set(values))
-    if unknown:
-        known = ", ".join(sorted(keys | optional))
-        raise UserError(f"{where} has unknown key(s) {', '.join(unknown)}; this version knows {known}.")
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}; calibrate again or restore the file.")
+def _check_sums(artifact: Artifact, document: dict[str, Any], folder: Path) -> None:
+    """Raise UserError unless everything that was learned is as it was saved."""
+    saved = artifact.checksums
+    if not saved:
+        name = printable(str(folder), 200)
+        log.warning("%s has no checksums: an older fastfill made it, and damage to it would not be seen.", name)
+        return
+    found = _checksums(artifact.tensors, document)
+    keys = found["tensors"].keys() | saved["tensors"].keys()
+    odd = sorted(key for key in keys if found["tensors"].get(key) != saved["tensors"].get(key))
+    if odd:
+        raise UserError(
+            f"{folder / WEIGHTS} is damaged: {printable(odd[0], 60)} is not what was saved ({len(odd)} tensors); restore it."
+        )
+    if found["settings"] != saved["settings"]:
+        raise UserError(
+            f"{folder / CONFIG} is not what was saved: {', '.join(schema.SETTINGS)} belong to the weights; "
+            "restore it, and give other settings to `attach` or the command."
+        )
 
 
 def documents(artifact: Artifact) -> str:
     """Where the calibration text came from, sources of many documents first; of more than five, four and a number."""
     rows = Counter(row.split("#")[0] for row in artifact.calibration.get("document_rows", []))
     names = sorted(artifact.calibration.get("documents", []), key=lambda name: -rows[name])
-    shown = names if len(names) <= 5 else [*names[:4], f"{len(names) - 4} more"]
+    shown = [printable(name, 80) for name in names[: 5 if len(names) <= 5 else 4]]
+    shown += [f"{len(names) - 4} more"] if len(names) > 5 else []
     return ", ".join(shown) or "unknown sources"
 
 
@@ -349,7 +357,8 @@ def readme(artifact: Artifact) -> str:
     ]
     if quality:
         lines += ["| measure | value |", "|---|---|"]
-        lines += [f"| {key} | {value} |" for key, value in quality.items() if not isinstance(value, (dict, list))]
+        single = {key: value for key, value in quality.items() if not isinstance(value, (dict, list))}
+        lines += [f"| {printable(key, 60)} | {printable(str(value), 200)} |" for key, value in single.items()]
     else:
         lines.append("Not measured yet: `fastfill evaluate MODEL --artifact DIR --data HELD_OUT --record`.")
     return "\n".join(lines) + "\n"

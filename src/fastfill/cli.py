@@ -343,10 +343,11 @@ def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
-    from fastfill import data, show
+    from fastfill import data, files, show
     from fastfill.calibration import calibrate, team
 
     prefill, config = _configs(arguments)
+    files.check_folder(arguments.out)
     if arguments.processes != 1 and not team.launched():
         _check_processes(arguments, config)
         code = team.launch(arguments.argv, arguments.processes)
@@ -568,8 +569,7 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     shown.get(arguments.task, show.tasks)(result)
     if arguments.record:
-        artifact.quality = {k: v for k, v in result.items() if k not in ("machine",)}
-        artifacts.save(artifact, folder, readme=artifacts.readme(artifact))
+        artifacts.record(artifact, folder, {k: v for k, v in result.items() if k not in ("machine",)})
         print(f"recorded in {folder}")
     return result
 

@@ -6,10 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastfill.errors import UserError
+from fastfill.errors import UserError, quoted
 
 SCHEMA_VERSION = 1
 MAX_SPARSITY = 0.95
+MOST = 2**31 - 1  # of whole numbers, where nothing else is said: tokens and ids are 32 bits wide in places
+MAX_SEED = 2**32 - 1  # multiplied by 10,007 it still fits 64 bits, which is what generators take
+MAX_RATE = 1e30  # of learning rates and weights: fp32 ends at 3e38
 
 Config = TypeVar("Config", bound="PrefillConfig | CalibrationConfig")
 
@@ -38,7 +41,7 @@ class PrefillConfig:
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
         for name, least in (("block_size", 1), ("dense_head", 0), ("min_tokens", 1), ("dense_tail", 0)):
-            check_integer(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least, 2**20 if name == "block_size" else MOST)
 
     @property
     def shortest_prompt(self) -> int:
@@ -95,23 +98,24 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         if self.schedule not in ("sensitivity", "token-mixing", "uniform"):
-            raise UserError(f"schedule must be sensitivity, token-mixing or uniform, not {self.schedule!r}.")
+            raise UserError(f"schedule must be sensitivity, token-mixing or uniform, not {quoted(self.schedule)}.")
         for name in ("fit_tokens", "fit_epochs", "fit_batch", "schedule_tokens", "batch", "loss_stride"):
             check_integer(name, getattr(self, name), 1)
         check_integer("steps", self.steps, 0)
         check_integer("sequence_length", self.sequence_length, 2)
+        check_integer("seed", self.seed, 0, MAX_SEED)
         for name in ("minutes", "fit_lr", "compensator_lr", "predictor_lr", "gate_temperature"):
             value = getattr(self, name)
             if name == "minutes" and value is None:
                 continue
-            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise UserError(f"{name} must be a positive number, not {value!r}.")
-        for name, most in (("answer", 1.0), ("answer_weight", float("inf"))):
+            if not is_number(value) or not 0 < value <= MAX_RATE:
+                raise UserError(f"{name} must be a positive number of at most {MAX_RATE:g}, not {quoted(value)}.")
+        for name, most, words in (("answer", 1.0, "below 1"), ("answer_weight", MAX_RATE, f"below {MAX_RATE:g}")):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < most:
-                raise UserError(f"{name} must be a number of at least 0 and below {most}, not {value!r}.")
+            if not is_number(value) or not 0 <= value < most:
+                raise UserError(f"{name} must be a number of at least 0 and {words}, not {quoted(value)}.")
         if self.max_loss is not None and not isinstance(self.max_loss, str):
-            raise UserError(f"max_loss must be text such as 1% or 0.02, not {self.max_loss!r}.")
+            raise UserError(f"max_loss must be text such as 1% or 0.02, not {quoted(self.max_loss)}.")
         for name in ("predictor_rank", "linear_rank", "silu_rank"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1 if name == "predictor_rank" else 0)
@@ -126,14 +130,22 @@ def default_ranks(hidden_size: int) -> tuple[int, int, int]:
     return base, base // 2, base // 2
 
 
+def is_number(value: Any) -> bool:
+    """A finite int or float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
 def check_sparsity(value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= MAX_SPARSITY:
-        raise UserError(f"sparsity must lie in [0, {MAX_SPARSITY}] (the share of FFN neurons skipped), not {value!r}.")
+    if not is_number(value) or not 0 <= value <= MAX_SPARSITY:
+        raise UserError(f"sparsity must lie in [0, {MAX_SPARSITY}] (the share of FFN neurons skipped), not {quoted(value)}.")
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+def check_integer(name: str, value: Any, least: int, most: int = MOST) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise UserError(f"{name} must be a whole number of at least {least}, not {quoted(value)}.")
+    if value > most:
+        raise UserError(f"{name} must be a whole number of at most {most}, not {quoted(value)}.")
 
 
 def to_dict(config: PrefillConfig | CalibrationConfig) -> dict[str, Any]:
@@ -141,11 +153,22 @@ def to_dict(config: PrefillConfig | CalibrationConfig) -> dict[str, Any]:
 
 
 def from_dict(kind: type[Config], values: Any, where: str) -> Config:
-    """Build a configuration from JSON. Raises UserError on an unknown key; `where` names the file."""
+    """Build a configuration from JSON. Raises UserError on an unknown or a missing key, or a value out of range; `where` names
+    the file."""
+    check_keys(values, {field.name for field in dataclasses.fields(kind)}, where)
+    try:
+        return kind(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def check_keys(values: Any, known: set[str], where: str, optional: frozenset[str] = frozenset()) -> None:
+    """Raise UserError unless `values` is a JSON object with the known keys, all of them but the optional ones."""
     if not isinstance(values, dict):
         raise UserError(f"{where} must be a JSON object.")
-    known = {field.name for field in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
+    unknown, missing = sorted(set(values) - known - optional), sorted(known - set(values))
     if unknown:
-        raise UserError(f"{where} has unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
-    return kind(**values)
+        names = ", ".join(quoted(name).strip("'") for name in unknown[:3])
+        raise UserError(f"{where} has unknown key(s) {names}; this version knows {', '.join(sorted(known))}.")
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}; calibrate again or restore the file.")

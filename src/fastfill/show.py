@@ -10,11 +10,18 @@ from rich.table import Table
 from rich.text import Text
 
 from fastfill.artifact import Artifact, documents
+from fastfill.errors import printable
+from fastfill.schema import READINGS
 
 
 def console() -> Console:
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=80)
+
+
+def _say(text: str | Text) -> None:
+    """Print text as it is, whatever brackets and colons are in it: names are other people's."""
+    console().print(text, markup=False, emoji=False, soft_wrap=isinstance(text, Text))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -51,27 +58,28 @@ def summary(artifact: Artifact) -> dict[str, Any]:
 
 
 def artifact(artifact: Artifact, folder: Path) -> None:
-    out, base, prefill = console(), artifact.base_model, artifact.prefill
+    base, prefill = artifact.base_model, artifact.prefill
     info = summary(artifact)
     flops, record = info["flops"], artifact.calibration
-    out.print(f"[bold]{folder}[/bold]: artifact for {base['name']} ({base['model_type']})", soft_wrap=True)
-    out.print(f"{base['layers']} layers, hidden size {base['hidden_size']}, intermediate size {base['intermediate_size']}")
-    out.print(f"sparsity {prefill.sparsity:.0%}, blocks of {prefill.block_size} tokens")
+    title = Text.assemble((printable(str(folder), 400), "bold"), f": artifact for {base['name']} ({base['model_type']})")
+    _say(title)
+    _say(f"{base['layers']} layers, hidden size {base['hidden_size']}, intermediate size {base['intermediate_size']}")
+    _say(f"sparsity {prefill.sparsity:.0%}, blocks of {prefill.block_size} tokens")
     ends = f"the first {prefill.dense_head} and the last {prefill.dense_tail} tokens"
-    out.print(f"dense: {ends}, and prompts under {prefill.shortest_prompt}")
-    out.print(
+    _say(f"dense: {ends}, and prompts under {prefill.shortest_prompt}")
+    _say(
         f"FFN arithmetic per sparse token: {flops['total']:.1%} of dense\n"
         f"  = neurons {flops['ffn']:.1%} + predictor {flops['predictor']:.1%} + compensator {flops['compensator']:.1%}"
     )
-    out.print(
+    _say(
         f"memory: attaching adds the artifact, {artifact.bytes() / 1e6:.1f} MB,\n"
         f"  and the transposed down weights, {info['transposed_down_values'] * 2 / 1e6:.1f} MB in bf16"
     )
-    out.print("\nsparsity by layer")
+    _say("\nsparsity by layer")
     for layer, sparsity in enumerate(info["layer_sparsity"]):
-        out.print(f"{layer:3d} {'█' * round(sparsity * 50):50s} {sparsity:6.1%}")
+        _say(f"{layer:3d} {'█' * round(sparsity * 50):50s} {sparsity:6.1%}")
     if record:
-        out.print(
+        _say(
             f"\ncalibrated on {record.get('sequences')} sequences from {documents(artifact)}:\n"
             f"{record.get('tokens_distilled')} tokens distilled, loss {record.get('loss_first')} -> {record.get('loss_last')} "
             f"nats, {record.get('seconds')} s"
@@ -79,20 +87,20 @@ def artifact(artifact: Artifact, folder: Path) -> None:
     if artifact.quality:
         evaluation(artifact.quality)
     else:
-        out.print("quality not measured yet: fastfill evaluate MODEL --artifact DIR --data HELD_OUT --record")
+        _say("quality not measured yet: fastfill evaluate MODEL --artifact DIR --data HELD_OUT --record")
 
 
 def evaluation(result: dict[str, Any]) -> None:
     """Strict and continuation readings of `evaluate`."""
     rows = []
     for name, prefix in (("strict", ""), ("continuation", "cont_")):
-        values = [result[f"{prefix}{key}"] for key in ("ppl_dense", "ppl_sparse", "ppl_ratio", "kl", "top1_agreement")]
-        rows.append([name, *(f"{value:.3f}" for value in values)])
-    title = f"{result['documents']} documents, {result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, "
-    table(title + f"predictor {result['predictor']}", ["reading", "dense ppl", "sparse ppl", "ratio", "KL nats", "top-1"], rows)
+        rows.append([name, *(_cell(result.get(f"{prefix}{key}"), ".3f") for key in READINGS)])
+    title = f"{result.get('documents', '-')} documents, {_cell(result.get('sparsity'), '.0%')} sparsity, "
+    title += f"blocks of {result.get('block_size', '-')}, predictor {result.get('predictor', '-')}"
+    table(title, ["reading", "dense ppl", "sparse ppl", "ratio", "KL nats", "top-1"], rows)
     if result.get("context_kept") is not None:
         console().print(
-            f"without context the continuation has ppl {result['no_context_ppl']:.2f}: "
+            f"without context the continuation has ppl {_cell(result.get('no_context_ppl'), '.2f')}: "
             f"{result['context_kept']:.1%} of the context's worth is kept"
         )
     if len(result.get("curve", ())) > 1:
@@ -112,7 +120,8 @@ def evaluation(result: dict[str, Any]) -> None:
 
 
 def _read(result: dict[str, Any]) -> None:
-    console().print(f"{result['sparse_tokens']} tokens read sparsely, {result['dense_tokens']} densely")
+    counts = (result.get(f"{kind}_tokens", "-") for kind in ("sparse", "dense"))
+    console().print("{} tokens read sparsely, {} densely".format(*counts))
 
 
 def answers(result: dict[str, Any]) -> None:

@@ -1,74 +1,106 @@
 """A calibration's unfinished work, beside the artifact it will become. Tensors and JSON only; every file is written whole
-or not at all, so that killing the process at any moment loses at most the step it was in."""
+or not at all, so that killing the process at any moment loses at most the step it was in. Each file has a checksum over what is
+in it, its name and the settings: one that a power cut damaged, or that comes from elsewhere, is named and refused."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from fastfill import files
+from fastfill import tensors as stored
 from fastfill.errors import UserError
+
+SETTINGS, SUM = "settings", "checksum"
 
 
 class Checkpoint:
     """Folder `<out>.checkpoint`. settings: everything the result depends on; a checkpoint of other settings is refused.
-    write: False for the other processes of a team, which only read what the first one wrote."""
+    write: False for the other processes of a team, which only read what the first one wrote.
+
+    Raises UserError, here and below, if the checkpoint is another's, is damaged, is being written by another process, or if it
+    or `out` cannot be written.
+    """
 
     def __init__(self, out: Path, settings: dict[str, Any], resume: bool, write: bool = True):
         self.folder = out.with_name(out.name + ".checkpoint")
         self.write = write
+        self._settings = json.loads(json.dumps(settings))
         if not write:
             return
-        settings = json.loads(json.dumps(settings))
-        if self.folder.exists():
-            if not resume:
-                raise UserError(
-                    f"An unfinished calibration is in {self.folder}; go on with --resume, or delete that folder to start anew."
-                )
-            found = self.json("settings")
-            if found is not None and found != settings:
-                other = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
-                raise UserError(
-                    f"The checkpoint {self.folder} has other settings ({', '.join(other)}); repeat them, or delete it."
-                )
-        try:
+        files.check_folder(out)
+        begun = self.folder.exists()
+        with files.writing(self.folder, "; name another place."):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.folder} could not be made: {error.strerror}.") from error
-        self.put_json("settings", settings)
+            self._held: object = files.hold(self.folder)
+        if begun and not resume:
+            raise UserError(
+                f"An unfinished calibration is in {self.folder}; go on with --resume, or delete that folder to start anew."
+            )
+        found = self.json(SETTINGS)
+        if found is None and any(not file.name.startswith(".") for file in self.folder.iterdir()):
+            raise UserError(f"{self.folder} has no {SETTINGS}.json and cannot be resumed; delete that folder to start anew.")
+        if found is not None and found != self._settings:
+            other = sorted(k for k in self._settings.keys() | found.keys() if self._settings.get(k) != found.get(k))
+            raise UserError(f"The checkpoint {self.folder} has other settings ({', '.join(other)}); repeat them, or delete it.")
+        if found is None:
+            self.put_json(SETTINGS, self._settings)
 
     def json(self, name: str) -> Any:
         file = self.folder / f"{name}.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        found = files.read_json(file, self._advice(name), words="is damaged")
+        with self._reading(name, file):
+            if not isinstance(found, dict) or found[SUM] != self._json_sum(name, found["value"]):
+                raise ValueError("its checksum is another")
+            return found["value"]
 
     def put_json(self, name: str, value: Any) -> None:
-        self._write(f"{name}.json", lambda path: path.write_text(json.dumps(value)))
+        value = json.loads(json.dumps(value))
+        self._write(f"{name}.json", json.dumps({SUM: self._json_sum(name, value), "value": value}))
 
     def tensors(self, name: str) -> dict[str, torch.Tensor] | None:
         file = self.folder / f"{name}.safetensors"
-        return load_file(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        with self._reading(name, file):
+            found = stored.read(file)
+            if not torch.equal(found.pop(SUM), self._tensor_sum(name, found)):
+                raise ValueError("its checksum is another")
+            return found
 
     def put_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        contiguous[SUM] = self._tensor_sum(name, contiguous)
         self._write(f"{name}.safetensors", lambda path: save_file(contiguous, path))
 
-    def _write(self, name: str, write: Any) -> None:
-        if not self.write:
-            return
-        beside = self.folder / f".{name}.new"
-        try:
-            write(beside)
-            os.replace(beside, self.folder / name)
-        except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"The checkpoint {self.folder / name} could not be written: {reason}.") from error
+    def _write(self, name: str, content: files.Content) -> None:
+        if self.write:
+            files.write(self.folder / name, content, advice=".")
+
+    def _reading(self, name: str, file: Path) -> Any:
+        return files.reading(file, "is damaged", self._advice(name))
+
+    def _advice(self, name: str) -> str:
+        if name == SETTINGS:
+            return f"delete {self.folder} to start anew"
+        return f"delete that file, and --resume does its part again, or delete {self.folder} to start anew"
+
+    def _json_sum(self, name: str, value: Any) -> str:
+        settings = None if name == SETTINGS else self._settings
+        return hashlib.sha256(json.dumps([name, settings, value], sort_keys=True).encode()).hexdigest()
+
+    def _tensor_sum(self, name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The checksum as a tensor (32,) of bytes, to be stored with the others."""
+        sums = sorted((key, stored.checksum(tensor)) for key, tensor in tensors.items())
+        return torch.frombuffer(bytearray.fromhex(self._json_sum(name, sums)), dtype=torch.uint8)
 
     def remove(self) -> None:
         if self.write:

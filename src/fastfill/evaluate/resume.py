@@ -7,20 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fastfill
+from fastfill import files
 from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment
-from fastfill.errors import UserError
+from fastfill.errors import UserError, printable, quoted
+from fastfill.tensors import content
 
 PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
+MAX_BYTES = 1 << 30  # of the rows of a run
 
 
 class Store:
     """Rows by key. With a folder they are kept in predictions.jsonl, beside settings.json; without one, in memory.
 
-    Raises UserError if the folder holds a run with other settings, or cannot be written.
+    Raises UserError if the folder holds a run with other settings, is being written by another process, or cannot be written.
     """
 
     def __init__(self, out: str | Path | None, settings: dict[str, Any]):
@@ -29,46 +30,41 @@ class Store:
         if self.file is None:
             return
         settings = json.loads(json.dumps(settings))  # as it will be read back
-        try:
+        with files.reading(out, "cannot be used", "give another --out"):
             self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._held = files.hold(self.file.parent)
             self._settings(self.file.with_name(SETTINGS), settings)
             self._read(self.file)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{out} cannot be used: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from error
 
     def _settings(self, file: Path, settings: dict[str, Any]) -> None:
         if not file.exists():
             if self.file and self.file.exists():
                 raise UserError(f"{file.parent} has {PREDICTIONS} without {SETTINGS}; give another --out.")
-            beside = file.with_suffix(".part")
-            beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            beside.replace(file)
+            files.write(file, json.dumps(settings, indent=2) + "\n")
             return
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file} is damaged; give another --out.") from error
+        found = files.read_json(file, "give another --out", words="is damaged")
         if not isinstance(found, dict):
             raise UserError(f"{file} is damaged; give another --out.")
         odd = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
         if odd:
-            was, now = (str(values.get(odd[0])) for values in (found, settings))
-            raise UserError(
-                f"{file.parent} holds a run with other settings ({odd[0]} was {was[:60]}, is {now[:60]}); give another --out."
-            )
+            was, now = (quoted(values.get(odd[0])).strip("'") for values in (found, settings))
+            what = f"{printable(odd[0], 40)} was {was}, is {now}"
+            raise UserError(f"{file.parent} holds a run with other settings ({what}); give another --out.")
 
     def _read(self, file: Path) -> None:
-        whole = 0
-        if file.exists():
-            for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
-                if not line.endswith(b"\n"):
-                    break  # the process died while writing it
-                try:
-                    row = json.loads(line)
-                    self.rows[row["key"]] = row
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise UserError(f"{file}, line {number} is damaged; remove it or give another --out.") from error
-                whole += len(line)
+        if not file.exists():
+            return
+        whole, stored = 0, files.read_bytes(file, MAX_BYTES)
+        for number, line in enumerate(stored.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break  # the process died while writing it
+            with files.reading(f"{file}, line {number}", "is damaged", "remove it or give another --out"):
+                row = files.parse_json(line)
+                if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+                    raise ValueError("it is no row of results")
+            self.rows[row["key"]] = row
+            whole += len(line)
+        if whole < len(stored):
             with file.open("r+b") as handle:
                 handle.truncate(whole)
 
@@ -81,7 +77,7 @@ class Store:
         if self.file is None:
             return
         try:
-            with self.file.open("a", encoding="utf-8") as handle:
+            with self.file.open("a", encoding="utf-8", errors="backslashreplace") as handle:  # halves of a pair: JSON's escape
                 handle.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"{self.file} cannot be written: {error.strerror}. Run the same command again to go on.") from error
@@ -119,5 +115,5 @@ def _weights(artifact: Artifact) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(artifact.tensors.items()):
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(content(tensor))
     return total.hexdigest()[:16]

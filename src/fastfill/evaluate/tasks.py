@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastfill import data, machine
+from fastfill import data, files, machine
 from fastfill.artifact import Artifact
 from fastfill.attachment import LEARNED, Attachment
 from fastfill.config import PrefillConfig, check_integer, check_sparsity
@@ -70,6 +70,10 @@ def prepare(options: argparse.Namespace, artifact: Artifact) -> Task:
     changed = any(getattr(options, field.name, None) is not None for field in dataclasses.fields(PrefillConfig))
     if options.record and (changed or options.predictor != LEARNED or options.no_compensator):
         raise UserError("--record stores what the artifact scores as it is; leave out what changes that.")
+    if options.record and artifact.folder:
+        files.check_file(artifact.folder / "config.json")
+    if options.out:
+        files.check_file(Path(options.out) / resume.PREDICTIONS)
     if options.task not in ("ruler", "picks") and not options.data:
         raise UserError(f"--task {options.task} needs --data FILE.")
     return TASKS[options.task](options, artifact)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastfill.errors import UserError
+from fastfill import files
 
 
 def write(names: Iterable[str | Path], out: str | Path, svg: str | Path | None = None) -> dict[str, Any]:
@@ -21,33 +19,18 @@ def write(names: Iterable[str | Path], out: str | Path, svg: str | Path | None =
     """
     from fastfill.report import draw, page, runs
 
+    files.check_file(out)
+    if svg is not None:
+        files.check_file(Path(svg) / "figure.svg")
     found = runs.read(names)
     drawn, missing = page.figures(found)
-    files = {Path(svg) / f"{figure.name}.svg": draw.standalone(figure.svg) for figure in drawn} if svg is not None else {}
-    for file, content in {**files, Path(out): page.html(found, drawn, missing)}.items():
-        _write(file, content)
+    pictures = {Path(svg) / f"{figure.name}.svg": draw.standalone(figure.svg) for figure in drawn} if svg is not None else {}
+    for file, content in {**pictures, Path(out): page.html(found, drawn, missing)}.items():
+        files.write(file, content)
     return {
         "out": str(out),
         "figures": [figure.name for figure in drawn],
         "missing": missing,
-        "svg": [str(file) for file in files],
+        "svg": [str(file) for file in pictures],
         "runs": len(found),
     }
-
-
-def _write(file: Path, content: str) -> None:
-    """Beside it first, then renamed, so that a full disk leaves the old file whole."""
-    beside = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-        with open(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(content)
-        os.chmod(beside, 0o644)
-        os.replace(beside, file)
-        beside = None
-    except OSError as error:
-        raise UserError(f"{file} could not be written: {error.strerror}; name another place.") from error
-    finally:
-        if beside:
-            os.unlink(beside)

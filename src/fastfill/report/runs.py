@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastfill import files
 from fastfill.errors import UserError
 from fastfill.report.values import text
 
@@ -28,8 +28,10 @@ LISTS: dict[str, dict[str, type]] = {  # kind: fields that hold a list, and of w
     "gpu-check": {},
     "gpu-tiles": {},
     "gpu-ffn-op": {},
+    "fuzz": {"rows": dict},  # of tests/fuzz
     "serving": {"rows": dict},  # from benchmarks/serving.py; no figure either
 }
+MAX_BYTES = 256 << 20  # of a file of results
 STORE = ("predictions.jsonl", "settings.json")  # of a run that can be resumed, no result
 MARKS = {  # kinds without a task: fields that tell them
     "inspect": {"layer_sparsity", "base_model"},
@@ -84,20 +86,16 @@ def _read(file: Path) -> list[Run]:
         from fastfill import artifact, show
 
         return [Run("inspect", file.name, {"file": file.name, **show.summary(artifact.load(file))})]
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from error
-    pieces = content.splitlines() if file.suffix == ".jsonl" else [content]
+    with files.reading(file, "cannot be read", "give files that a command wrote with --json"):
+        content = files.read_bytes(file, MAX_BYTES).decode("utf-8-sig")
+    pieces = content.split("\n") if file.suffix == ".jsonl" else [content]
     runs = []
     for place, piece in enumerate(pieces, 1):
         if not piece.strip():
             continue
         where = f"{file}, line {place}," if file.suffix == ".jsonl" else str(file)
-        try:
-            document = json.loads(piece)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON; give what a command prints with --json.") from error
+        with files.reading(where, "is not JSON", "give what a command prints with --json"):
+            document = files.parse_json(piece)
         runs.append(Run(_kind(document, where), file.name, {"file": file.stem, **document}))
     return runs
 
