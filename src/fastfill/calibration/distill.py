@@ -65,7 +65,7 @@ class Distiller:
             for name, weight in student.weights.items():
                 # Adam's step has no scale, and tensors differ 20-fold in theirs, those of different models too.
                 rate = config.predictor_lr if name.startswith("predictor") else config.compensator_lr
-                rate *= float(weight.detach().std(correction=0)) or 1.0
+                rate *= (float(weight.detach().std(correction=0)) if weight.numel() else 0.0) or 1.0
                 groups.append({"params": [weight], "lr": rate, "peak": rate})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
