@@ -78,7 +78,9 @@ def test_adapters_on_attention_are_accepted_with_a_note(model, wrap):
 @wrapped
 def test_adapters_on_ffns_are_refused_with_what_to_do(model, wrap):
     artifact = tiny_artifact(model)
-    with pytest.raises(UserError, match=r"Layer 0: gate_proj carries an adapter .*merge_and_unload.*fastfill calibrate") as error:
+    with pytest.raises(
+        UserError, match=r"Layer 0: gate_proj carries an adapter .*merge_and_unload.*fastfill calibrate"
+    ) as error:
         attach(wrap(model, FFN), artifact)
     one_sentence(error)
     assert not fastfill.detach(model)

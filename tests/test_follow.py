@@ -35,7 +35,9 @@ def fresh(model, **settings):
 
 def load(model, name, assign=False):
     other = tiny_model(seed=1).state_dict()
-    model.load_state_dict({key: other[key] if name in key else value for key, value in model.state_dict().items()}, assign=assign)
+    model.load_state_dict(
+        {key: other[key] if name in key else value for key, value in model.state_dict().items()}, assign=assign
+    )
 
 
 def replace(model, name):
