@@ -116,6 +116,37 @@ def test_grad_mode_does_not_matter(model):
         assert bool(torch.isfinite(grad).all()) and float(grad.abs().max()) > 0
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast(model, kernel):
+    """The dense head of a sparse call is what the dense call has: to the rounding of bf16, which the dense FFN computes in."""
+    ids = token_ids(2, 45)
+    with attach(model, tiny_artifact(model), kernel=kernel) as attachment, torch.autocast("cpu", dtype=torch.bfloat16):
+        out = logits(model, ids)
+        assert attachment.stats.sparse_tokens == 64
+        with attachment.dense():
+            dense = logits(model, ids)
+    assert out.dtype == dense.dtype == torch.bfloat16
+    # Three layers and the head round some ten times at eps = 2^-8.
+    torch.testing.assert_close(out[:, :BLOCK], dense[:, :BLOCK], rtol=0, atol=10 * 2**-8 * float(dense.abs().max()))
+    assert far(out.float(), dense.float())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp16(family):
+    """No kernel of the CPU's but torch knows it. Against fp32 with the same, rounded weights."""
+    model = tiny_model(family, dtype=torch.float16)
+    ids, artifact = token_ids(2, 45), tiny_artifact(model)
+    with attach(model, artifact, predictor="static") as attachment:
+        out = logits(model, ids)
+        assert attachment.choices["kernel"] == "torch" and attachment.stats.sparse_tokens == 64
+        wide = copy.deepcopy(model).float()
+        with attach(wide, artifact, predictor="static"):
+            expected = logits(wide, ids)
+    # Each layer rounds at eps * sqrt(H + F) of values of order one: without the norms' amplification, which is not seen here.
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=2**-10 * (32 + 96) ** 0.5 * float(expected.abs().max()))
+    assert far(expected, logits(wide, ids))
+
+
 def rounding(out):
     # Three layers, each rounding at eps * sqrt(H + F) of values of order one, amplified by the norms: factor 100.
     return 100 * 2**-23 * (32 + 96) ** 0.5 * float(out.abs().max())

@@ -255,6 +255,22 @@ def test_model(padding):
 
 
 @torch.no_grad()
+def test_an_attached_model_under_autocast():
+    model = tiny_model().to(DEVICE)
+    ids = token_ids(2, 45).to(DEVICE)
+    logits = {}
+    for name in ("triton", "torch"):
+        with (
+            fastfill.attach(model, tiny_artifact(model), kernel=name) as attached,
+            torch.autocast(DEVICE, dtype=torch.bfloat16),
+        ):
+            logits[name] = model(input_ids=ids).logits
+            assert attached.stats.sparse_tokens == 64
+    # Attention and the head round to bf16, eps 2^-8 of values of order one, and the FFN's fp32 rounding may tip each of them.
+    torch.testing.assert_close(logits["triton"], logits["torch"], rtol=0, atol=0.1)
+
+
+@torch.no_grad()
 def test_nothing_waits_for_the_device(monkeypatch):
     """No op of a sparse FFN reads a value back or has a result whose size depends on values: a CUDA graph may hold it."""
 

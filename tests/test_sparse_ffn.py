@@ -165,6 +165,21 @@ def test_nothing_sparse_touches_the_dense_rows(parts, kernel):
     assert float((got - dense)[sparse].abs().max()) > 1000 * limit  # a dense call would not pass for a sparse one
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["learned", *BASELINES])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing_inside(parts, kind, kernel, dtype):
+    """Everything is computed in the type of the weights, and comes back in the type of x: autocast makes x narrow where a layer
+    before it has."""
+    model, artifact, x, _ = parts
+    ffn = sparse_ffn(model, artifact, kind, kernel)
+    expected, rounded = run(ffn, x), run(ffn, x.to(dtype).float()).to(dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(run(ffn, x), expected)
+        assert torch.equal(run(ffn, x.to(dtype)), rounded)
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_without_a_plan_or_at_full_width_it_is_the_dense_ffn(parts):
     model, artifact, x, _ = parts
     dense = model.model.layers[LAYER].mlp

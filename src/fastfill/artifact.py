@@ -109,19 +109,20 @@ class Artifact:
 
     def notes(self, anatomy: families.Anatomy) -> list[str]:
         """What a user should know who puts it on this model: one sentence each, for what differs outside the FFNs."""
+        known, found = self.base_model.get("fingerprints", {}), families.fingerprints_outside(anatomy)
+        if any(known.get(f"outside_{name}") == value for name, value in found.items()):
+            return []
         if anatomy.adapters:
             return [
                 f"The model has adapters on {', '.join(anatomy.adapters)}; the artifact was learned without them: measure the "
                 "quality, or merge them (with peft: merge_and_unload()) and calibrate the merged model."
             ]
-        known = self.base_model.get("fingerprints", {})
-        found = families.fingerprints_outside(anatomy)
-        if known and not any(known.get(f"outside_{name}") == value for name, value in found.items()):
+        if known:
             return [
                 "The model's FFNs are those that the artifact was learned for, its embeddings, attention or norms are not: "
                 "measure the quality, or make an artifact for this model with `fastfill calibrate`."
             ]
-        return []
+        return []  # an older artifact: it cannot be told
 
 
 def same_weights(base_model: dict[str, Any], found: dict[str, str]) -> bool:

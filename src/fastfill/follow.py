@@ -68,7 +68,7 @@ def follow(followers: Sequence[Follower]) -> bool:
     """Renew the layers whose weights have changed; whether any had. Raises UserError as `ModuleFFN.parameters` does."""
     thin = [layer for layer in followers if layer.ffn.kept < layer.part.shape[0]]
     stale = [layer for layer in thin if layer.stale()]
-    if not stale and not _same_samples(thin):
+    if not _same_samples([layer for layer in thin if layer not in stale]):
         stale = thin
     for layer in stale:
         layer.renew()

@@ -85,8 +85,12 @@ class SparseFFN:
             return self.down.t().contiguous()
         return self.down_t
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model is detached: it gets the forward that this one stands in for, bound to the copy."""
+        return copy.deepcopy(self.dense, memo)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled model is detached: it gets the forward that this one stands in for, bound to the copy."""
+        """So is a pickled model, and reading it needs nothing of ours."""
         return copy.copy, (self.dense,)
 
 

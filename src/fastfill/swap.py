@@ -54,11 +54,15 @@ class StandIn:
     def __init__(self, original: Callable[..., Any], run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]):
         self._original, self._run = original, run
         if hasattr(original, "__name__"):
-            functools.update_wrapper(self, original)
+            functools.update_wrapper(self, original, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self._original, args, kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model gets the original, bound to the copy."""
+        return copy.deepcopy(self._original, memo)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled model gets the original, bound to the copy; reading it needs nothing of ours."""
+        """So does a pickled model, and reading it needs nothing of ours."""
         return copy.copy, (self._original,)
