@@ -211,7 +211,7 @@ def test_a_prompt_shorter_than_min_tokens_stays_dense_whatever_follows(exact_mod
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_known_end_and_padding(exact_model, side):
     """The tail of each sequence is at its own end, and min_tokens are its own."""
-    model, ids, lengths = exact_model, token_ids(3, 47), (47, 38, 20)
+    model, ids, lengths = exact_model, token_ids(3, 47), (47, 38, 28)
     mask = torch.zeros(3, 47, dtype=torch.long)
     for row, length in zip(mask, lengths, strict=True):
         row[slice(length) if side == "right" else slice(47 - length, 47)] = 1
