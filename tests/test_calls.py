@@ -208,6 +208,24 @@ def test_a_prompt_shorter_than_min_tokens_stays_dense_whatever_follows(exact_mod
         assert attachment.stats.sparse_tokens == BLOCK
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_known_end_and_padding(exact_model, side):
+    """The tail of each sequence is at its own end, and min_tokens are its own."""
+    model, ids, lengths = exact_model, token_ids(3, 47), (47, 38, 28)
+    mask = torch.zeros(3, 47, dtype=torch.long)
+    for row, length in zip(mask, lengths, strict=True):
+        row[slice(length) if side == "right" else slice(47 - length, 47)] = 1
+    with attach(model, tiny_artifact(model), dense_tail=TAIL, min_tokens=30) as attachment:
+        alone = [logits(model, row[keep.bool()][None])[0] for row, keep in zip(ids, mask, strict=True)]
+        assert attachment.stats.sparse_tokens == 24 + 16  # the third is too short
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with attachment.prompt(end=47):
+            out = logits(model, ids, attention_mask=mask, position_ids=positions)
+        assert attachment.stats.sparse_tokens == 2 * (24 + 16)
+    for row, keep, one in zip(out, mask, alone, strict=True):
+        torch.testing.assert_close(row[keep.bool()], one, **EXACT)
+
+
 def test_the_caller_goes_before_generate(exact_model):
     model, ids = exact_model, token_ids(1, 47)
     with attach(model, tiny_artifact(model)) as attachment:
