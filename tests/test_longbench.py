@@ -240,10 +240,10 @@ def test_the_right_answers_tokens(tokenizer):
     assert "".join(map(chr, example.golds[0].tolist())) == "    return x"
 
 
-def test_the_answer_fits_behind_the_prompt(tokenizer):
+def test_the_answer_fits_behind_the_prompt():
     """Also where the written one is kept short: the right one is read to its end."""
-    (example,) = longbench.examples(tokenizer, [one(answers=[tiny_text(40)])], 100, max_new_tokens=1)
-    assert example.ids.shape[1] + len(example.golds[0]) <= 100
+    (example,) = longbench.examples(Letters(), [one(answers=[tiny_text(40)])], 100, max_new_tokens=1, chat=False)
+    assert (example.ids.shape[1], len(example.golds[0]), example.max_new_tokens) == (100 - 32, 32, 1)
 
 
 # --- scores -------------------------------------------------------------------------------------------------------------

@@ -161,6 +161,13 @@ def test_what_is_asked_is_measured_and_stored(attached, tokenizer, tmp_path, sco
     assert again == {**result, "resumed": 4}
 
 
+def test_sets_are_listed_as_they_came_whatever_is_read_first(attached, tokenizer):
+    attachment, _ = attached
+    made = [dataclasses.replace(e, max_new_tokens=2 + 4 * (e.dataset == "even")) for e in examples()]
+    result = runner.run(attachment, tokenizer, made, Store(None, {}))
+    assert [line["dataset"] for line in result["datasets"]] == ["even", "odd"]
+
+
 def test_without_sparsity_the_likelihood_is_the_same_to_the_bit(model, tokenizer):
     with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
         result = runner.run(attachment, tokenizer, with_golds(), Store(None, {}), score="likelihood")

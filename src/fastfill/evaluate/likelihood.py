@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastfill import calls
+from fastfill.engines import transformers as engine
 from fastfill.evaluate import intervals
 
 CHUNK = 64  # answer tokens whose logits (CHUNK, V) are in memory at a time
@@ -50,7 +52,8 @@ class Prompt:
 @torch.no_grad()
 def read(model: Any, ids: torch.Tensor) -> Prompt:
     """Prefill ids (1, T), in the mode that the attachment is in."""
-    out = model.base_model(input_ids=ids.to(model.device), use_cache=True)
+    with calls.prompt(model, ids.shape[1]):
+        out = model.base_model(input_ids=ids.to(model.device), use_cache=True)
     return Prompt(out.last_hidden_state[0, -1:].clone(), out.past_key_values)
 
 
@@ -68,7 +71,7 @@ def states(model: Any, prompt: Prompt, answer: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def write(model: Any, prompt: Prompt, most: int) -> list[int]:
     """The greedy answer, up to `most` ids, the end-of-sequence id included. It is written into the prompt's cache."""
-    ends = model.generation_config.eos_token_id
+    ends = engine.greedy(model).eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     head, state, new = model.get_output_embeddings(), prompt.state, []
     while True:

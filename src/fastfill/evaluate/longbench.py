@@ -251,7 +251,6 @@ def examples(
         new = min(rules.max_new_tokens, row.fields.get("max_new_tokens", rules.max_new_tokens))
         room = positions - new  # for the right answer too, whatever is written
         ids, cut = encode(tokenizer, row, min(room, max_prompt_tokens or room), chat)
-        templated = chat and rules.chat and getattr(tokenizer, "chat_template", None)
         made.append(
             Example(
                 dataset=row.label,
@@ -261,7 +260,9 @@ def examples(
                 score=functools.partial(score, row),
                 answers=tuple(row.fields["answers"]),
                 cut=cut,
-                golds=likelihood.answer_ids(tokenizer, row.fields["answers"], "" if templated else prompt_of(row), new),
+                golds=likelihood.answer_ids(
+                    tokenizer, row.fields["answers"], "" if chat and rules.chat else prompt_of(row), new
+                ),
             )
         )
     names = [example.key for example in made]
