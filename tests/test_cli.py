@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from fastfill import artifact as artifacts
 from fastfill import cli, models
 from fastfill.engines import transformers as engine
+from fastfill.errors import LONGEST
 
 COMMANDS = ("demo", "calibrate", "inspect", "generate", "bench", "evaluate", "env")
 FAST = [
@@ -622,6 +623,80 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, artifact_folder):
 def test_wrong_usage_is_exit_code_2(capsys, arguments):
     assert run(*arguments) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["fl\x1b[2Jy"], "invalid choice"),
+        (["inspect", "a", "\x1b[2J" * 1000], "unrecognized arguments"),
+        (["bench", "m", "--artifact", "a", "--repeats", "9" * 5000], "--repeats"),
+        (["bench", "m", "--artifact", "a", "--repeats", "9" * 500], "--repeats must be a whole number of at most"),
+        (["bench", "m", "--artifact", "a", "--prompt-lengths", "9" * 5000], "--prompt-lengths must be numbers"),
+        (
+            ["bench", "m", "--artifact", "a", "--prompt-lengths", "9" * 30],
+            "each prompt length must be a whole number of at most",
+        ),
+        (["bench", "m", "--artifact", "a", "--seed", str(10**20)], "--seed must be a whole number"),
+        (["bench", "m", "--artifact", "a", "--seed", "-1"], "--seed must be a whole number"),
+        (
+            ["evaluate", "m", "--artifact", "default", "--data", "d", "--limit", "9" * 30],
+            "--limit must be a whole number of at most",
+        ),
+        (["calibrate", "m", "--data", "d", "--out", "o", "--seed", str(2**63 - 1)], "--seed must be a whole number"),
+        (["calibrate", "m", "--data", "d", "--out", "o", "--fit-lr", "1e300"], "fit_lr must be a positive number of at most"),
+        (["calibrate", "m", "--data", "d", "--out", "o", "--answer-weight", "1e300"], "answer_weight must be a number"),
+        (["calibrate", "m", "--data", "d", "--out", "o", "--steps", "9" * 30], "steps must be a whole number of at most"),
+        (
+            ["calibrate", "m", "--data", "d", "--out", "o", "--processes", "99999", "--batch", "99999"],
+            "too few for --processes",
+        ),
+        (["inspect", "x" * 100_000], "File name too long"),
+        (["report", "x\x1b[2J" * 1000], "File name too long"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_is_one_printable_line(capsys, arguments, words):
+    line = refusal(capsys, *arguments)
+    assert words in line and line.isprintable() and len(line) <= LONGEST + len("fastfill: ")
+
+
+def test_the_json_is_strict(capsys, monkeypatch, artifact_folder):
+    from fastfill import show
+
+    made = {
+        "nan": float("nan"),
+        "list": [float("inf"), 1.5, (float("-inf"),)],
+        "text": "cut \ud83d",
+        "whole": 2**60,
+        "none": None,
+    }
+    monkeypatch.setattr(show, "summary", lambda _: made)
+    monkeypatch.setattr(show, "artifact", lambda *_: None)
+    assert run("inspect", artifact_folder, "--json") == 0
+
+    def forbidden(name):
+        raise ValueError(name)
+
+    found = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=forbidden)
+    assert found == {"nan": None, "list": [None, 1.5, [None]], "text": "cut \ufffd", "whole": 2**60, "none": None}
+
+
+def test_a_prompt_that_is_far_too_long_is_not_tokenized(capsys, monkeypatch, model_folder, artifact_folder, tmp_path):
+    (tmp_path / "long.txt").write_text("w9 " * 20_000)
+    monkeypatch.setattr(engine, "encode", None)
+    words = refusal(capsys, *generate(model_folder, artifact_folder, tmp_path / "long.txt"))
+    assert "The prompt has 60,000 characters, more than the 512 tokens" in words
+
+
+def test_a_question_of_markup_and_controls(capsys, default_is_tiny, artifact_folder, tmp_path):
+    (tmp_path / "doc.txt").write_text(tiny_text(350))
+    question = "What does [/INST] mean\x1b[2J?\udce9"
+    arguments = ["demo", "--artifact", artifact_folder, "--document", tmp_path / "doc.txt", "--repeats", 1]
+    assert run(*arguments, "--max-new-tokens", 1, "--question", question) == 0
+    out = capsys.readouterr().out
+    assert "Question What does [/INST] mean\\x1b[2J?" in out and "\x1b" not in out
+    assert json.loads(out.splitlines()[-1])["question"] == "What does [/INST] mean\x1b[2J?\ufffd"
 
 
 def test_as_a_program(artifact_folder, tmp_path):

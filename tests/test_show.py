@@ -226,7 +226,7 @@ def test_progress_has_an_eta_and_obeys_no_color():
 
 
 def test_tables_obey_no_color():
-    code = "from fastfill import show; show.table('title', ['a'], [['b']]); show.console().print('[red]x[/red]')"
+    code = "from fastfill import show; show.table('title', ['a'], [['b']]); show.console().print('[red]x[/red]', markup=True)"
     coloured, plain = on_a_terminal(code), on_a_terminal(code, NO_COLOR="1")
     assert COLOUR.search(coloured) and not COLOUR.search(plain) and "title" in plain
 

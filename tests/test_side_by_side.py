@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import BLOCK, LAYERS, logits, one_sentence, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer, token_ids
 
-from fastfill import attach, demo
+from fastfill import attach, demo, side_by_side
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 from fastfill.evaluate import picks
@@ -183,6 +183,31 @@ def test_an_empty_question_gets_one(comparison):
     assert isinstance(end, State) and end.status == "Done."
     expected = demo.prompt(comparison.loaded, DOCUMENT, "What is this document about?", NEW)
     assert end.prompt_tokens == expected.shape[1]
+
+
+def test_a_huge_document_is_refused_before_it_is_tokenized(comparison, monkeypatch):
+    monkeypatch.setattr(engine, "encode", None)
+    with pytest.raises(UserError, match=r"The document has 60,0\d\d characters, more than the 512 tokens") as error:
+        comparison.ask("w9 " * 20_000, QUESTION)
+    one_sentence(error)
+
+
+def test_so_many_may_wait():
+    model = tiny_model()
+    with attach(model, tiny_artifact(model)) as attachment:
+        made = Comparison(attachment, LoadedModel(model, tiny_tokenizer(), "tiny"), NEW)
+        gate = Gate(model)
+        runs = [made.ask(DOCUMENT, QUESTION) for _ in range(side_by_side.MOST_RUNS)]
+        assert gate.reached.wait(SECONDS)
+        with pytest.raises(UserError, match="questions are waiting") as error:
+            made.ask(DOCUMENT, QUESTION)
+        one_sentence(error)
+        runs[-1].stop()
+        assert last(runs[-1]).status == "Stopped."
+        again = made.ask(DOCUMENT, QUESTION)  # its place is free
+        gate.open.set()
+        made.close()
+        assert last(again).status in ("Stopped.", "Done.")
 
 
 def test_close_ends_what_runs_and_what_waits():

@@ -147,9 +147,9 @@ def address(tmp_path_factory):
     assert json.loads(rest.splitlines()[-1]) == {"url": found[0]}
 
 
-def get(address, **headers):
+def get(address, data=None, **headers):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    return opener.open(urllib.request.Request(address, headers=headers), timeout=60)
+    return opener.open(urllib.request.Request(address, data=data, headers=headers), timeout=60)
 
 
 @needs_page
@@ -162,6 +162,51 @@ def test_only_this_machine(address):
         assert "http" not in page.headers["content-security-policy"]
     with pytest.raises(urllib.error.HTTPError, match="400"):  # another site's name that was made to point here
         get(address, Host="example.com")
+
+
+@needs_page
+@pytest.mark.parametrize(
+    "path", ["upload", "file=/etc/passwd", "proxy=http://example.com", "component_server", "app_id", "api/0"]
+)
+def test_endpoints_that_the_page_does_not_use_are_closed(address, path):
+    for data in None, b"x" * 100_000:
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get(f"{address}/gradio_api/{path}", data=data)
+
+
+@needs_page
+def test_other_pages_and_large_bodies_are_refused(address):
+    join = f"{address}/gradio_api/queue/join"
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        get(join, data=b"{}", Origin="http://evil.example")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        get(f"{address}/config", **{"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"})
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        get(join, data=b'"' + b"x" * (17 << 20) + b'"')
+
+
+@needs_page
+def test_what_the_request_says_of_a_proxy_is_not_repeated(address):
+    with get(f"{address}/config", **{"X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "https"}) as answer:
+        assert "evil.example" not in answer.read().decode() and not [
+            h for h in answer.headers if h.startswith("access-control")
+        ]
+
+
+@needs_page
+def test_questions_that_no_page_sends(address):
+    """Odd types, a huge document: an answer each, and no traceback at the end (see `address`)."""
+    with get(f"{address}/config") as answer:
+        dependencies = json.load(answer)["dependencies"]
+    index = next(found["id"] for found in dependencies if len(found["inputs"]) == 3)
+    for number, values in enumerate([[None, None, 1], [5, ["x"], 1], ["w9 " * 200_000, "w9", 1]]):
+        session = f"odd{number}"
+        body = {"data": values, "fn_index": index, "session_hash": session}
+        with get(f"{address}/gradio_api/queue/join", data=json.dumps(body).encode(), **{"Content-Type": "application/json"}):
+            pass
+        with get(f"{address}/gradio_api/queue/data?session_hash={session}") as stream:
+            text = stream.read().decode()
+        assert "process_completed" in text and "Traceback" not in text
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------------

@@ -4,46 +4,67 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from fastfill import reading
 from fastfill.errors import UserError
+from fastfill.terminal import complain, say
 
 OVERRIDES = ("sparsity", "block_size", "min_tokens", "dense_tail", "kernel")  # options in place of the artifact's settings
+PROMPT_BYTES = 1 << 26  # of a prompt's file, more than any model holds: told before the model is loaded
 MODEL_HELP = "a Hugging Face id, a local folder, a .gguf file, or 'default' (the embedded SmolLM2-135M-Instruct)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong with a command line as everything else is told: in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see: {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 with one sentence on stderr for input the user can mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            arguments = _parse(argv)
+            result = arguments.run(arguments)
+            if arguments.json:
+                print(json.dumps(_strict(result), allow_nan=False))
+            return 0
+        finally:  # also of --help
+            if sys.stdout is not None:
+                sys.stdout.flush()  # while a full disk can still be told
+    except KeyboardInterrupt:
+        complain("interrupted.")
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        sentence = str(error) if isinstance(error, UserError) else _surroundings(error)
+        if sentence is None:
+            raise
+        complain(sentence)
+        return 2
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
     if rest and arguments.run is not run_serve:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
-    try:
-        result = arguments.run(arguments)
-    except UserError as error:
-        print(f"fastfill: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fastfill: interrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 1
-    except (OSError, MemoryError, RuntimeError) as error:
-        sentence = _surroundings(error)
-        if sentence is None:
-            raise
-        print(f"fastfill: {sentence}", file=sys.stderr)
-        return 2
-    if arguments.json:
-        print(json.dumps(result))
-    return 0
+    if getattr(arguments, "seed", None) is not None:
+        from fastfill.config import MAX_SEED, check_integer
+
+        check_integer("--seed", arguments.seed, 0, MAX_SEED)
+    return arguments
 
 
 def _surroundings(error: Exception) -> str | None:
@@ -55,8 +76,19 @@ def _surroundings(error: Exception) -> str | None:
     return None
 
 
+def _strict(value: Any) -> Any:
+    """The document as JSON has it: a number that is not finite is null there, and half of a surrogate pair is no character."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return reading.whole(value)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastfill",
         description="Faster LLM prefill: skip the feed-forward neurons that a block of prompt tokens does not need.",
         epilog="example: fastfill demo",
@@ -391,8 +423,15 @@ def _check_processes(arguments: argparse.Namespace, config: Any) -> None:
     check_integer("--processes", arguments.processes, 1)
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("--processes needs the package accelerate; run: pip install 'fastfill[accelerate]'.")
-    if torch.device(arguments.device).type == "cuda" and arguments.processes > torch.cuda.device_count():
-        raise UserError(f"There are {torch.cuda.device_count()} GPUs here, too few for --processes {arguments.processes}.")
+    cuda = arguments.device.split(":")[0] == "cuda"  # other names are refused where the model is loaded
+    here, what = (torch.cuda.device_count(), "GPUs") if cuda else (os.cpu_count() or arguments.processes, "processors")
+    shared = config.batch % arguments.processes == 0
+    if arguments.processes > here and (cuda or shared):
+        raise UserError(f"There are {here} {what} here, too few for --processes {arguments.processes}.")
+    if not shared:
+        raise UserError(
+            f"{arguments.processes} processes cannot share a batch of {config.batch}; give --batch a multiple of them."
+        )
 
 
 def run_inspect(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -407,6 +446,7 @@ def run_inspect(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import artifact as artifacts
+    from fastfill import context
     from fastfill.config import check_integer
     from fastfill.engines import transformers as engine
 
@@ -414,6 +454,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     prompt = _read_text(arguments.prompt_file)
     artifact = artifacts.load(arguments.artifact)
     loaded = _load(arguments)
+    context.check_characters(loaded.model.config, prompt)
     ids = engine.encode(loaded.tokenizer, prompt, arguments.chat)
     with _attach(arguments, loaded.model, artifact) as attachment:
         engine.check_length(loaded.model, ids, arguments.max_new_tokens)
@@ -424,7 +465,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
             new = engine.generate(loaded.model, ids, arguments.max_new_tokens)
         stats = attachment.stats
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)
-    print(text)
+    say(text)
     print(f"({stats.sparse_tokens} tokens read sparsely, {stats.dense_tokens} densely)", file=sys.stderr)
     return {
         "text": text,
@@ -458,7 +499,7 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
     import torch
 
     from fastfill import config as cfg
-    from fastfill import engines, machine
+    from fastfill import context, engines, machine
     from fastfill.evaluate import ffn_op, speed
 
     bench = engines.bench_of(arguments.engine)
@@ -466,10 +507,10 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
     model, artifact = _bench_model(arguments)
     settings = {key: getattr(arguments, key) for key in ("dtype", "device", *OVERRIDES)}
     with bench(model, artifact, **settings) as runner:
-        limit = getattr(runner.shape, "max_position_embeddings", None)
+        limit = context.positions(runner.shape)
         fitting = speed.fitting(lengths, limit)
         if max(lengths) > max(fitting):
-            print(f"The model holds {limit} tokens: that is the longest prompt here, not {max(lengths)}.")
+            say(f"The model holds {limit} tokens: that is the longest prompt here, not {max(lengths)}.")
         rows = speed.bench(runner, fitting, arguments.repeats, arguments.seed)
         tokens = [row["prompt_tokens"] for row in rows]
         result = {
@@ -570,7 +611,7 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     shown.get(arguments.task, show.tasks)(result)
     if arguments.record:
         artifacts.record(artifact, folder, {k: v for k, v in result.items() if k not in ("machine",)})
-        print(f"recorded in {folder}")
+        say(f"recorded in {folder}")
     return result
 
 
@@ -578,9 +619,9 @@ def run_report(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import report
 
     result = report.write(arguments.runs, arguments.out, arguments.svg)
-    print(f"{result['out']}: {len(result['figures'])} figures from {result['runs']} results")
+    say(f"{result['out']}: {len(result['figures'])} figures from {result['runs']} results")
     if result["missing"]:
-        print(f"not in these runs: {'; '.join(result['missing'])}")
+        say(f"not in these runs: {'; '.join(result['missing'])}")
     return result
 
 
@@ -630,20 +671,19 @@ def run_env(arguments: argparse.Namespace) -> dict[str, Any]:
 
     described = machine.describe()
     for key, value in described.items():
-        print(f"{key:14} {value}")
-    print(kernels.describe())
+        say(f"{key:14} {value}")
+    say(kernels.describe())
     return {**described, "kernels": kernels.available(), "kernel": kernels.choose("auto")}
 
 
 def _read_text(name: str) -> str:
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from error
+    text = reading.text(name, most=PROMPT_BYTES)
     if not text.strip():
         raise UserError(f"{name} is empty.")
     return text
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastfill.__main__ import program
+
+    sys.exit(program())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,24 +14,28 @@ from typing import Any
 
 import torch
 
+from fastfill import reading
 from fastfill.errors import UserError
 
 TXT_DOCUMENT_CHARACTERS = 12_000  # a .txt file is cut into documents of about this length, at line ends
+PIECE_CHARACTERS = 1 << 20  # tokenized at once: a tokenizer takes 150 bytes of memory for each
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it came from (`file#row`)."""
+    """A text and where it came from (`file#row`). messages: (role, content) of a chat, whose contents are the text."""
 
     text: str
     source: str
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 def load_documents(sources: Sequence[str]) -> list[Document]:
-    """Documents from `.txt` files, `.jsonl` files (a `text` field, or LongBench rows with `context`) or Hugging Face datasets.
+    """Documents from files of text or JSON (`reading` says in which forms), or from Hugging Face datasets.
 
-    Each source may end in a slice over its documents, as in `news.jsonl[20:100]`: this is how calibration and
-    evaluation text are kept apart. Raises UserError on a missing, empty or unreadable source.
+    A row of JSON has a `text`, or `messages` of a chat, or is a LongBench row with `context`. Each source may end in a slice
+    over its documents, as in `news.jsonl[20:100]`: this is how calibration and evaluation text are kept apart. Raises
+    UserError on a missing, empty or unreadable source.
     """
     documents: list[Document] = []
     for source in sources:
@@ -45,7 +49,7 @@ def load_documents(sources: Sequence[str]) -> list[Document]:
 
 def split_slice(source: str) -> tuple[str, slice]:
     """`news.jsonl[20:100]` -> the name and the slice; all of it where there is none."""
-    match = re.fullmatch(r"(.+?)\[(-?\d+)?:(-?\d+)?\]", source)
+    match = re.fullmatch(r"(.+?)\[(-?\d{1,18})?:(-?\d{1,18})?\]", source, re.DOTALL)
     if not match:
         return source, slice(None)
     return match[1], slice(*(int(bound) if bound else None for bound in match.groups()[1:]))
@@ -58,15 +62,15 @@ def demo_document() -> Document:
 
 
 def _read(name: str) -> list[Document]:
-    path = Path(name)
-    if path.suffix in (".txt", ".jsonl") or path.exists():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"The data file {name} cannot be read: {reason}.") from error
-        return _from_jsonl(text, path) if path.suffix == ".jsonl" else _from_text(text, path)
+    if reading.kind(name) in ("lines", "json"):
+        return [made for where, index, row in reading.rows(name) if (made := _document(row, where, _source(name, index)))]
+    if reading.kind(name) == "text" or os.path.exists(name):
+        return _from_text(reading.text(name, "The data file"), Path(name))
     return _from_hub(name)
+
+
+def _source(name: str, index: int) -> str:
+    return f"{Path(name).name}#{index}"
 
 
 def _from_text(text: str, path: Path) -> list[Document]:
@@ -81,21 +85,13 @@ def _from_text(text: str, path: Path) -> list[Document]:
     return [Document(d, f"{path.name}#{i}") for i, d in enumerate(documents) if d.strip()]
 
 
-def _from_jsonl(text: str, path: Path) -> list[Document]:
-    documents = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error.msg}); each line must be one JSON object.") from error
-        content = row_text(row)
-        if content is None:
-            raise UserError(f"{path}, line {number} has neither a `text` nor a `context` string.")
-        if content.strip():
-            documents.append(Document(content, f"{path.name}#{number - 1}"))
-    return documents
+def _document(row: Any, where: str, source: str) -> Document | None:
+    """The document of a row of data; None if its text is blank. Raises UserError if it has none."""
+    messages = _messages(row)
+    text = "\n\n".join(content for _, content in messages) if messages else row_text(row)
+    if text is None:
+        raise UserError(f"{where} has neither a `text` nor a `context` string, nor `messages` with role and content.")
+    return Document(text, source, messages) if text.strip() else None
 
 
 def row_text(row: Any) -> str | None:
@@ -110,6 +106,20 @@ def row_text(row: Any) -> str | None:
     return None
 
 
+def _messages(row: Any) -> tuple[tuple[str, str], ...]:
+    """(role, content) of a chat row, whose content may come in parts; nothing if the row is none, or holds more than text."""
+    found = row.get("messages") if isinstance(row, dict) and not isinstance(row.get("text"), str) else None
+    messages = []
+    for message in found if isinstance(found, list) else ():
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(role, str) or not isinstance(content, str):
+            return ()
+        messages.append((role, content))
+    return tuple(messages)
+
+
 def _from_hub(name: str) -> list[Document]:
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
@@ -120,17 +130,43 @@ def _from_hub(name: str) -> list[Document]:
 
     path, _, split = name.partition(":")
     try:
-        rows = datasets.load_dataset(path, split=split or "train")
+        rows = [reading.whole(dict(row)) for row in datasets.load_dataset(path, split=split or "train")]
     except Exception as error:  # the hub client raises many kinds
-        raise UserError(f"The dataset {name} could not be loaded: {str(error).splitlines()[0]}") from error
-    texts = [row_text(row) for row in rows]
-    if any(text is None for text in texts):
-        raise UserError(f"The dataset {name} has neither a `text` nor a `context` column.")
-    return [Document(text, f"{name}#{i}") for i, text in enumerate(texts) if text and text.strip()]
+        raise UserError(f"The dataset {name} could not be loaded: {error or type(error).__name__}") from error
+    made = [_document(row, f"The dataset {name}, row {index + 1}", f"{name}#{index}") for index, row in enumerate(rows)]
+    return [document for document in made if document]
 
 
-def encode(tokenizer: Any, document: Document) -> list[int]:
-    return tokenizer(document.text, verbose=False)["input_ids"]
+def encode(tokenizer: Any, document: Document, least: int | None = None) -> list[int]:
+    """Token ids of a document, all or, for `least`, at least so many from its begin. A chat goes through the chat template.
+
+    Text is tokenized in pieces of a million characters, cut before white space, so that memory does not grow with it.
+    """
+    special, text = True, document.text
+    if document.messages and getattr(tokenizer, "chat_template", None):
+        messages = [{"role": role, "content": content} for role, content in document.messages]
+        try:
+            text, special = tokenizer.apply_chat_template(messages, tokenize=False), False
+        except Exception as error:  # what a template raises is up to it
+            raise UserError(f"{document.source} does not fit the model's chat template: {error}") from error
+    ids: list[int] = []
+    for piece in _pieces(text):
+        ids += tokenizer(piece, verbose=False, **({} if special else {"add_special_tokens": False}))["input_ids"]
+        special = False
+        if least is not None and len(ids) >= least:
+            break
+    return ids
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in parts of at most `PIECE_CHARACTERS`; where there is white space, each but the first begins with it."""
+    begin = 0
+    while len(text) - begin > PIECE_CHARACTERS:
+        end = begin + PIECE_CHARACTERS
+        cut = max(text.rfind(space, begin + PIECE_CHARACTERS // 2, end) for space in " \n")
+        yield text[begin : (end := cut if cut > 0 else end)]
+        begin = end
+    yield text[begin:]
 
 
 def sequences(tokenizer: Any, documents: Sequence[Document], length: int, seed: int) -> torch.Tensor:
@@ -154,7 +190,7 @@ def first_tokens(
     """(source, first `tokens` token ids) of every document that long, at most `limit` of them, for evaluation."""
     found: list[tuple[str, torch.Tensor]] = []
     for document in documents:
-        ids = encode(tokenizer, document)
+        ids = encode(tokenizer, document, tokens)
         if len(ids) >= tokens:
             found.append((document.source, torch.tensor(ids[:tokens])))
         if limit is not None and len(found) == limit:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastfill import config as cfg
-from fastfill import data, kernels, machine, show
+from fastfill import context, data, kernels, machine, reading, show
 from fastfill.attachment import Attachment
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
@@ -26,7 +26,9 @@ def fill_in(document: str | None, question: str | None) -> tuple[str, str]:
 
 def prompt(loaded: LoadedModel, document: str, question: str, max_new_tokens: int) -> torch.Tensor:
     """Document and question as one user turn -> ids (1, T). Raises UserError if the model cannot hold them and the answer."""
-    ids = engine.encode(loaded.tokenizer, f"{document.strip()}\n\nQuestion: {question}", chat=True)
+    text = reading.whole(f"{document.strip()}\n\nQuestion: {question}")
+    context.check_characters(loaded.model.config, text, "The document")
+    ids = engine.encode(loaded.tokenizer, text, chat=True)
     engine.check_length(loaded.model, ids, max_new_tokens)
     return ids
 
@@ -85,11 +87,9 @@ def run(
     )
     out.print(f"ceiling {row['ceiling']:.2f}x: the FFN is {row['ffn_share']:.0%} of the dense time")
     out.print(f"prompt: {row['sparse_tokens']} tokens read sparsely, {row['dense_tokens']} densely")
-    out.print(f"\n[bold]Question[/bold] {question}", markup=True)
-    out.print("[bold]Dense  [/bold]", end=" ")
-    out.print(answers[0], markup=False)
-    out.print("[bold]Sparse [/bold]", end=" ")
-    out.print(answers[1], markup=False)
+    out.headed("\n[bold]Question[/bold] ", question)
+    out.headed("[bold]Dense  [/bold] ", answers[0])
+    out.headed("[bold]Sparse [/bold] ", answers[1])
     return {
         "model": loaded.name,
         "prompt_tokens": row["prompt_tokens"],

@@ -17,6 +17,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from fastfill.terminal import text_of
 
 LINE_EVERY_S = 60.0
 
@@ -60,24 +63,24 @@ def stage(title: str, total: int, done: int = 0) -> Iterator[Stage]:
     """Show the way from `done` to `total` while the block runs."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(title, total, done)
+        yield _Lines(text_of(title), total, done)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        yield _Bar(bar, bar.add_task(title, total=total, completed=done, note=""))
+        yield _Bar(bar, bar.add_task(text_of(title), total=total, completed=done, note=""))
 
 
 @contextmanager
 def waiting(title: str) -> Iterator[None]:
     """Show that something goes on whose end cannot be told, while the block runs."""
     console = Console(stderr=True)
-    with console.status(title) if console.is_terminal else nullcontext():
+    with console.status(Text(text_of(title))) if console.is_terminal else nullcontext():
         yield

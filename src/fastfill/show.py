@@ -10,27 +10,42 @@ from rich.table import Table
 from rich.text import Text
 
 from fastfill.artifact import Artifact, documents
-from fastfill.errors import printable
 from fastfill.schema import READINGS
+from fastfill.terminal import text_of
 
 
-def console() -> Console:
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=80)
+class Plain(Console):
+    """A console for which text is text: no markup, no emoji, nothing that steers the terminal."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **settings)
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        super().print(*(text_of(item) if isinstance(item, str) else item for item in objects), **settings)
+
+    def headed(self, head: str, text: str) -> None:
+        """Print head, which is markup of ours, and text, which others wrote."""
+        super().print(Text.from_markup(head) + Text(text_of(text)))
+
+
+def console() -> Plain:
+    out = Plain()
+    return out if out.is_terminal else Plain(width=80)
 
 
 def _say(text: str | Text) -> None:
-    """Print text as it is, whatever brackets and colons are in it: names are other people's."""
-    console().print(text, markup=False, emoji=False, soft_wrap=isinstance(text, Text))
+    console().print(text, soft_wrap=isinstance(text, Text))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     out = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        out.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        out.add_column(Text(text_of(column)), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        out.add_row(*map(Text, row))  # plain: names of files may have brackets
-    console().print(Text(title, style="bold"))  # not the table's own title, which is cut into lines of the table's width
+        out.add_row(*(Text(text_of(cell)) for cell in row))
+    console().print(
+        Text(text_of(title), style="bold")
+    )  # not the table's own title, which is cut into lines of the table's width
     console().print(out)
 
 
@@ -61,7 +76,7 @@ def artifact(artifact: Artifact, folder: Path) -> None:
     base, prefill = artifact.base_model, artifact.prefill
     info = summary(artifact)
     flops, record = info["flops"], artifact.calibration
-    title = Text.assemble((printable(str(folder), 400), "bold"), f": artifact for {base['name']} ({base['model_type']})")
+    title = Text.assemble((text_of(str(folder)), "bold"), text_of(f": artifact for {base['name']} ({base['model_type']})"))
     _say(title)
     _say(f"{base['layers']} layers, hidden size {base['hidden_size']}, intermediate size {base['intermediate_size']}")
     _say(f"sparsity {prefill.sparsity:.0%}, blocks of {prefill.block_size} tokens")
@@ -76,8 +91,9 @@ def artifact(artifact: Artifact, folder: Path) -> None:
         f"  and the transposed down weights, {info['transposed_down_values'] * 2 / 1e6:.1f} MB in bf16"
     )
     _say("\nsparsity by layer")
+    bar = "█" if console().encoding.startswith("utf") else "#"
     for layer, sparsity in enumerate(info["layer_sparsity"]):
-        _say(f"{layer:3d} {'█' * round(sparsity * 50):50s} {sparsity:6.1%}")
+        _say(f"{layer:3d} {bar * round(sparsity * 50):50s} {sparsity:6.1%}")
     if record:
         _say(
             f"\ncalibrated on {record.get('sequences')} sequences from {documents(artifact)}:\n"
@@ -374,4 +390,4 @@ def peers(result: dict[str, Any]) -> None:
         console().print(line)
     for row in result["compare"]:
         if "skipped" in row:
-            console().print(f"not measured: {row['name']}, {row['skipped']}", markup=False)
+            console().print(f"not measured: {row['name']}, {row['skipped']}")

@@ -19,6 +19,8 @@ from fastfill.errors import UserError
 from fastfill.evaluate import picks
 from fastfill.models import LoadedModel
 
+MOST_RUNS = 8  # that run or wait
+
 
 @dataclass(frozen=True)
 class State:
@@ -91,14 +93,22 @@ class Comparison:
         self.attachment, self.loaded, self.max_new_tokens = attachment, loaded, max_new_tokens
         self._pool = ThreadPoolExecutor(1)
         self._runs: set[Run] = set()
+        self._asking = threading.Lock()
         self._warm = 0  # tokens of the longest prompt so far
 
     def ask(self, document: str, question: str) -> Run:
-        """Begin, or wait for the turn. Raises UserError for a document that is empty or that the model cannot hold."""
+        """Begin, or wait for the turn. Raises UserError for a document that is empty or that the model cannot hold, or if too
+        many wait."""
         if not document.strip():
             raise UserError("There is no document; paste one first.")
         document, question = demo.fill_in(document, question.strip())
-        ids = demo.prompt(self.loaded, document, question, self.max_new_tokens)
+        with self._asking:  # one prompt is tokenized at a time, too
+            if len(self._runs) >= MOST_RUNS:
+                raise UserError(f"{MOST_RUNS} questions are waiting for their answers already; ask again later.")
+            ids = demo.prompt(self.loaded, document, question, self.max_new_tokens)
+            return self._begin(ids)
+
+    def _begin(self, ids: torch.Tensor) -> Run:
         run = Run()
         run.show(status="Waiting for the answer in another tab." if self._runs else "Starting.", prompt_tokens=ids.shape[1])
         self._runs.add(run)

@@ -17,21 +17,41 @@ from contextlib import suppress
 from typing import Any
 
 from fastfill import demo, kernels
-from fastfill.errors import UserError
+from fastfill.errors import UserError, reason
+from fastfill.guard import Guard
 from fastfill.report import draw, layers
 from fastfill.side_by_side import Comparison, Run, State
 
+for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+    del os.environ[name]  # they open files, other hosts and more endpoints; this page is configured here
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # and with it the look for a newer version
 try:
     import gradio as gr
     import matplotlib  # noqa: F401
     import uvicorn
     from fastapi import FastAPI
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 except ImportError as error:
     raise UserError("The page needs more packages; run: pip install 'fastfill[web]'.") from error
 
 HOST = "127.0.0.1"
+API = "/gradio_api"
+# What the page asks for; a new version of Gradio that asks for more fails the tests in the browser.
+READS = (
+    *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/static/", "/assets/", "/svelte/"),
+    *(API + path for path in ("/info", "/startup-events", "/theme.css", "/heartbeat/", "/queue/data")),
+)
+WRITES = tuple(API + path for path in ("/queue/join", "/run/predict", "/cancel", "/reset"))
+BODY_BYTES = 16 << 20  # of a request: JSON of a document that is refused in words if the model cannot hold it
+CONNECTIONS = 64  # at once; a tab has two that stay, and up to six while it loads
+SESSIONS = 32  # whose last result is kept for the map's slider
+SERVER: dict[str, Any] = {
+    "log_level": "critical",
+    "timeout_graceful_shutdown": 1,
+    "limit_concurrency": CONNECTIONS,
+    "proxy_headers": False,
+    "server_header": False,
+    "ws": "none",
+}
 # Gradio's page has scripts of its own inline; whatever it does, the browser asks no other host.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
 
@@ -105,9 +125,10 @@ def page(comparison: Comparison, document: str, question: str) -> Any:
 
     with gr.Blocks(title="fastfill", analytics_enabled=False) as blocks:
         gr.Markdown(
-            f"# fastfill\n**{comparison.loaded.name}**: a document is read densely, and with {config.sparsity:.0%} of the FFN "
-            f"neurons skipped in blocks of {config.block_size} tokens ({kernels.choose(comparison.attachment.ffns[0].kernel)} "
-            "kernel). Both runs share this machine's cores, so the dense one goes first and the sparse one follows."
+            f"# fastfill\n**{html.escape(comparison.loaded.name)}**: a document is read densely, and with "
+            f"{config.sparsity:.0%} of the FFN neurons skipped in blocks of {config.block_size} tokens "
+            f"({kernels.choose(comparison.attachment.ffns[0].kernel)} kernel). Both runs share this machine's cores, so the "
+            "dense one goes first and the sparse one follows."
         )
         text = gr.Textbox(document, label="Document", lines=10, max_lines=10, elem_id="document")
         ask = gr.Textbox(question, label="Question", elem_id="question")
@@ -131,7 +152,7 @@ def page(comparison: Comparison, document: str, question: str) -> Any:
             yield {go: gr.Button(interactive=False), stop: gr.Button(interactive=True), maps: gr.Column(visible=False)}
             message, shown = "", None
             try:
-                run = runs[request.session_hash] = comparison.ask(document, question)
+                run = runs[request.session_hash] = comparison.ask(document or "", question or "")
                 for shown in run.states():
                     yield {
                         status: _status(shown.status),
@@ -143,8 +164,7 @@ def page(comparison: Comparison, document: str, question: str) -> Any:
                 message = str(error)
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                message = f"The run failed: {first} (the terminal has the details)."
+                message = f"The run failed: {reason(error)} (the terminal has the details)."
             finally:
                 runs.pop(request.session_hash, None)
             changes: dict[Any, Any] = {go: gr.Button(interactive=True), stop: gr.Button(interactive=False)}
@@ -208,7 +228,8 @@ def listen(port: int) -> socket.socket:
 
 
 def application(blocks: Any) -> Any:
-    """The page as an ASGI application that answers to localhost by name only, and whose page may ask no other host."""
+    """The page as an ASGI application that answers this machine's browser on behalf of the page only; see `guard`."""
+    blocks.state_session_capacity = SESSIONS
     inner = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     font = [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")]  # of the system: nothing to load
     gr.mount_gradio_app(
@@ -224,15 +245,9 @@ def application(blocks: Any) -> Any:
         js=SCRIPT,
     )
 
-    async def guarded(scope: Any, receive: Any, send: Any) -> None:
-        async def with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"content-security-policy", POLICY.encode())]}
-            await send(message)
-
-        await inner(scope, receive, with_policy)
-
-    return TrustedHostMiddleware(guarded, allowed_hosts=[HOST, "localhost"])
+    headers = {"content-security-policy": POLICY, "x-content-type-options": "nosniff"}
+    headers["cross-origin-resource-policy"] = "same-origin"
+    return Guard(inner, names=(HOST, "localhost"), reads=READS, writes=WRITES, most=BODY_BYTES, headers=headers)
 
 
 def serve(comparison: Comparison, sock: socket.socket, document: str | None, question: str | None, browser: bool) -> str:
@@ -240,7 +255,7 @@ def serve(comparison: Comparison, sock: socket.socket, document: str | None, que
     address = f"http://{HOST}:{sock.getsockname()[1]}"
     try:
         app = application(page(comparison, *demo.fill_in(document, question)))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(uvicorn.Config(app, **SERVER))
         print(f"The page is at {address}, on this machine only. Ctrl-C ends it.", flush=True)
         if browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # it may block

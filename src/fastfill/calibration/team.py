@@ -59,8 +59,36 @@ ALONE = Team()
 
 
 def launched() -> bool:
-    """Whether this process was started as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether this process was started as one of several. Raises UserError where the environment makes no sense of it."""
+    size = _number("WORLD_SIZE", 1, None, default=1)
+    if size == 1:
+        return False
+    for rank in ("RANK", "LOCAL_RANK"):
+        _number(rank, 0, size - 1)
+    _number("MASTER_PORT", 1, 65535)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError(_odd("MASTER_ADDR", "the first process's address"))
+    return True
+
+
+def _number(name: str, least: int, most: int | None, default: int | None = None) -> int:
+    """The value of an environment variable; the default where it is not set or empty."""
+    text = os.environ.get(name, "").strip()
+    if not text and default is not None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or not least <= int(text) <= (
+        int(text) if most is None else most
+    ):
+        wanted = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
+        raise UserError(_odd(name, wanted))
+    return int(text)
+
+
+def _odd(name: str, wanted: str) -> str:
+    return (
+        f"The environment variable {name} is {os.environ.get(name, '')!r}, not {wanted}; start several processes with "
+        "--processes or accelerate launch, or unset WORLD_SIZE."
+    )
 
 
 def join(device: str | torch.device) -> Team:
@@ -74,7 +102,10 @@ def join(device: str | torch.device) -> Team:
         from accelerate import PartialState
     except ImportError as error:
         raise UserError("Several processes need the package accelerate; run: pip install 'fastfill[accelerate]'.") from error
-    state = PartialState(cpu=torch.device(device).type == "cpu")
+    try:
+        state = PartialState(cpu=torch.device(device).type == "cpu")
+    except Exception as error:  # accelerate and torch.distributed raise many kinds
+        raise UserError(f"The {os.environ['WORLD_SIZE']} processes could not be connected: {error}") from error
     return Team(state.process_index, state.num_processes, state.device)
 
 
@@ -92,7 +123,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes)
+    threads = _number("OMP_NUM_THREADS", 1, None, default=max(1, (os.cpu_count() or 1) // processes))
     team: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryFile() as errors:
         try:
@@ -100,14 +131,14 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                 ranks = {"RANK": rank, "LOCAL_RANK": rank}
                 env = os.environ | {k: str(v) for k, v in (shared | ranks).items()} | {"OMP_NUM_THREADS": str(threads)}
                 quiet = {"stdout": subprocess.DEVNULL, "stderr": errors} if rank else {}
-                team.append(subprocess.Popen([sys.executable, "-m", "fastfill.cli", *arguments], env=env, **quiet))  # type: ignore[call-overload]
+                team.append(subprocess.Popen([sys.executable, "-m", "fastfill", *arguments], env=env, **quiet))  # type: ignore[call-overload]
             codes: list[int | None] = [None]
             while None in codes and not any(codes):
                 time.sleep(0.1)
                 codes = [process.poll() for process in team]
             if any(codes):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    team[0].wait(5)
+                with contextlib.suppress(subprocess.TimeoutExpired):  # 2: all find the same, and the first says it
+                    team[0].wait(60 if 2 in codes else 5)
                 if team[0].poll() != 2:  # 2: what the user can mend, which is the same for all and was said once
                     errors.seek(0)
                     sys.stderr.write(errors.read().decode(errors="replace"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastfill import calls, kernels, models
+from fastfill import calls, context, kernels, models
 from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment, attach
 from fastfill.engines import Prefill, profile
@@ -37,7 +37,7 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
 
 def check_length(model: Any, ids: torch.Tensor, max_new_tokens: int) -> None:
     """Raises UserError if the model cannot hold the prompt (1, T) and its answer."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context.positions(model.config)
     if limit and ids.shape[1] + max_new_tokens > limit:
         raise UserError(
             f"The prompt has {ids.shape[1]:,} tokens and the answer up to {max_new_tokens}, more than the {limit:,} that the "

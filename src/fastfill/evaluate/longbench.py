@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastfill import context, reading
 from fastfill.attachment import Attachment
 from fastfill.data import split_slice
 from fastfill.engines import transformers as engine
@@ -65,7 +66,6 @@ RULES = {
 }
 DEFAULT = tuple(name for name, rules in RULES.items() if not rules.chinese)
 ALL = "all"  # in the place of a dataset's name
-POSITIONS = 1 << 20  # of a model that does not say how many it holds
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ def prompts() -> dict[str, str]:
 def read(sources: Sequence[str], datasets: Sequence[str] | None = None, limit: int | None = None) -> list[Row]:
     """Rows of the wanted datasets (default: the 16 English and code ones; ALL: all 21), at most `limit` of each.
 
-    sources: .jsonl files, a slice such as [20:100] may follow, or folders of them. A dataset is what a row's `dataset` says: a
-    LongBench name, also with `_e` (LongBench-E; so are all rows of a file NAME_e.jsonl, which folders leave out beside a
-    NAME.jsonl), or with a suffix after a colon, which keeps the rules and is listed apart.
+    sources: .jsonl files (or what else `reading.rows` reads), a slice such as [20:100] may follow, or folders of them. A
+    dataset is what a row's `dataset` says: a LongBench name, also with `_e` (LongBench-E; so are all rows of a file
+    NAME_e.jsonl, which folders leave out beside a NAME.jsonl), or with a suffix after a colon, which keeps the rules and is
+    listed apart.
 
     Raises UserError for what cannot be read, an unknown dataset, a row without its fields, or nothing left to do.
     """
@@ -122,9 +123,9 @@ def _file_rows(source: str) -> list[Row]:
     name, window = split_slice(source)
     path = Path(name)
     if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-        stems = {file.stem for file in files}  # LongBench's data.zip has both sets, and some rows are in both
-        files = [file for file in files if not file.stem.endswith("_e") or file.stem[:-2] not in stems]
+        files = sorted(file for file in path.iterdir() if reading.kind(file) == "lines")
+        stems = {reading.stem(file) for file in files}  # LongBench's data.zip has both sets, and some rows are in both
+        files = [file for file in files if not (stem := reading.stem(file)).endswith("_e") or stem[:-2] not in stems]
         if not files:
             raise UserError(f"The folder {name} has no .jsonl files; unpack LongBench's data.zip into it.")
         return [row for file in files for row in _parse(file)][window]
@@ -132,22 +133,8 @@ def _file_rows(source: str) -> list[Row]:
 
 
 def _parse(path: Path) -> list[Row]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"The data file {path} cannot be read: {reason}.") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is not JSON ({error.msg}); each line must be one JSON object.") from error
-        rows.append(check(fields, where, f"{path.name}#{number - 1}", path.stem))
-    return rows
+    stem = reading.stem(path)
+    return [check(fields, where, f"{path.name}#{index}", stem) for where, index, fields in reading.rows(path)]
 
 
 def check(fields: Any, where: str, source: str, stem: str = "") -> Row:
@@ -197,6 +184,9 @@ def score(row: Row, prediction: str) -> float:
 
 def cut_middle(tokenizer: Any, text: str, tokens: int) -> tuple[str, bool]:
     """Text of at most about `tokens` tokens, and whether it was cut: as in LongBench the first and the last half are kept."""
+    keep = tokens * context.CHARACTERS_PER_TOKEN
+    if len(text) > 2 * keep:  # what lies between is cut in any case: it need not be tokenized
+        text = text[:keep] + text[len(text) - keep :]
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) <= tokens:
         return text, False
@@ -295,7 +285,7 @@ def evaluate(
     `runner.run`. Raises UserError for a row that is none.
     """
     known = [row if isinstance(row, Row) else check(row, f"Row {i}", f"rows#{i}") for i, row in enumerate(rows)]
-    positions = getattr(attachment.model.config, "max_position_embeddings", None) or POSITIONS
+    positions = context.positions(attachment.model.config) or context.UNLIMITED
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_new_tokens": max_new_tokens}
     made = examples(tokenizer, known, positions, chat=chat, **limits)
     result = runner.run(attachment, tokenizer, made, store or Store(None, {}), seed=seed, score=score, minutes=minutes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastfill import context
 from fastfill.engines import Runner
 from fastfill.errors import UserError
 from fastfill.evaluate import flops
@@ -146,7 +147,7 @@ def growth(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
 def bench(runner: Runner, lengths: Sequence[int], repeats: int, seed: int = 0) -> list[dict[str, Any]]:
     """A row per prompt length, on random tokens (the time does not depend on which). Raises UserError if a length is more
     than the model holds."""
-    limit = getattr(runner.shape, "max_position_embeddings", None)
+    limit = context.positions(runner.shape)
     if limit and max(lengths) > limit:
         raise UserError(f"A prompt of {max(lengths)} tokens is more than the {limit} that the model holds; shorten it.")
     generator = torch.Generator().manual_seed(seed)

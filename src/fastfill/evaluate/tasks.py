@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastfill import data, files, machine
+from fastfill import context, data, files, machine, reading
 from fastfill.artifact import Artifact
 from fastfill.attachment import LEARNED, Attachment
 from fastfill.config import PrefillConfig, check_integer, check_sparsity
@@ -210,7 +210,7 @@ def _picks(options: argparse.Namespace, artifact: Artifact) -> Task:
     document = data.load_documents(options.data)[0] if options.data else data.demo_document()
 
     def run(attachment: Attachment, loaded: LoadedModel) -> dict[str, Any]:
-        ids = torch.tensor(data.encode(loaded.tokenizer, document)[: min(options.tokens, _positions(loaded))])
+        ids = torch.tensor(data.encode(loaded.tokenizer, document, options.tokens)[: min(options.tokens, _positions(loaded))])
         return picks.evaluate(attachment, (document.source, ids))
 
     return run
@@ -271,13 +271,7 @@ def _ruler_examples(
     options: argparse.Namespace, rows: Sequence[longbench.Row], count: int, names: Sequence[str] | None
 ) -> Callable[[LoadedModel], list[Example]]:
     lengths = _lengths(options.lengths)
-    haystack = None
-    if options.haystack:
-        try:
-            haystack = Path(options.haystack).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"{options.haystack} cannot be read: {reason}.") from error
+    haystack = reading.text(options.haystack) if options.haystack else None
 
     def examples(loaded: LoadedModel) -> list[Example]:
         return ruler.examples(
@@ -339,7 +333,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _positions(loaded: LoadedModel) -> int:
-    return getattr(loaded.model.config, "max_position_embeddings", None) or longbench.POSITIONS
+    return context.positions(loaded.model.config) or context.UNLIMITED
 
 
 TASKS: dict[str, Callable[[argparse.Namespace, Artifact], Task]] = {

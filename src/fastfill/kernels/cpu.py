@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastfill.errors import UserError
+
 ISA_VARIABLE = "FASTFILL_ISA"  # environment variable: name of the instruction set to run, for tests
 
 _ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/fastfill.h
@@ -126,7 +128,7 @@ def isas() -> dict[str, bool]:
 def isa() -> str:
     """The instruction set that runs: what FASTFILL_ISA names, or the best this processor has.
 
-    Raises ValueError where FASTFILL_ISA names one that does not exist or that this processor lacks.
+    Raises UserError where FASTFILL_ISA names one that does not exist or that this processor lacks.
     """
     return _pick_isa(os.environ.get(ISA_VARIABLE, ""))
 
@@ -138,7 +140,7 @@ def _pick_isa(wanted: str) -> str:
         return next((name for name, supported in known.items() if supported), "none")
     if not known.get(wanted):
         can = ", ".join(name for name, supported in known.items() if supported)
-        raise ValueError(f"{ISA_VARIABLE}={wanted} cannot run here: there are {can or 'none'}")
+        raise UserError(f"{ISA_VARIABLE}={wanted} cannot run here: there are {can or 'none'}; unset it, or name one of these.")
     return wanted
 
 

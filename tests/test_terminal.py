@@ -1,0 +1,46 @@
+"""Text that others wrote may not steer a terminal, nor be taken for markup."""
+
+import pytest
+from rich.text import Text
+
+from fastfill import show, terminal
+from fastfill.errors import LONGEST, UserError
+
+HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\ud800\x00"
+
+
+def test_what_a_terminal_obeys_is_written_out():
+    found = terminal.text_of(HOSTILE)
+    assert found == r"x\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\ud800\x00"
+    assert terminal.text_of("tab\tand line\nand \u4e2d\u6587 \U0001f600\r\n") == "tab\tand line\nand \u4e2d\u6587 \U0001f600\n"
+    assert terminal.text_of("caf\udce9") == r"caf\xe9"  # a byte of a file's name
+
+
+def test_an_error_is_one_bounded_line():
+    error = str(UserError(f"The file {HOSTILE * 10_000}\nis odd and so on; name another."))
+    assert len(error) <= LONGEST and error.isprintable()
+    assert error.startswith("The file x\\x1b") and error.endswith("is odd and so on; name another.")
+    assert str(UserError("Short and  plain.")) == "Short and  plain."
+
+
+@pytest.mark.parametrize(
+    "text", ["What does [/INST] mean?", "[bold]x", "[link=http://a]x[/link]", "a\\", "[red]:smile:[/red]", "[/]"]
+)
+def test_text_is_no_markup(capsys, text):
+    show.console().print(text)
+    show.console().headed("[bold]head[/bold] ", text)
+    show.table(text, [text], [[text]])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [text, f"head {text}", text, text, text]
+
+
+def test_nothing_that_is_printed_steers(capsys):
+    show.console().print(HOSTILE)
+    show.console().headed("head ", HOSTILE)
+    show.table(HOSTILE, [HOSTILE], [[HOSTILE]])
+    terminal.say(HOSTILE)
+    terminal.complain(HOSTILE)
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).replace("\n", "").isprintable()
+    show.console().print(Text("styled", style="bold"))
+    assert capsys.readouterr().out == "styled\n"
