@@ -23,6 +23,11 @@ from fastfill.predictor import LearnedPredictor
 from fastfill.schema import BASE_KEYS as BASE_KEYS
 
 DEFAULT_ARTIFACT = "smollm2-135m-instruct"
+SHIPPED = {  # name -> folder in artifacts/
+    "smollm2-135m": DEFAULT_ARTIFACT,
+    "qwen2.5-coder-0.5b": "qwen2.5-coder-0.5b-instruct",
+    "qwen2.5-coder-1.5b": "qwen2.5-coder-1.5b-instruct",
+}
 CONFIG, WEIGHTS, README = "config.json", "weights.safetensors", "README.md"
 log = logging.getLogger(__name__)
 
@@ -78,7 +83,7 @@ class Artifact:
 
     def _weight(self, layer: int, name: str, like: torch.Tensor) -> torch.Tensor:
         key = f"layers.{layer}.{name}"
-        weight = _finite(self.tensors[key].to(device=like.device, dtype=like.dtype), key)
+        weight = _finite(stored.wide(self.tensors, key).to(device=like.device, dtype=like.dtype), key)
         return weight.clone() if weight.is_inference() else weight  # as such it could not take part in a backward pass
 
     def flops(self, sparsity: float | None = None) -> dict[str, float]:
@@ -139,7 +144,7 @@ def wrong_partner(name: str, why: str) -> str:
 
 
 def shapes(base_model: dict[str, Any], ranks: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Every tensor's name and shape."""
+    """Every tensor's name and shape. Matrices may be in eight bits, with their scales beside them (`tensors.narrow`)."""
     hidden, intermediate = base_model["hidden_size"], base_model["intermediate_size"]
     inner = ranks["linear"] + ranks["silu"]
     one = {
@@ -179,7 +184,7 @@ def save(artifact: Artifact, folder: str | Path, readme: str | None = None) -> N
     """Write the artifact folder. Raises UserError, and leaves what was there, if it is not one that `load` takes, or cannot be
     written."""
     document = {
-        "schema_version": cfg.SCHEMA_VERSION,
+        "schema_version": 2 if any(tensor.dtype == torch.int8 for tensor in artifact.tensors.values()) else 1,
         "base_model": artifact.base_model,
         "prefill": cfg.to_dict(artifact.prefill),
         "ranks": artifact.ranks,
@@ -239,15 +244,23 @@ def record(artifact: Artifact, folder: str | Path, quality: dict[str, Any]) -> N
 
 
 def folder_of(name: str | Path) -> Path:
-    """The folder that is meant: itself, or for the word 'default' the shipped artifact of the embedded model."""
-    if name != "default":
+    """The folder that is meant: itself, or by name one that comes with fastfill: 'default' (of the embedded model), or that of
+    another model, 'qwen2.5-coder-1.5b', which a source checkout has and a wheel has not."""
+    known = DEFAULT_ARTIFACT if name == "default" else SHIPPED.get(str(name))
+    if known is None or (name != "default" and Path(name).exists()):
         return Path(name)
     import fastfill
 
-    # Installed beside the code; in a source checkout (PYTHONPATH=src) at its root.
-    places = [Path(place) / "artifacts" / DEFAULT_ARTIFACT for place in fastfill.__path__]
-    places.append(Path(__file__).parents[2] / "artifacts" / DEFAULT_ARTIFACT)
-    return next((place for place in places if place.is_dir()), places[0])
+    # Installed beside the code; in a source checkout at its root, also where the package itself is installed.
+    places = [Path(place) / "artifacts" / known for place in fastfill.__path__]
+    places += [parent / "artifacts" / known for parent in (Path(__file__).parents[2], Path.cwd(), *Path.cwd().parents)]
+    found = next((place for place in places if (place / CONFIG).is_file()), None)
+    if found is None and name != "default":
+        raise UserError(
+            f"The artifact {name} comes with fastfill's source, not with this installation; name its folder in a clone "
+            f"(artifacts/{known}), or make one with `fastfill calibrate`."
+        )
+    return found or places[0]
 
 
 def load(folder: str | Path) -> Artifact:
@@ -287,6 +300,8 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Artifact]:
 def _check_tensors(tensors: dict[str, torch.Tensor], document: dict[str, Any], where: str) -> None:
     """Raise UserError unless names, shapes, types and values are what an artifact of this config.json has."""
     expected = shapes(document["base_model"], document["ranks"])
+    eight_bits = {name for name, shape in expected.items() if len(shape) == 2 and _is_int8(tensors.get(name))}
+    expected |= {name + stored.SCALE: expected[name][:1] for name in eight_bits}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -295,10 +310,16 @@ def _check_tensors(tensors: dict[str, torch.Tensor], document: dict[str, Any], w
         )
     for name, tensor in tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
+        if name in eight_bits:
+            continue
         if tensor.dtype not in stored.FLOATS:
             raise UserError(f"{where}: {name} is of the non-float or too narrow type {kind}; calibrate again.")
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{where}: {name} holds NaN or infinite values; calibrate again.")
+
+
+def _is_int8(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype == torch.int8
 
 
 def _check_sums(artifact: Artifact, document: dict[str, Any], folder: Path) -> None:

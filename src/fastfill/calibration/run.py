@@ -15,6 +15,7 @@ import torch
 from fastfill import artifact as artifacts
 from fastfill import config as cfg
 from fastfill import data, families, machine
+from fastfill import tensors as stored
 from fastfill.artifact import Artifact
 from fastfill.attachment import check_detached
 from fastfill.calibration import capture, fit
@@ -130,11 +131,16 @@ def calibrate(
         "processes": team.size,
         "machine": machine.describe(),
     }
-    dtype = torch.bfloat16
-    tensors = {f"layers.{i}.{k}": v.detach().to("cpu", dtype) for i, layer in enumerate(weights) for k, v in layer.items()}
+    # Vectors are stored in bf16, matrices in eight bits, rounded once, below.
+    tensors = {
+        f"layers.{i}.{key}": value.detach().to("cpu", torch.float32 if value.dim() == 2 else torch.bfloat16)
+        for i, layer in enumerate(weights)
+        for key, value in layer.items()
+    }
     result = Artifact(base_model, prefill, ranks, importances, tensors, record)
     if config.max_loss is not None and team.rank == 0:
         result = _within(model, result, aside, config)
+    result = dataclasses.replace(result, tensors=stored.narrow(result.tensors))
     if team.rank == 0:
         artifacts.save(result, out, readme=artifacts.readme(result))
     checkpoint.remove()
