@@ -217,7 +217,7 @@ def test_a_prompt_gets_its_block_beside_requests_that_are_answered():
         scheduler, loaded = inside(llm)
         (request,) = (request for request in scheduler.running if request.num_prompt_tokens == 300)
         assert len(scheduler.running) == 4 and request.num_output_tokens > 0
-        assert loaded.stats.sparse_tokens == 256 and not loaded.dense_because
+        assert loaded.stats.sparse_tokens == 256 and not loaded.stats.dense_because
         while core.has_unfinished_requests():
             core.step()
 

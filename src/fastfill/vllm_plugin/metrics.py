@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
 
 from fastfill.attachment import Stats
 
@@ -23,14 +22,14 @@ class Counters:
         self._seen = (0, 0, 0.0)
         self._reasons: dict[str, int] = {}
 
-    def set(self, stats: Stats, sparsity: float, predictor_seconds: float, dense_because: Mapping[str, int]) -> None:
+    def set(self, stats: Stats, sparsity: float, predictor_seconds: float) -> None:
         """All counts so far. sparsity: of the sparse tokens."""
         now = (stats.sparse_tokens, stats.dense_tokens, predictor_seconds)
         for counter, new, old in zip((self._sparse, self._dense, self._predictor), now, self._seen, strict=True):
             counter.inc(new - old)
-        for reason, count in dense_because.items():
+        for reason, count in stats.dense_because.items():
             self._because.labels(reason).inc(count - self._reasons.get(reason, 0))
-        self._seen, self._reasons = now, dict(dense_because)
+        self._seen, self._reasons = now, dict(stats.dense_because)
         self._sparsity.set(sparsity * stats.sparse_share)
 
 

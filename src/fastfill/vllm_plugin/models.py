@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -155,7 +154,6 @@ class SparsePrefill:
         self._loaded = False
         self._taken: tuple[Any, ...] = ()  # see `_state`
         self.stats = Stats()
-        self.dense_because: Counter[str] = Counter()  # reason -> steps that should have been sparse and were not, or in part
         self.model_bytes = 0
         self.predictor_seconds = 0.0
         self._metrics = metrics.counters() if get_tensor_model_parallel_rank() == 0 else None
@@ -317,11 +315,12 @@ class SparsePrefill:
         stats.dense_tokens += dense
         stats.sparse_calls += sparse > 0
         stats.dense_calls += sparse == 0
-        for reason in reasons - self.dense_because.keys():
-            logger.warning("fastfill: a prompt that should be read sparsely is dense (%s); this is said once.", reason)
-        self.dense_because.update(reasons)
+        for reason in reasons:
+            if reason not in stats.dense_because:
+                logger.warning("fastfill: a prompt that should be read sparsely is dense (%s); this is said once.", reason)
+            stats.dense_because[reason] = stats.dense_because.get(reason, 0) + 1
         if self._metrics:
-            self._metrics.set(stats, self._prefill.sparsity, self.predictor_seconds, self.dense_because)
+            self._metrics.set(stats, self._prefill.sparsity, self.predictor_seconds)
         then, logged = self._logged
         if stats.sparse_tokens > logged.sparse_tokens and time.monotonic() - then > LOG_SECONDS:
             logger.info(
@@ -361,7 +360,7 @@ class WorkerExtension:
         predictors, and the memory of the weights and of what the artifact added, in this worker."""
         model = self.model_runner.get_model()
         names = ("predictor_seconds", "model_bytes", "extra_bytes")
-        return {**vars(model.stats), "dense_because": dict(model.dense_because), **{n: getattr(model, n) for n in names}}
+        return {**vars(model.stats), **{name: getattr(model, name) for name in names}}
 
     def fastfill_start_clocks(self) -> None:
         self.model_runner.get_model().start_clocks()
