@@ -9,7 +9,7 @@ import torch
 
 from fastfill import artifact as artifacts
 from fastfill import config as cfg
-from fastfill import families, models
+from fastfill import families, files, models
 from fastfill.artifact import Artifact
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
@@ -51,8 +51,9 @@ def config(name: str, layers: int | None = None) -> Any:
     if name in SHAPES:
         values = dict(SHAPES[name])
     elif (Path(name) / "config.json").is_file():
-        found = transformers.AutoConfig.from_pretrained(name)
-        values = {k: v for k, v in found.to_dict().items() if k not in ("layer_types", "transformers_version")}
+        with files.reading(Path(name) / "config.json", "is not the configuration of a model", "give a model's folder"):
+            found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            values = {k: v for k, v in found.to_dict().items() if k not in ("layer_types", "transformers_version")}
     else:
         raise UserError(f"There is no shape {name!r}; use one of {', '.join(SHAPES)}, or a folder with a config.json.")
     if layers is not None:
@@ -60,7 +61,8 @@ def config(name: str, layers: int | None = None) -> Any:
         if layers > values["num_hidden_layers"]:
             raise UserError(f"{name} has {values['num_hidden_layers']} layers; --layers {layers} asks for more.")
         values["num_hidden_layers"] = layers
-    return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    with files.reading(name, "is not a shape that a model can have", "mend its config.json"):
+        return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def model(name: str, dtype: str = "auto", device: str = "cpu", layers: int | None = None, seed: int = 0) -> LoadedModel:
