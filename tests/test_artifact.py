@@ -127,7 +127,7 @@ DAMAGES = {
     "unknown rank": (lambda f: edit(f, lambda d: d["ranks"].update(extra=1)), "ranks has unknown key.*extra"),
     "missing key": (lambda f: edit(f, lambda d: d.pop("ranks")), "lacks ranks"),
     "no schema": (lambda f: edit(f, lambda d: d.pop("schema_version")), "schema_version"),
-    "newer schema": (lambda f: edit(f, lambda d: d.update(schema_version=2)), "schema version 2.*upgrade fastfill"),
+    "newer schema": (lambda f: edit(f, lambda d: d.update(schema_version=3)), "schema version 3.*upgrade fastfill"),
     "newer schema, other keys": (lambda f: edit(f, lambda d: d.update(schema_version=9, new=1)), "version 9.*upgrade"),
     "sparsity out of range": (lambda f: edit(f, lambda d: d["prefill"].update(sparsity=1.5)), "sparsity must lie in"),
     "size is a word": (lambda f: edit(f, lambda d: d["base_model"].update(layers="three")), "layers must be a whole number"),

@@ -320,7 +320,7 @@ def broken(folder, what):
     if what == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif what == "newer schema":
-        config.write_text(config.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+        config.write_text(config.read_text().replace('"schema_version": 1', '"schema_version": 3'))
     elif what == "unknown keys":
         config.write_text(config.read_text().replace('"schema_version": 1', '"schema_version": 1, "colour": "red"'))
     elif what == "NaN weights":
