@@ -176,7 +176,7 @@ def _check_folder(folder: Path, name: str) -> None:
     if not folder.is_dir():
         return
     if not (folder / "config.json").is_file():
-        raise UserError(f"{name} is not a model folder: it has no config.json.")
+        raise UserError(f"The model {name} could not be loaded: its folder has no config.json.")
     for file in (folder / document for document in _DOCUMENTS):
         with _blamed_on(str(file)):
             if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
