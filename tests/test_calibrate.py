@@ -96,7 +96,7 @@ def test_a_budget_in_minutes_sets_tokens_and_steps(model, tokenizer, tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_step(patch, 5)
         calibrate(model, tokenizer, tmp_path / "two", budget)
-    steps = json.loads((tmp_path / "two.checkpoint" / "steps.json").read_text())
+    steps = json.loads((tmp_path / "two.checkpoint" / "steps.json").read_text())["value"]
     monkeypatch.setattr(run, "_seconds", lambda work: 1e9)  # would allow one
     two = calibrate(model, tokenizer, tmp_path / "two", budget, resume=True)
     assert two.calibration["config"]["steps"] == steps and two.calibration["config"]["fit_tokens"] == 18 * 64
