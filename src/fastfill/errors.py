@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 600  # characters of a message: the sentence, and the two paths it may name
@@ -54,7 +55,13 @@ def quoted(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def reason(error: BaseException) -> str:
-    """Why, in the words of an error of somebody else: its first line."""
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first names, quoted, and how many more there are."""
+    names = list(names)
+    return ", ".join(map(quoted, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def reason(error: BaseException, most: int = 120) -> str:
+    """Why, in the words of an error of somebody else: its first line, without a full stop."""
     words = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return printable(str(words).splitlines()[0], 120)
+    return printable(str(words).splitlines()[0], most).rstrip(".")

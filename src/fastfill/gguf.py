@@ -21,11 +21,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from fastfill.errors import UserError
+from fastfill.errors import UserError, listed, quoted
 from fastfill.gguf_config import config_of
 from fastfill.gguf_tokenizer import save as save_tokenizer
 from fastfill.gguf_tokenizer import tokenizer_of
-from fastfill.quote import listed, shown
 
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # type -> format of `struct`
 _STRING, _ARRAY = 8, 9
@@ -158,7 +157,7 @@ def _read_part(path: Path) -> Model:
         for _ in range(value_count):
             key = header.text()
             if key in metadata:
-                raise header.damaged(f"it has {shown(key)} twice")
+                raise header.damaged(f"it has {quoted(key)} twice")
             metadata[key] = header.value()
         rows = [_read_tensor_row(header) for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
@@ -173,11 +172,11 @@ def _read_part(path: Path) -> Model:
         for name, shape, kind, offset in rows:
             size = _byte_count(header, name, shape, kind)
             if name in tensors or start + offset != expected:
-                raise header.damaged(f"tensor {shown(name)} is not where it should be")
+                raise header.damaged(f"tensor {quoted(name)} is not where it should be")
             tensors[name] = Tensor(name, shape, kind, path, expected, size)
             if expected + size > header.size:
                 raise UserError(
-                    f"{path.name} is incomplete: it has {header.size:,} bytes, and tensor {shown(name)} ends at "
+                    f"{path.name} is incomplete: it has {header.size:,} bytes, and tensor {quoted(name)} ends at "
                     f"{expected + size:,}; download it again."
                 )
             expected = aligned(expected + size)
@@ -189,14 +188,14 @@ def _read_tensor_row(header: _Header) -> tuple[str, tuple[int, ...], Any, int]:
 
     name, dimensions = header.text(), header.number("I")
     if not 1 <= dimensions <= 4:
-        raise header.damaged(f"tensor {shown(name)} has {dimensions} dimensions")
+        raise header.damaged(f"tensor {quoted(name)} has {dimensions} dimensions")
     shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
     kind, offset = header.number("I"), header.number("Q")
     try:
         return name, shape, gguf.GGMLQuantizationType(kind), offset
     except ValueError as error:
         raise UserError(
-            f"{header.path.name} has tensor {shown(name)} in quantisation type {kind}, which the installed package gguf does "
+            f"{header.path.name} has tensor {quoted(name)} in quantisation type {kind}, which the installed package gguf does "
             "not know."
         ) from error
 
@@ -206,7 +205,7 @@ def _byte_count(header: _Header, name: str, shape: tuple[int, ...], kind: Any) -
 
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if 0 in shape or shape[-1] % block:
-        raise header.damaged(f"tensor {shown(name)} has shape {shape}")
+        raise header.damaged(f"tensor {quoted(name)} has shape {shape}")
     return math.prod(shape) // block * block_bytes
 
 
@@ -233,15 +232,15 @@ def read(path: Path) -> Model:
         count = part.metadata.get("split.count", 0) or 1
         if count != len(files) or part.metadata.get("split.no", 0) != number:
             raise UserError(
-                f"{path.name} does not fit its name, or a part of it does not: {file.name} says it is part "
-                f"{shown(part.metadata.get('split.no', 0))} (from 0) of {shown(count)}; name the parts ...-00001-of-0000N.gguf "
+                f"{path.name} does not fit its name, or a part of it does not: {file.name} is part "
+                f"{quoted(part.metadata.get('split.no', 0))} (from 0) of {quoted(count)}; name parts ...-00001-of-0000N.gguf "
                 "or join them with llama-gguf-split --merge."
             )
     tensors = {name: tensor for part in found for name, tensor in part.tensors.items()}
     total = found[0].metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != sum(len(part.tensors) for part in found) or total != len(tensors):
         raise UserError(
-            f"{path.name} should have {shown(total)} tensors with its parts, and has {len(tensors)}; download it again."
+            f"{path.name} should have {quoted(total)} tensors with its parts, and has {len(tensors)}; download it again."
         )
     _check_kinds(path, tensors)
     return Model(found[0].metadata, tensors)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastfill.errors import UserError
+from fastfill.errors import UserError, quoted
 from fastfill.gguf_tokenizer import special_ids
-from fastfill.quote import shown
 
 if TYPE_CHECKING:
     from fastfill.gguf import Model
@@ -51,18 +50,18 @@ class _Metadata:
     def __init__(self, metadata: dict[str, Any], name: str):
         self.name, self.all = name, metadata
         if metadata.get("general.type", "model") != "model":
-            raise UserError(f"{name} is of type {shown(metadata['general.type'])}, not a model.")
+            raise UserError(f"{name} is of type {quoted(metadata['general.type'])}, not a model.")
         self.architecture = metadata.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
             raise UserError(
-                f"{name} has architecture {shown(self.architecture)}; GGUF files of {', '.join(ARCHITECTURES)} can be read."
+                f"{name} has architecture {quoted(self.architecture)}; GGUF files of {', '.join(ARCHITECTURES)} can be read."
             )
         prefix = f"{self.architecture}."
         self.values = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
 
     def refuse(self, key: str, why: str) -> UserError:
-        value = shown(self.values[key]) if key in self.values else "nothing"
-        return UserError(f"{self.name} has {shown(f'{self.architecture}.{key}')[1:-1]} = {value}, {why}.")
+        value = quoted(self.values[key]) if key in self.values else "nothing"
+        return UserError(f"{self.name} has {quoted(f'{self.architecture}.{key}')[1:-1]} = {value}, {why}.")
 
     def _single(self, key: str) -> Any:
         """A value; one per layer counts if all are the same."""

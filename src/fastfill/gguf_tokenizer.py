@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastfill.errors import UserError
-from fastfill.quote import one_line, shown
+from fastfill.errors import UserError, quoted, reason
 
 # How text is split before merges: regular expressions of the models' own tokenizer.json, by llama.cpp's names.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -67,10 +66,10 @@ class _Vocabulary:
         for key, value in metadata.items():
             known = key in _READ or key in _WITHOUT_EFFECT or key.startswith("tokenizer.chat_template.")
             if key.startswith("tokenizer.") and not known and not (key in _NEUTRAL and _NEUTRAL[key] == value):
-                raise UserError(f"{name} has {shown(key)}, which changes how text is read and cannot be converted.")
+                raise UserError(f"{name} has {quoted(key)}, which changes how text is read and cannot be converted.")
         self.kind = self.text("model")
         if self.kind not in ("gpt2", "llama"):
-            raise UserError(f"{name} has a tokenizer of kind {shown(self.kind)}; 'gpt2' and 'llama' can be read.")
+            raise UserError(f"{name} has a tokenizer of kind {quoted(self.kind)}; 'gpt2' and 'llama' can be read.")
         self.tokens = self.texts("tokens", most)
         if not self.tokens or len(set(self.tokens)) != len(self.tokens):
             raise UserError(f"{name} has no tokens, or one twice, in tokenizer.ggml.tokens.")
@@ -101,7 +100,7 @@ class _Vocabulary:
     def flag(self, key: str, default: bool) -> bool:
         value = self.metadata.get(f"tokenizer.ggml.{key}", default)
         if not isinstance(value, bool):
-            raise UserError(f"{self.name} has tokenizer.ggml.{key} = {shown(value)}, neither true nor false.")
+            raise UserError(f"{self.name} has tokenizer.ggml.{key} = {quoted(value)}, neither true nor false.")
         return value
 
 
@@ -116,7 +115,7 @@ def special_ids(metadata: dict[str, Any], name: str) -> dict[str, int]:
             ids[key] = value
     for key, value in ids.items():
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-            raise UserError(f"{name} has tokenizer.ggml.{key}_token_id = {shown(value)}, which is none of its {count} tokens.")
+            raise UserError(f"{name} has tokenizer.ggml.{key}_token_id = {quoted(value)}, which is none of its {count} tokens.")
     return ids
 
 
@@ -166,7 +165,7 @@ def _byte_level(vocabulary: _Vocabulary, ids: dict[str, int]) -> tuple[Any, bool
     pre = vocabulary.text("pre") or _OWN_SPLIT.get(vocabulary.metadata["general.architecture"])
     if pre not in SPLITS:
         raise UserError(
-            f"{vocabulary.name} has tokenizer.ggml.pre = {shown(pre)}; how that splits text is not known here. Known: "
+            f"{vocabulary.name} has tokenizer.ggml.pre = {quoted(pre)}; how that splits text is not known here. Known: "
             f"{', '.join(SPLITS)}."
         )
     merges = [tuple(merge.split(" ")) for merge in vocabulary.texts("merges")]
@@ -220,7 +219,7 @@ def _model(kind: Any, vocabulary: _Vocabulary, merges: Sequence[tuple[str, ...]]
         return kind({token: i for i, token in enumerate(vocabulary.tokens)}, merges, **settings)
     except Exception as error:  # raised in Rust, as a plain Exception: a merge of pieces that are no tokens
         raise UserError(
-            f"{vocabulary.name} has tokenizer.ggml.merges that do not fit its tokens: {one_line(error, 80)}."
+            f"{vocabulary.name} has tokenizer.ggml.merges that do not fit its tokens: {reason(error, 80)}."
         ) from error
 
 

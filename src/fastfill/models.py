@@ -16,9 +16,8 @@ import torch
 from safetensors import safe_open
 
 from fastfill import cache
-from fastfill.errors import UserError
+from fastfill.errors import UserError, listed, reason
 from fastfill.progress import stage, waiting
-from fastfill.quote import listed, one_line
 
 DEFAULT_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _CONVERSION = 1  # raised when a GGUF file is converted to something else than before: what is in the cache is made anew
@@ -59,7 +58,7 @@ def check_device(name: str) -> None:
         if torch.empty(1, device=name).is_meta:
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here ({one_line(error)}); use cpu, or cuda with a GPU.") from error
+        raise UserError(f"device {name!r} cannot be used here ({reason(error)}); use cpu, or cuda with a GPU.") from error
 
 
 def embedded_gguf() -> Path:
@@ -223,7 +222,7 @@ def _blamed_on(what: str) -> Iterator[None]:
         if "can't allocate memory" in str(error):
             raise
         kind = f"{type(error).__name__} " if isinstance(error, KeyError) else ""
-        raise UserError(f"{what} could not be loaded: {kind}{one_line(error)}.") from error
+        raise UserError(f"{what} could not be loaded: {kind}{reason(error)}.") from error
 
 
 @contextmanager

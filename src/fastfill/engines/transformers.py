@@ -14,8 +14,7 @@ from fastfill import calls, context, kernels, models
 from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment, attach
 from fastfill.engines import Prefill, profile
-from fastfill.errors import UserError
-from fastfill.quote import one_line
+from fastfill.errors import UserError, reason
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
@@ -30,7 +29,7 @@ def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
             turn = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program that came with the model
-            raise UserError(f"The chat template of the model's tokenizer fails: {one_line(error)}.") from error
+            raise UserError(f"The chat template of the model's tokenizer fails: {reason(error)}.") from error
         return tokenizer(prompt, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
     return tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
 
