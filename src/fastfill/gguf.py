@@ -232,7 +232,7 @@ def read(path: Path) -> Model:
         count = part.metadata.get("split.count", 0) or 1
         if count != len(files) or part.metadata.get("split.no", 0) != number:
             raise UserError(
-                f"{path.name} does not fit its name, or a part of it does not: {file.name} is part "
+                f"{path.name} does not fit its name, or a part of it does not: {file.name} says it is part "
                 f"{quoted(part.metadata.get('split.no', 0))} (from 0) of {quoted(count)}; name parts ...-00001-of-0000N.gguf "
                 "or join them with llama-gguf-split --merge."
             )
