@@ -91,7 +91,7 @@ def test_steps_of_an_optimizer_are_followed(model):
 @REENTRANT
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_checkpointing_changes_no_gradient(exact, reentrant, when):
-    """Two calls of other lengths and padding before one backward pass: each layer is computed again under its own plan."""
+    """Three calls of other lengths before one backward pass: each layer is computed again under its own call's plan."""
     mask = torch.ones(1, 60, dtype=torch.long)
     mask[0, :11] = 0
     calls = [{"input_ids": IDS}, {"input_ids": token_ids(1, 60), "attention_mask": mask}, {"input_ids": IDS[:, :12]}]
