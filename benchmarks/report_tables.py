@@ -2,9 +2,10 @@
 
     python benchmarks/report_tables.py [--check]
 
-NAME is claim, bench, split, quality, tasks or vllm. Read are results/bench-*.json (each the JSON document of
+NAME is claim, real, bench, split, quality, tasks or vllm. Read are results/bench-*.json (each the JSON document of
 `fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per `fastfill evaluate --json`), the long tasks in
-results/ruler-1024.json and in results/eval (by eval.py), and results/vllm.jsonl (one line per step of serving.py). Where
+results/ruler-1024.json and in results/eval (by eval.py), and results/vllm.jsonl (one line per step of serving.py). The real
+models have a folder each in results, by recipes/qwen2.5-coder.sh; claim is of the first that was measured. Where
 a result is missing a {{placeholder}} stays.
 --check changes nothing and exits 1 if the README is not what the results say.
 """
@@ -24,6 +25,7 @@ README = ROOT / "README.md"
 CLAIM_TOKENS = 1024  # the prompt length of the first screen, if it was measured
 PREDICTORS = ("learned", "oracle", "low-rank", "static", "first-block", "random")
 KERNELS = ("native", "torch")
+REAL = ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b")  # folders in results, the one of the first screen first
 TASKS = {
     "ruler-1024.json": "RULER-style, 1,024 tokens",
     "eval/ruler.json": "RULER-style, 1,024 and 4,096 tokens",
@@ -96,6 +98,45 @@ def claim(bench: list[Row], quality: list[Row]) -> str:
             f"(**{learned['ppl_ratio']:.2f}x**" + _interval(learned.get("ppl_ratio_interval"), ", {:.2f} to {:.2f}") + ")."
         )
     return "\n".join(parts)
+
+
+def real_tables(folder: Path) -> str:
+    """Speed and quality of the real models that were measured."""
+    parts = []
+    for name in REAL:
+        bench, quality = load_bench(folder / name), load_quality(folder / name)
+        parts += [bench_tables(bench)] if bench else []
+        parts += [quality_tables(quality)] if quality else []
+        file = folder / name / "longbench.json"
+        parts += [likelihood_table(json.loads(file.read_text(encoding="utf-8")))] if file.is_file() else []
+    return "\n\n".join(parts) or "{{real: from benchmarks/results/qwen2.5-coder-*}}"
+
+
+def likelihood_table(result: Row) -> str:
+    """The likelihood of the right answers of LongBench's official rows, all sets and each."""
+    rows = [("all sets", result["likelihood"]), *((line["dataset"], line["likelihood"]) for line in result["datasets"])]
+    lines = [
+        f"{_short(result['model'])}, {result['dtype']}, {result['sparsity']:.0%} sparsity: the right answer to MiniLongBench's rows "
+        f"(LongBench, all sets), prompts cut in the middle to {result['max_prompt_tokens']:,} tokens; nats per token of the answer, "
+        "teacher-forced after a dense and after a sparse prefill. Sets weigh the same.",
+        "",
+        "| | rows | dense | sparse | loss | 95 % interval | KL | same first token |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in rows:
+        cells = (
+            name,
+            str(row["examples"]),
+            f"{row['dense']:.3f}",
+            f"{row['sparse']:.3f}",
+            f"{row['loss']:.3f}",
+            _interval(row["interval"], "{:.3f} to {:.3f}"),
+            f"{row['kl']:.3f}",
+            f"{row['first_token_agreement']:.0%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    head, rest = lines[:5], lines[5:]
+    return "\n".join([*head, "", "<details><summary>By set</summary>", "", *lines[2:4], *rest, "", "</details>"])
 
 
 def bench_tables(bench: list[Row]) -> str:
@@ -357,8 +398,10 @@ def _where(machine: Row) -> str:
 def render(readme: str, folder: Path = RESULTS) -> str:
     """The README's text with every marked part written anew. Raises ValueError for a marker of unknown name."""
     bench, quality, seeded = load_bench(folder), load_quality(folder), load_lines(folder / "seeds.jsonl")
+    first = next((folder / name for name in REAL if load_bench(folder / name) and load_quality(folder / name)), folder)
     parts = {
-        "claim": claim(bench, quality),
+        "claim": claim(load_bench(first), load_quality(first)),
+        "real": real_tables(folder),
         "bench": bench_tables(bench),
         "split": split_tables(bench),
         "quality": "\n\n".join([quality_tables(quality), *([seeds(seeded)] if len(seeded) > 1 else [])]),
