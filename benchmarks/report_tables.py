@@ -116,9 +116,9 @@ def likelihood_table(result: Row) -> str:
     """The likelihood of the right answers of LongBench's official rows, all sets and each."""
     rows = [("all sets", result["likelihood"]), *((line["dataset"], line["likelihood"]) for line in result["datasets"])]
     lines = [
-        f"{_short(result['model'])}, {result['dtype']}, {result['sparsity']:.0%} sparsity: the right answer to MiniLongBench's rows "
-        f"(LongBench, all sets), prompts cut in the middle to {result['max_prompt_tokens']:,} tokens; nats per token of the answer, "
-        "teacher-forced after a dense and after a sparse prefill. Sets weigh the same.",
+        f"{_short(result['model'])}, {result['dtype']}, {result['sparsity']:.0%} sparsity: the right answer to rows of "
+        f"MiniLongBench (all sets of LongBench), prompts cut in the middle to {result['max_prompt_tokens']:,} tokens; nats per "
+        "token of the answer, teacher-forced after a dense and after a sparse prefill. Sets weigh the same.",
         "",
         "| | rows | dense | sparse | loss | 95 % interval | KL | same first token |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
