@@ -9,8 +9,9 @@ SOURCES := $(shell find src csrc artifacts -type f -not -name '*.pyc' -not -name
 
 .PHONY: demo test test-oldest venv-vllm test-vllm lint bench bench-kernel eval fuzz clean
 
+# MODEL=qwen2.5-coder-1.5b (or -0.5b) fetches that model first: 1.1 GB.
 demo: $(VENV)/.installed
-	$(BIN)/fastfill demo
+	$(BIN)/fastfill demo $(if $(MODEL),"$$($(BIN)/python benchmarks/models.py $(MODEL))" --artifact $(MODEL))
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -128,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--kernel", default="auto", help="auto, native, triton or torch (default: auto)")
 
     demo = command("demo", run_demo, "Read a long document, dense and sparse, side by side.", "fastfill demo")
-    device_options(demo)
+    model_options(demo, nargs="?", default="default")
     attach_options(demo, required=False)
     demo.add_argument("--document", metavar="FILE", help="text to read (default: one that comes with the package)")
     demo.add_argument("--question", help="question about the document")
@@ -137,7 +137,6 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--web", action="store_true", help="as a page in the browser, for this machine only (127.0.0.1)")
     demo.add_argument("--port", type=int, default=7860, help="of the page; 0 takes any free one (default: 7860)")
     demo.add_argument("--no-open", action="store_true", help="do not open a browser")
-    demo.set_defaults(model="default")
 
     calibrate = command(
         "calibrate",
