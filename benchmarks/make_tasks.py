@@ -23,6 +23,7 @@ import argparse
 import ast
 import functools
 import json
+import os
 import platform
 import random
 import sys
@@ -35,6 +36,7 @@ from typing import Any
 Row = dict[str, Any]
 PARAGRAPHS = 30  # LongBench's prompt for passage retrieval names this number
 SUMMARY_TOKENS = 64
+LONGEST_MODULE = 100_000  # characters that are parsed
 SUMMARY_PROMPT = (
     "You are given the source code of a Python module, without its documentation. Write a summary of what the module is for, "
     "in one or two sentences.\n\nSource code:\n{source}\n\nNow, write the summary in one or two sentences. Do not output any "
@@ -204,11 +206,11 @@ def summaries(files: Sequence[Path], count: int, characters: Callable[[], int], 
     for file in rng.sample(files, len(files)):
         if len(rows) == count:
             break
-        parts = _without_docstring(_source(file) or "")
+        text, most = _source(file) or "", characters()
+        parts = _without_docstring(text) if 3 * most // 4 <= len(text) <= LONGEST_MODULE else None
         if parts is None:
             continue
         source, summary = parts
-        most = characters()
         if len(source) < 3 * most // 4 or not 40 <= len(summary) <= 400:
             continue
         if len(source) > most:
@@ -255,8 +257,12 @@ def library_files() -> list[Path]:
     modules and packages a to c: the shipped artifact was calibrated on them."""
     root = Path(sysconfig.get_path("stdlib"))
     apart = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
-    found = [file.relative_to(root) for file in root.rglob("*.py")]
-    return sorted(root / file for file in found if file.parts[0][0] not in "abc" and not apart & {*file.parts})
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        top = Path(folder) == root
+        folders[:] = [name for name in folders if name not in apart and not (top and name[0] in "abc")]
+        found += [Path(folder) / name for name in files if name.endswith(".py") and not (top and name[0] in "abc")]
+    return sorted(found)
 
 
 MAKERS: dict[str, Callable[[Squad, Question, int, random.Random], Row]] = {

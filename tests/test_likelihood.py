@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -207,6 +208,20 @@ class Letters:
 def test_an_answer_follows_its_prompt_as_it_would_be_written(after, answer, written):
     (ids,) = likelihood.answer_ids(Letters(), [answer], after, 99)
     assert "".join(map(chr, ids.tolist())) == written
+
+
+class Pieces(Letters):
+    """As SentencePiece: a text begins with a space, and a space with letters behind it is one token."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": re.findall(r" ?\w+|.", f" {text}", re.DOTALL)}
+
+
+def test_a_tokenizer_that_begins_with_a_space(monkeypatch):
+    monkeypatch.setattr(torch, "tensor", lambda ids, dtype: ids)
+    for after, tokens in (("Answer:", [" Paris", ","]), ("Answer:\n", ["Paris", ","]), ("Answer: ", [" Paris", ","])):
+        assert likelihood.answer_ids(Pieces(), ["Paris,"], after, 9) == (tokens,), after
+    assert Pieces()(" Paris")["input_ids"] == [" ", " Paris"]  # what the text alone would give
 
 
 def test_answers_are_cut_and_none_comes_twice_or_empty():

@@ -35,10 +35,21 @@ def answer_ids(tokenizer: Any, answers: Sequence[str], after: str, most: int) ->
     found = {}
     for answer in answers:
         text = f" {answer}" if after and open_end and not answer[:1].isspace() else answer
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:most]
+        ids = _behind(tokenizer, after[-1:] or "\n", text)[:most]
         if answer.strip() and ids:
             found[tuple(ids)] = torch.tensor(ids, dtype=torch.long)
     return tuple(found.values())
+
+
+def _behind(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Ids of text behind a character, because some tokenizers put a space before what begins a text. Where the character would
+    melt into the text's first token (it is a token of the prompt already), those of the text alone."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    start, whole = ids(before), ids(before + text)
+    return whole[len(start) :] if whole[: len(start)] == start else ids(text)
 
 
 @dataclass
