@@ -85,6 +85,7 @@ def test_what_is_shown_is_escaped():
     from fastfill import web
 
     assert "<b>" not in web._status("<b>&", error=True) and "&lt;b&gt;&amp;" in web._status("<b>&")
+    assert web._as_text("a/b_1.5 [x](y)\n<b>\x1b \u4e2d") == r"a\/b\_1\.5 \[x\]\(y\) \<b\>\\x1b " + "\u4e2d"
 
 
 @needs_page

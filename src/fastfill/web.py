@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import html
 import os
+import re
 import socket
+import string
 import sys
 import threading
 import traceback
@@ -21,6 +23,7 @@ from fastfill.errors import UserError, reason
 from fastfill.guard import Guard
 from fastfill.report import draw, layers
 from fastfill.side_by_side import Comparison, Run, State
+from fastfill.terminal import text_of
 
 for name in [name for name in os.environ if name.startswith("GRADIO_")]:
     del os.environ[name]  # they open files, other hosts and more endpoints; this page is configured here
@@ -125,7 +128,7 @@ def page(comparison: Comparison, document: str, question: str) -> Any:
 
     with gr.Blocks(title="fastfill", analytics_enabled=False) as blocks:
         gr.Markdown(
-            f"# fastfill\n**{html.escape(comparison.loaded.name)}**: a document is read densely, and with "
+            f"# fastfill\n**{_as_text(comparison.loaded.name)}**: a document is read densely, and with "
             f"{config.sparsity:.0%} of the FFN neurons skipped in blocks of {config.block_size} tokens "
             f"({kernels.choose(comparison.attachment.ffns[0].kernel)} kernel). Both runs share this machine's cores, so the "
             "dense one goes first and the sparse one follows."
@@ -202,6 +205,11 @@ def page(comparison: Comparison, document: str, question: str) -> Any:
         )
         blocks.unload(end)  # the tab was closed
     return blocks
+
+
+def _as_text(name: str) -> str:
+    """A name, for Markdown."""
+    return re.sub(f"([{re.escape(string.punctuation)}])", r"\\\1", text_of(name).replace("\n", " "))
 
 
 def _status(sentence: str, error: bool = False) -> str:
