@@ -26,6 +26,7 @@ CLAIM_TOKENS = 1024  # the prompt length of the first screen, if it was measured
 PREDICTORS = ("learned", "oracle", "low-rank", "static", "first-block", "random")
 KERNELS = ("native", "torch")
 REAL = ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b")  # folders in results, the one of the first screen first
+NAMES = {f"qwen2.5-coder-{size.lower()}-instruct-q4_k_m.gguf": f"Qwen2.5-Coder-{size}-Instruct" for size in ("0.5B", "1.5B")}
 TASKS = {
     "ruler-1024.json": "RULER-style, 1,024 tokens",
     "eval/ruler.json": "RULER-style, 1,024 and 4,096 tokens",
@@ -384,7 +385,8 @@ def _rank(predictor: str) -> int:
 
 
 def _short(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1]
+    name = model.rstrip("/").rsplit("/", 1)[-1]
+    return NAMES.get(name, name)
 
 
 def _ppl(value: float) -> str:
