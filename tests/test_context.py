@@ -14,6 +14,7 @@ SCALINGS = {
     "dynamic": ({"type": "dynamic", "factor": 2.0}, 8192),
     "yarn beside": ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),  # as Qwen's pages add it
     "yarn inside": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
+    "yarn of less": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 4096),
     "llama3": (
         {
             "rope_type": "llama3",

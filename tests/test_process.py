@@ -89,9 +89,13 @@ def test_a_reader_that_is_gone(folder):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_encoding_without_our_characters(folder, encoding):
-    done = command("inspect", folder, PYTHONIOENCODING=encoding)
+    chinese = folder.with_name("\u4e2d")
+    if not chinese.is_symlink():
+        chinese.symlink_to(folder)
+    done = command("inspect", chinese, PYTHONIOENCODING=encoding)
     assert done.returncode == 0 and done.stderr == b""
-    assert done.stdout.decode(encoding).count("#") > 10
+    out = done.stdout.decode(encoding)
+    assert out.count("#") > 10 and "/\\u4e2d: artifact for" in out
 
 
 # Ctrl-C while torch is imported, where the interrupt may come out as any error.
