@@ -3,6 +3,7 @@
 Everything is offline. Shape letters as in the package: H = 32, F = 96; blocks of 8, a dense head of 8, 16 tokens at least.
 """
 
+import importlib.util
 import os
 import random
 import sys
@@ -13,6 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+# Triton becomes what it is when it is imported, and transformers' caches import it: without a GPU, its interpreter.
+if importlib.util.find_spec("triton") and not importlib.util.find_spec("vllm") and not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton.language  # noqa: F401
 
 try:
     import fastfill  # noqa: F401

@@ -224,6 +224,24 @@ def write_tasks(tmp_path: Path) -> None:
     (tmp_path / "eval" / "ruler.json").write_text(json.dumps(result))
 
 
+def write_real(folder: Path) -> None:
+    """Results of a real model."""
+    folder.mkdir()
+    model = {"model": "models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"}
+    (folder / "bench-native.json").write_text(json.dumps({**WITH_SPLIT, **model}))
+    (folder / "quality.jsonl").write_text(json.dumps({**QUALITY, **model}) + "\n")
+    nats = {"dense": 2.3, "sparse": 2.32, "loss": 0.02, "kl": 0.03, "first_token_agreement": 0.9}
+    row = {"examples": 3, "interval": [-0.01, 0.05], **nats}
+    result = {
+        **QUALITY,
+        **model,
+        "max_prompt_tokens": 2048,
+        "likelihood": row,
+        "datasets": [{"dataset": "qasper", "likelihood": row}],
+    }
+    (folder / "longbench.json").write_text(json.dumps(result))
+
+
 def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     report = load_report()
     (tmp_path / "bench-tiny.json").write_text(json.dumps(WITH_SPLIT))
@@ -242,8 +260,13 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     ]
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "vllm.jsonl").write_text(json.dumps(VLLM) + "\n")
+    write_real(tmp_path / "qwen2.5-coder-0.5b")
     page = report.render(README, tmp_path)
     assert "{{" not in page
+    assert (
+        "\nQwen2.5-Coder-0.5B-Instruct, a prompt of" in page
+        and "| all sets | 3 | 2.300 | 2.320 | 0.020 | -0.010 to 0.050 |" in page
+    )
     assert "2.00 s → 1.68 s, **1.19x**" in page and "at most 1.33x" in page and "**1.07x**" in page and "**1.50x**" in page
     assert "| 128 | 2.000 s | 2.000 s | 1.00x (too short: all dense) |" in page
     assert "0.97x (slower)" in page

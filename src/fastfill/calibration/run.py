@@ -14,7 +14,7 @@ import torch
 
 from fastfill import artifact as artifacts
 from fastfill import config as cfg
-from fastfill import data, families, machine
+from fastfill import context, data, families, machine
 from fastfill import tensors as stored
 from fastfill.artifact import Artifact
 from fastfill.attachment import check_detached
@@ -83,7 +83,7 @@ def calibrate(
     texts = [d if isinstance(d, data.Document) else data.Document(d, f"text#{i}") for i, d in enumerate(documents)]
     anatomy = families.dissect(model)
     check_detached(anatomy)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context.positions(model.config)
     if limit and config.sequence_length > limit:
         raise UserError(f"sequence_length {config.sequence_length} is more than the {limit} tokens that the model holds.")
     tokens = data.sequences(tokenizer, texts, config.sequence_length, config.seed)
