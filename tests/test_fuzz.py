@@ -80,6 +80,6 @@ def test_a_worker_that_hangs_or_dies_is_replaced(monkeypatch):
         return [random.Random(f"misbehaving-{seed}-{number}").choice(misbehaving.WAYS) for number in range(4)]
 
     seed = next(seed for seed in range(1000) if ways(seed) == ["right", "hang", "crash", "right"])
-    monkeypatch.setattr(bed, "CASE_S", 20.0)
+    monkeypatch.setattr(bed, "CASE_S", 60.0)
     found = [outcome.verdict for outcome in bed.outcomes("misbehaving", seed, lambda number: number < 4)]
     assert found == ways(seed)
