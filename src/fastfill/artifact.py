@@ -25,7 +25,6 @@ from fastfill.schema import BASE_KEYS as BASE_KEYS
 DEFAULT_ARTIFACT = "smollm2-135m-instruct"
 SHIPPED = {  # name -> folder in artifacts/
     "smollm2-135m": DEFAULT_ARTIFACT,
-    "qwen2.5-coder-0.5b": "qwen2.5-coder-0.5b-instruct",
     "qwen2.5-coder-1.5b": "qwen2.5-coder-1.5b-instruct",
 }
 CONFIG, WEIGHTS, README = "config.json", "weights.safetensors", "README.md"
