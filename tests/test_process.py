@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -22,8 +23,18 @@ def environment(**changes):
 def command(*arguments, closed=None, stdin=b"", stdout=subprocess.PIPE, stderr=subprocess.PIPE, **changes):
     begin = ["-m", "fastfill"] if closed is None else ["-c", LINE_OF_CODE.format(number=closed)]
     return subprocess.run(
-        [sys.executable, *begin, *map(str, arguments)], input=stdin, stdout=stdout, stderr=stderr, env=environment(**changes)
+        [sys.executable, *begin, *map(str, arguments)],
+        input=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        env=environment(**changes),
+        preexec_fn=hear_interrupts,
     )
+
+
+def hear_interrupts():
+    """What a shell runs in the background ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def refused(done, code=2):
