@@ -24,7 +24,7 @@ test-oldest: $(VENV)-oldest/.installed
 venv-vllm: $(VENV)-vllm/.installed
 
 test-vllm: $(VENV)-vllm/.installed
-	timeout 900 $(VENV)-vllm/bin/python -m pytest -W ignore tests/test_vllm_*.py
+	timeout 1200 $(VENV)-vllm/bin/python -m pytest -W ignore tests/test_vllm_*.py
 
 lint: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pre-commit run --all-files

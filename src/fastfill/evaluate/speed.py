@@ -153,7 +153,7 @@ def bench(runner: Runner, lengths: Sequence[int], repeats: int, seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
     work = [max(1, round(sum(flops.prefill(runner.shape, length).values()) / 1e9)) for length in lengths]
     rows = []
-    with stage("GFLOP", sum(work) * prefills(repeats)) as bar:  # a long prompt takes its share of the bar
+    with stage("time to first token, GFLOP", sum(work) * prefills(repeats)) as bar:  # a long prompt takes its share of the bar
         for length, share in zip(lengths, work, strict=True):
             ids = torch.randint(0, runner.shape.vocab_size, (1, length), generator=generator)
             rows.append(measure(runner, ids, repeats, partial(bar.step, share, f"{length} tokens")))
