@@ -713,3 +713,9 @@ def test_the_tiny_model_in_the_folder_is_the_tiny_model(model_folder, model):
     loaded = models.load(str(model_folder), "fp32").model
     ids = torch.arange(3, 30)[None]
     assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("words", [["report", "a", "--out", "\0"], ["inspect", "a\0b"]])
+def test_a_null_character_in_an_argument(capsys, words):
+    assert cli.main(words) == 2
+    assert "null character" in capsys.readouterr().err

@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
+    if any("\0" in word for word in argv):  # no system can: a program that calls `main` can
+        parser.error("an argument has a null character in it")
     arguments, rest = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
     if rest and arguments.run is not run_serve:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
