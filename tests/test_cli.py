@@ -715,7 +715,7 @@ def test_the_tiny_model_in_the_folder_is_the_tiny_model(model_folder, model):
     assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
-@pytest.mark.parametrize("words", [["report", "a", "--out", "\0"], ["inspect", "a\0b"]])
-def test_a_null_character_in_an_argument(capsys, words):
+@pytest.mark.parametrize("words", [["report", "a", "--out", "\0"], ["inspect", "a\0b"], ["report", "a", "--svg", "\ud800"]])
+def test_arguments_that_no_system_passes(capsys, words):
     assert cli.main(words) == 2
     assert "null character" in capsys.readouterr().err

@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
-    if any("\0" in word for word in argv):  # no system can: a program that calls `main` can
-        parser.error("an argument has a null character in it")
+    if not all(map(_can_be_passed, argv)):
+        parser.error("an argument has a null character or half of a surrogate pair in it")
     arguments, rest = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
     if rest and arguments.run is not run_serve:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -67,6 +67,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
         check_integer("--seed", arguments.seed, 0, MAX_SEED)
     return arguments
+
+
+def _can_be_passed(word: str) -> bool:
+    """Whether a system can pass this argument. A program that calls `main` can pass others, and paths of them have no file."""
+    try:
+        return b"\0" not in os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
 
 
 def _surroundings(error: Exception) -> str | None:
