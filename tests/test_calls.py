@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
 from conftest import BLOCK, FAMILIES, PREFILL, logits, tiny_artifact, tiny_model, token_ids
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
@@ -15,6 +16,11 @@ from fastfill import attach, blocks, calls
 from fastfill.calls import GenerateHook, generate_input, plain_mask
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
+
+# What transformers 5.0 itself cannot do, or calls otherwise.
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 1)
+not_in_old = pytest.mark.skipif(OLD, reason="transformers 5.0 has it otherwise")
+OLD_CANNOT = ("prompt lookup", "long drafts", "chunks of blocks", "short chunks", "chunks and a static cache")
 
 EXACT = {"rtol": 0, "atol": 1e-10}  # fp64 through 3 layers; see test_attach
 TAIL = 12  # dense at the end of a prompt, and no whole number of blocks
@@ -56,6 +62,8 @@ WAYS = {
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_generate_reads_the_same_tokens_sparsely(family, attention, way):
+    if OLD and way in OLD_CANNOT:
+        pytest.skip(f"transformers 5.0 fails at {way}, with nothing attached too")
     model = tiny_model(family, dtype=torch.float64, attn_implementation=attention)
     ids, settings = repeating(47), WAYS[way]
     new = settings.get("max_new_tokens", NEW)
@@ -74,6 +82,8 @@ def test_every_way_to_generate_reads_the_same_tokens_sparsely(family, attention,
 @pytest.mark.parametrize("way", ["greedy", "without a cache", "static cache", "chunks of blocks", "chunks and a static cache"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_padded_batch_gives_what_its_sequences_give_alone(way, attention):
+    if OLD and way in OLD_CANNOT:
+        pytest.skip(f"transformers 5.0 fails at {way}, with nothing attached too")
     """The second sequence's padding fills the first chunks."""
     model = tiny_model(dtype=torch.float64, attn_implementation=attention)
     ids, mask = token_ids(3, 64), torch.ones(3, 64, dtype=torch.long)
@@ -89,6 +99,7 @@ def test_a_padded_batch_gives_what_its_sequences_give_alone(way, attention):
         assert all(torch.equal(row[-NEW:], one) for row, one in zip(together, alone, strict=True))
 
 
+@not_in_old
 def test_an_assistant_model_moves_nothing():
     model, assistant = tiny_model(dtype=torch.float64), tiny_model(seed=1, dtype=torch.float64)
     assistant.generation_config.num_assistant_tokens = 20
@@ -125,6 +136,7 @@ def test_embeddings_as_a_prompt(exact_model):
         assert torch.equal(out, greedy) and attachment.stats.sparse_tokens == 2 * SPARSE
 
 
+@not_in_old
 @pytest.mark.parametrize("whole", [True, False], ids=["whole input", "new tokens only"])
 @pytest.mark.parametrize("chunk", [None, 16])
 def test_the_next_turn_over_the_same_cache(exact_model, whole, chunk):
@@ -420,6 +432,7 @@ def test_a_cache_that_says_no_length(model):
 # --- ready masks --------------------------------------------------------------------------------------------------------
 
 
+@not_in_old
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("past", [0, 10])
