@@ -346,6 +346,8 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
         ("x" * 256, "File name too long"),
         ("x" * 256 + "/below", "File name too long"),
         ("/proc/artifact", "could not be written"),
+        ("a\0b", "null byte"),
+        ("\ud800", "could not be written"),
         ("/proc", "mount point"),
         ("here", "holds the folder you are in"),
         (".", "holds the folder you are in"),
@@ -362,6 +364,11 @@ def test_a_place_that_cannot_be_written_is_found_at_once(tmp_path, monkeypatch, 
         with pytest.raises(UserError, match=words) as error:
             act(place)
         one_sentence(error)
+    if words not in ("there is a file of that name", "mount point", "holds the folder you are in"):
+        for act in (files.check_file, lambda place: files.write(place, "text")):
+            with pytest.raises(UserError, match="could not be written") as error:
+                act(place)
+            one_sentence(error)
     assert snapshot(tmp_path) == {"file": b"mine"}
 
 

@@ -121,7 +121,7 @@ def read_json(file: str | Path, advice: str, words: str = "cannot be read as JSO
 
 
 @contextmanager
-def writing(target: Path, advice: str) -> Iterator[None]:
+def writing(target: str | Path, advice: str) -> Iterator[None]:
     """Inside, any error becomes a UserError: `{target} could not be written: {why}{advice}`."""
     try:
         yield
@@ -134,8 +134,8 @@ def writing(target: Path, advice: str) -> Iterator[None]:
 def write(file: str | Path, content: Content, advice: str = "; name another place.") -> None:
     """Write a file beside `file` and move it there, so that a failure at any moment leaves the old one whole. A link stays a
     link: the file it names is written. Raises UserError if that cannot be done."""
-    file = Path(os.path.realpath(file))
     with writing(file, advice):
+        file = Path(os.path.realpath(file))
         file.parent.mkdir(parents=True, exist_ok=True)
         with _workshop(file) as workshop:
             _check_kind(file, stat.S_ISREG, "there is no regular file of that name, but something else")
@@ -150,8 +150,8 @@ def write(file: str | Path, content: Content, advice: str = "; name another plac
 def replace_folder(target: str | Path, files: dict[str, Content]) -> None:
     """Write a folder beside `target` and exchange the two, so that a failure at any moment leaves the old one whole. Other
     files in it are kept; a link stays a link. Raises UserError if that cannot be done."""
-    target = Path(os.path.realpath(target))
     with writing(target, ". What was there before is untouched."):
+        target = Path(os.path.realpath(target))
         _check_place(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         held = hold(target, WAIT_S) if target.exists() else None
@@ -171,16 +171,16 @@ def replace_folder(target: str | Path, files: dict[str, Content]) -> None:
 
 def check_folder(target: str | Path) -> None:
     """Raise UserError unless `replace_folder` can write there: to be known before the hours, not after. Leaves no trace."""
-    target = Path(os.path.realpath(target))
     with writing(target, "; name another place."):
+        target = Path(os.path.realpath(target))
         _check_place(target)
         _try(target)
 
 
 def check_file(file: str | Path) -> None:
     """The same for `write`."""
-    file = Path(os.path.realpath(file))
     with writing(file, "; name another place."):
+        file = Path(os.path.realpath(file))
         _check_kind(file, stat.S_ISREG, "there is no regular file of that name, but something else")
         _try(file)
 

@@ -155,7 +155,9 @@ def _changed(rng: random.Random, line: list[str], names: list[str]) -> list[str]
 
 
 def _use(argv: list[str], home: Path, out: Path) -> tuple[str, str]:
+    written = {value for option, value in itertools.pairwise(argv) if option in ("--out", "--svg")}
     inputs = [home / name for name in ("model", "text.txt", "bad/binary", *(() if "--record" in argv else ("artifact",)))]
+    inputs = [path for path in inputs if str(path) not in written]  # what the line itself names is written to
     before = [_content(path) for path in inputs]
     here = os.getcwd()
     os.chdir(out)
@@ -163,7 +165,7 @@ def _use(argv: list[str], home: Path, out: Path) -> tuple[str, str]:
         code, shown, said = _run(argv)
     finally:
         os.chdir(here)
-    if [_content(path) for path in inputs] != before and str(home / "artifact") not in _written(argv):
+    if [_content(path) for path in inputs] != before:
         raise bed.Fault("changed", "a file of the input")
     if left := [path.name for path in out.rglob(".*")]:
         raise bed.Fault("changed", f"left behind: {left}")
@@ -178,13 +180,12 @@ def _use(argv: list[str], home: Path, out: Path) -> tuple[str, str]:
     return "refused", bed.check_sentence(lines[-1] if lines else "", bed.LONGEST + bed.PREFIX)
 
 
-def _written(argv: list[str]) -> list[str]:
-    """What the line itself names as the place to write to."""
-    return [value for option, value in itertools.pairwise(argv) if option in ("--out", "--svg")]
-
-
 def _content(path: Path) -> object:
     return snapshot(path) if path.is_dir() else path.read_bytes() if path.is_file() else None
+
+
+def _stdin() -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(b"w5 " * 80))
 
 
 def _run(argv: list[str]) -> tuple[object, str, str]:
@@ -192,7 +193,7 @@ def _run(argv: list[str]) -> tuple[object, str, str]:
     with (
         contextlib.redirect_stdout(shown),
         contextlib.redirect_stderr(said),
-        mock.patch.object(sys, "stdin", io.StringIO("w5 " * 80)),
+        mock.patch.object(sys, "stdin", _stdin()),
     ):
         try:
             code: object = cli.main(argv)
