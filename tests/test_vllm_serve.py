@@ -247,7 +247,8 @@ def test_a_model_that_is_not_supported_is_a_sentence():
 
 def environment():
     """A process as a user starts it."""
-    kept = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    own = ("VLLM_ENABLE_V1_MULTIPROCESSING", "PROMETHEUS_MULTIPROC_DIR")  # of engines in this process
+    kept = {key: value for key, value in os.environ.items() if key not in own}
     return {**kept, "VLLM_LOGGING_LEVEL": "INFO"}
 
 

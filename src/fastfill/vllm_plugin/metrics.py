@@ -51,5 +51,9 @@ def _shown() -> tuple:
 
 
 def counters() -> Counters | None:
-    """None where nobody would see them."""
-    return Counters() if os.environ.get(VARIABLE) else None
+    """None where nobody would see them. The folder is made if it is not there: prometheus_client only fails."""
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        return None
+    os.makedirs(folder, exist_ok=True)
+    return Counters()
