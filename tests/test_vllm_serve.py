@@ -326,7 +326,7 @@ def test_server(tmp_path):
     def long_request(client):
         try:
             ask(client, ids, tokens=500)
-        except openai.APIConnectionError as error:
+        except openai.APIError as error:  # no answer at all, or that of a server whose engine is gone already
             failed.append(error)
 
     with tiny_server(port, log) as (process, client):
@@ -349,7 +349,7 @@ def test_server(tmp_path):
         assert any(line.startswith("vllm:prompt_tokens_total") for line in lines)
         running = threading.Thread(target=long_request, args=(client,))
         running.start()
-        time.sleep(0.3)
+        time.sleep(0.1)  # 500 tokens take several times as long
     running.join()
     assert failed
     with tiny_server(port, log) as (_, client):
