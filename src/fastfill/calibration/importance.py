@@ -22,7 +22,7 @@ def sensitivity(
     """Mean KL (nats per token) to the dense logits when one layer alone is sparse, for each layer. Ours. tokens: (S, T); every
     `stride`-th behind the dense head is scored.
 
-    The layers before the sparse one are not computed again, and the head only on what is scored: 0.6 of the time at 0.5B.
+    The layers before the sparse one are not computed again, and the head only on what is scored.
     """
     head = model.get_output_embeddings()
     rows = tokens[team.share(len(tokens))]

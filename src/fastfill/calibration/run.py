@@ -31,7 +31,7 @@ from fastfill.progress import stage
 from fastfill.schedule import allocate
 
 SAVE_EVERY_S = 60.0
-FIT_SHARE = 0.3  # of a budget in minutes; more fit tokens buy less than more steps (docs/log.md)
+FIT_SHARE = 0.3  # of a budget in minutes; a guess, not measured
 CLOSED_FORM_TOKENS = 32768  # more does not move a solution with H + 1 unknowns an output
 
 
