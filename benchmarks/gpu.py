@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from fastfill import config as cfg
-from fastfill import machine, stand_in
+from fastfill import machine
 from fastfill.config import PrefillConfig
-from fastfill.evaluate import ffn_op
-from fastfill.evaluate.ffn_op import CHIPS, Size
+from fastfill.lab import ffn_op, stand_in
+from fastfill.lab.ffn_op import CHIPS, Size
 
 HERE = Path(__file__).parent
 LENGTHS = (1024, 2048, 4096, 8192, 16384)

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from fastfill.evaluate import chance, intervals, metrics
+from fastfill.lab import chance, intervals, metrics
 
 
 def scores(references, metric=metrics.qa_f1):

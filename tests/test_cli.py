@@ -359,7 +359,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
         raise AssertionError("the work began")
 
     monkeypatch.setattr(models, "load", too_late)
-    monkeypatch.setattr("fastfill.report.page.figures", too_late)
+    monkeypatch.setattr("fastfill.lab.report.page.figures", too_late)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file" / "below", "/proc/below/x"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastfill import cli
-from fastfill.evaluate import compare
+from fastfill.lab import compare
 
 GGUF = "model.Q4_1.gguf"
 JOB = compare.Job("some/folder", GGUF, "bfloat16", "cpu", [20, 45], repeats=2, threads=3, vocabulary=128)

@@ -96,10 +96,10 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_public_names_win_over_submodules_of_the_same_name():
     import fastfill
     import fastfill.calibration.run
-    import fastfill.evaluate.speed  # brings in the other modules
+    import fastfill.lab.speed  # brings in the other modules
 
     assert all(callable(getattr(fastfill, name)) for name in fastfill.__all__)
-    code = "import fastfill, fastfill.evaluate.speed, fastfill.calibration.run as r; assert fastfill.calibrate is r.calibrate"
+    code = "import fastfill, fastfill.lab.speed, fastfill.calibration.run as r; assert fastfill.calibrate is r.calibrate"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
     with pytest.raises(AttributeError, match="nothing_here"):
         fastfill.nothing_here  # noqa: B018

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastfill import cli, data
-from fastfill.evaluate import longbench, tasks
+from fastfill.lab import longbench, tasks
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "eval.py"
 FAKE = """

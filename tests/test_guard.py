@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from fastfill.guard import DRAINED, Guard
+from fastfill.lab.guard import DRAINED, Guard
 
 HOST = (b"host", b"127.0.0.1:7860")
 HEADERS = {"content-security-policy": "default-src 'self'"}

@@ -12,8 +12,8 @@ from conftest import BLOCK, logits, tiny_artifact, tiny_model, token_ids
 
 from fastfill import attach
 from fastfill.engines import transformers as engine
-from fastfill.evaluate import likelihood, metrics, runner
-from fastfill.evaluate.example import Example
+from fastfill.lab import likelihood, metrics, runner
+from fastfill.lab.example import Example
 
 T = 45  # a prompt; blocks at 8..39 are sparse
 LENGTHS = (1, 2, 5, likelihood.CHUNK + 6)

@@ -16,8 +16,8 @@ from lm_eval.api.registry import get_model
 from fastfill import attach
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import lm_eval as ours
-from fastfill.evaluate.lm_eval import FastfillLM
+from fastfill.lab import lm_eval as ours
+from fastfill.lab.lm_eval import FastfillLM
 
 CONTEXTS = [tiny_text(45, seed=1), tiny_text(60, seed=2)]
 ENDS = [" w9", " w10 w11 w12", " w13 w14"]

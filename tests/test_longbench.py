@@ -11,7 +11,7 @@ from conftest import one_sentence, tiny_artifact, tiny_text
 from fastfill import attach, cli
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import longbench, metrics
+from fastfill.lab import longbench, metrics
 
 
 def fields(dataset="hotpotqa", index=0, **changes):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastfill.evaluate import longbench
+from fastfill.lab import longbench
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,7 +4,7 @@ import builtins
 
 import pytest
 
-from fastfill.evaluate import metrics
+from fastfill.lab import metrics
 
 
 def test_normalize():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastfill.evaluate.example import Example
-from fastfill.evaluate.pace import Pace, in_turn, span
+from fastfill.lab.example import Example
+from fastfill.lab.pace import Pace, in_turn, span
 
 
 def example(dataset, name="0", tokens=100, new=32):

@@ -7,8 +7,8 @@ import torch
 from conftest import tiny_artifact, tiny_model, tiny_text, token_ids
 
 from fastfill import attach, cli
-from fastfill.evaluate import pareto, peers, perplexity, speed
-from fastfill.evaluate.resume import Store
+from fastfill.lab import pareto, peers, perplexity, speed
+from fastfill.lab.resume import Store
 
 CONTINUATION = 12
 DOCUMENTS = [("a#0", token_ids(60, seed=1)), ("a#1", token_ids(60, seed=2))]

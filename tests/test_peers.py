@@ -11,9 +11,9 @@ from conftest import BLOCK, HIDDEN, INTERMEDIATE, LAYERS, logits, tiny_artifact,
 from transformers import DynamicCache
 
 from fastfill import attach, families
-from fastfill.evaluate import peers, perplexity
-from fastfill.evaluate.resume import Store
 from fastfill.families import FFN
+from fastfill.lab import peers, perplexity
+from fastfill.lab.resume import Store
 
 CONTINUATION = 12
 DOCUMENTS = [("a#0", token_ids(60, seed=1)), ("a#1", token_ids(60, seed=2))]

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 
 from fastfill import attach
 from fastfill.errors import UserError
-from fastfill.evaluate import perplexity
-from fastfill.evaluate.resume import Store
+from fastfill.lab import perplexity
+from fastfill.lab.resume import Store
 
 CONTINUATION = 12
 DOCUMENTS = [("a#0", token_ids(60, seed=1)), ("a#1", token_ids(64, seed=2)), ("a#2", token_ids(45, seed=3))]

@@ -12,7 +12,7 @@ from conftest import BLOCK, INTERMEDIATE, LAYERS, logits, tiny_artifact, tiny_mo
 
 from fastfill import attach, cli
 from fastfill.errors import UserError
-from fastfill.evaluate import picks
+from fastfill.lab import picks
 
 DOCUMENT = ("a#0", token_ids(45, seed=1))  # a dense head of 8, four blocks of 8, a tail of 5
 

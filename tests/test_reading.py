@@ -13,7 +13,7 @@ from conftest import one_sentence
 
 from fastfill import data, reading
 from fastfill.errors import LONGEST, UserError
-from fastfill.evaluate import longbench
+from fastfill.lab import longbench
 
 TEXT = "caf\u00e9 \u4e2d\u6587 \U0001f600\nline two\n"
 ENCODED = {

@@ -8,8 +8,8 @@ from conftest import BLOCK, INTERMEDIATE, LAYERS, logits, tiny_artifact, tiny_mo
 
 from fastfill import attach, cli, families
 from fastfill.errors import UserError
-from fastfill.evaluate import recall
-from fastfill.evaluate.resume import Store
+from fastfill.lab import recall
+from fastfill.lab.resume import Store
 from fastfill.predictor import importance
 
 DOCUMENTS = [("a#0", token_ids(45, seed=1)), ("a#1", token_ids(64, seed=2))]

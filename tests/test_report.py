@@ -23,10 +23,11 @@ import report_documents as documents
 from conftest import one_sentence, snapshot, tiny_artifact, tiny_model
 
 from fastfill import artifact as artifacts
-from fastfill import cli, report
+from fastfill import cli
 from fastfill.errors import UserError
-from fastfill.report import draw, layers, page, quality, runs, speed
-from fastfill.report.values import distinct, number
+from fastfill.lab import report
+from fastfill.lab.report import draw, layers, page, quality, runs, speed
+from fastfill.lab.report.values import distinct, number
 
 pytest.importorskip("matplotlib")
 HARMFUL = "<script>alert('x')</script>\"'&]]>--><!-- \x00\x1b\ud800 $\\frac{1}"
@@ -482,7 +483,7 @@ def test_command_reads_folders_and_artifacts_and_is_deterministic(tmp_path: Path
     first = snapshot(tmp_path / "svg"), (tmp_path / "one.html").read_bytes()
     assert b"tiny" in first[1]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "SOURCE_DATE_EPOCH": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(report.__file__).parents[2]), *sys.path])
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(report.__file__).parents[3]), *sys.path])
     subprocess.run([sys.executable, "-m", "fastfill.cli", "report", *names], check=True, env=environment, capture_output=True)
     assert (snapshot(tmp_path / "svg"), (tmp_path / "one.html").read_bytes()) == first
     assert not list(tmp_path.rglob(".*"))  # nothing half-written

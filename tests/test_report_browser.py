@@ -16,8 +16,8 @@ import pytest
 import report_documents as documents
 from test_report import contrast
 
-from fastfill import report
-from fastfill.report import draw, page
+from fastfill.lab import report
+from fastfill.lab.report import draw, page
 
 FLAGS = (
     "--headless",

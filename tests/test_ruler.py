@@ -10,7 +10,7 @@ from conftest import one_sentence, tiny_text
 
 from fastfill import cli
 from fastfill.errors import UserError
-from fastfill.evaluate import ruler
+from fastfill.lab import ruler
 
 ROWS = [{"input": f"q{i} ?", "answers": [f"a{i}"], "context": f"context number {i} says a{i} ."} for i in range(4)]
 

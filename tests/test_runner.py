@@ -14,8 +14,8 @@ from conftest import BLOCK, one_sentence, snapshot, tiny_artifact, tiny_model, t
 from fastfill import attach
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import metrics, resume, runner
-from fastfill.evaluate.resume import Store
+from fastfill.lab import metrics, resume, runner
+from fastfill.lab.resume import Store
 
 NEW = 6
 
@@ -328,7 +328,7 @@ def test_half_of_a_pair_is_kept(attached, tmp_path):
 
 def test_two_runs_do_not_write_to_one_folder(attached, tmp_path):
     store = Store(tmp_path, settings(attached, examples()))
-    code = "import sys; from fastfill.evaluate.resume import Store; Store(sys.argv[1], {})"
+    code = "import sys; from fastfill.lab.resume import Store; Store(sys.argv[1], {})"
     env = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
     refused = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=env)
     assert "another process is writing there" in refused.stderr and store.rows == {}

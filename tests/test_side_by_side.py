@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import BLOCK, LAYERS, logits, one_sentence, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer, token_ids
 
-from fastfill import attach, demo, side_by_side
+from fastfill import attach
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import picks
+from fastfill.lab import demo, picks, side_by_side
+from fastfill.lab.side_by_side import Comparison, Run, State
 from fastfill.models import LoadedModel
-from fastfill.side_by_side import Comparison, Run, State
 
 DOCUMENT, QUESTION, NEW = tiny_text(90), "w9 w10", 6
 SECONDS = 60  # no wait is longer; without a bug all are short

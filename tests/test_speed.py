@@ -14,7 +14,7 @@ from fastfill.engines import PARTS, Prefill, profile
 from fastfill.engines import transformers as engine
 from fastfill.engines.transformers import TransformersRunner
 from fastfill.errors import UserError
-from fastfill.evaluate import flops, speed
+from fastfill.lab import flops, speed
 
 FIELDS = {"prompt_tokens", "ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_dense_s", "ffn_sparse_s", "ffn_share", "ceiling",
           "ffn_ratio", "sparse_tokens", "dense_tokens", "ttft_dense_quartiles_s", "ttft_sparse_quartiles_s",

@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import LAYERS, one_sentence, tiny_artifact, token_ids
 
-from fastfill import attach, cli, families, stand_in
+from fastfill import attach, cli, families
 from fastfill.config import PrefillConfig
 from fastfill.engines import cuda
 from fastfill.engines.cuda import CudaRunner
 from fastfill.errors import UserError
-from fastfill.evaluate import ffn_op
-from fastfill.evaluate.ffn_op import Chip, Size
+from fastfill.lab import ffn_op, stand_in
+from fastfill.lab.ffn_op import Chip, Size
 
 PARAMETERS = {"Llama-3.2-1B": 1.24e9, "Llama-3.2-3B": 3.21e9, "Llama-3.1-8B": 8.03e9, "Qwen3-8B": 8.19e9, "Qwen2.5-7B": 7.62e9}
 
@@ -74,7 +74,7 @@ def test_work_and_floors_by_hand():
 
 def test_prefill_floors_by_hand():
     """A shape where only FFNs cost anything worth naming: half of them is half the time, but for head and tail."""
-    from fastfill.evaluate import flops
+    from fastfill.lab import flops
 
     shape = stand_in.config("Llama-3.1-8B")
     found = ffn_op.prefill_floors(shape, 4096, PrefillConfig(block_size=128), Chip(1e12, 1e30, ""))
@@ -176,7 +176,7 @@ def test_compiled_dense_is_the_model_without_the_artifact(runner):
 
 
 def test_a_row_of_bench_on_a_gpu(runner, monkeypatch):
-    from fastfill.evaluate import speed
+    from fastfill.lab import speed
 
     monkeypatch.setattr(runner, "peak_mb", lambda ids, sparse: None)
     row = speed.measure(runner, token_ids(1, 45), 1)

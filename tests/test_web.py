@@ -21,12 +21,12 @@ from conftest import LAYERS, one_sentence, tiny_artifact, tiny_model, tiny_text,
 
 import fastfill
 from fastfill import artifact as artifacts
-from fastfill import attach, cli, demo
+from fastfill import attach, cli
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import picks
+from fastfill.lab import demo, picks
+from fastfill.lab.side_by_side import State
 from fastfill.models import LoadedModel
-from fastfill.side_by_side import State
 
 REQUIRED = os.environ.get("FASTFILL_REQUIRE_BROWSER") == "1"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -54,7 +54,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def test_a_missing_package_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "fastfill.web", raising=False)
+    monkeypatch.delitem(sys.modules, "fastfill.lab.web", raising=False)
     monkeypatch.delattr(fastfill, "web", raising=False)
     assert cli.main(["demo", "--web"]) == 2
     assert capsys.readouterr().err == "fastfill: The page needs more packages; run: pip install 'fastfill[web]'.\n"
@@ -68,7 +68,7 @@ def test_help_says_where_the_page_is(capsys):
 
 @needs_page
 def test_times():
-    from fastfill import web
+    from fastfill.lab import web
 
     def cells(state):
         return re.findall(r"<dd id='(\w+)'>(.*?)</dd>", web.times(state))
@@ -82,7 +82,7 @@ def test_times():
 
 @needs_page
 def test_what_is_shown_is_escaped():
-    from fastfill import web
+    from fastfill.lab import web
 
     assert "<b>" not in web._status("<b>&", error=True) and "&lt;b&gt;&amp;" in web._status("<b>&")
     assert web._as_text("a/b_1.5 [x](y)\n<b>\x1b \u4e2d") == r"a\/b\_1\.5 \[x\]\(y\) \<b\>\\x1b " + "\u4e2d"
@@ -90,7 +90,7 @@ def test_what_is_shown_is_escaped():
 
 @needs_page
 def test_the_maps_are_figures_with_words(model):
-    from fastfill import web
+    from fastfill.lab import web
 
     with attach(model, tiny_artifact(model)) as attachment, picks.watch(attachment) as seen:
         ids = engine.encode(tiny_tokenizer(), tiny_text(45), chat=False)
@@ -105,7 +105,7 @@ def test_the_maps_are_figures_with_words(model):
 
 @needs_page
 def test_the_port():
-    from fastfill import web
+    from fastfill.lab import web
 
     with web.listen(0) as sock:
         host, port = sock.getsockname()

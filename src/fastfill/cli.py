@@ -355,8 +355,8 @@ def _attach(arguments: argparse.Namespace, model: Any, artifact: Any, **extra: A
 
 def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import artifact as artifacts
-    from fastfill import demo
     from fastfill.config import check_integer
+    from fastfill.lab import demo
 
     if not arguments.web and (arguments.no_open or arguments.port != 7860):
         raise UserError("--port and --no-open are for the page; add --web, or leave them out.")
@@ -367,8 +367,8 @@ def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
     document = _read_text(arguments.document) if arguments.document else None
     artifact = artifacts.load(arguments.artifact)
     if arguments.web:
-        from fastfill import web
-        from fastfill.side_by_side import Comparison
+        from fastfill.lab import web
+        from fastfill.lab.side_by_side import Comparison
 
         sock = web.listen(arguments.port)
         loaded = _load(arguments)
@@ -509,7 +509,7 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
 
     from fastfill import config as cfg
     from fastfill import context, engines, machine
-    from fastfill.evaluate import ffn_op, speed
+    from fastfill.lab import ffn_op, speed
 
     bench = engines.bench_of(arguments.engine)
     _threads(arguments)
@@ -548,7 +548,7 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
 def _bench_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """MODEL and its artifact, or both of a shape, with random weights."""
     from fastfill import artifact as artifacts
-    from fastfill import stand_in
+    from fastfill.lab import stand_in
 
     if arguments.shape is None:
         if arguments.model is None or arguments.artifact is None or arguments.layers is not None:
@@ -566,7 +566,7 @@ def _compare(arguments: argparse.Namespace, result: dict[str, Any], vocabulary: 
     import torch
 
     from fastfill import models
-    from fastfill.evaluate import compare
+    from fastfill.lab import compare
 
     gc.collect()
     torch.cuda.empty_cache()  # a peer on the same GPU finds its memory free; does nothing without one
@@ -590,7 +590,7 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import artifact as artifacts
     from fastfill import config as cfg
     from fastfill import machine, show
-    from fastfill.evaluate import tasks
+    from fastfill.lab import tasks
 
     folder = artifacts.folder_of(arguments.artifact)
     artifact = artifacts.load(folder)
@@ -625,7 +625,7 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_report(arguments: argparse.Namespace) -> dict[str, Any]:
-    from fastfill import report
+    from fastfill.lab import report
 
     result = report.write(arguments.runs, arguments.out, arguments.svg)
     say(f"{result['out']}: {len(result['figures'])} figures from {result['runs']} results")

@@ -3,7 +3,7 @@
 Each runs in a process of its own, one after the other, with as many threads as we had, so that no two thread pools
 compete. What is not installed or fails is listed with its reason. The inside of such a process is
 
-    python -m fastfill.evaluate.compare PEER ANSWER
+    python -m fastfill.lab.compare PEER ANSWER
 
 with a `Job` as JSON on stdin; it writes what it measured to the file ANSWER.
 """
@@ -93,7 +93,7 @@ def _package(module: str, package: str, job: Job) -> dict[str, Any]:
         raise _Skipped(f"not installed (pip install {package})")
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "fastfill.evaluate.compare", module, str(answer)]
+        command = [sys.executable, "-m", "fastfill.lab.compare", module, str(answer)]
         _run(command, job, json.dumps(dataclasses.asdict(job)))
         try:
             return json.loads(answer.read_text())

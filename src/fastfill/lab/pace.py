@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from fastfill.evaluate.example import Example
+from fastfill.lab.example import Example
 
 
 def in_turn(examples: Iterable[Example]) -> list[Example]:

@@ -18,11 +18,11 @@ import torch
 from fastfill.attachment import Attachment
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import chance, intervals, likelihood
-from fastfill.evaluate.example import Example, identity
-from fastfill.evaluate.intervals import CONFIDENCE, RESAMPLES, percentiles
-from fastfill.evaluate.pace import Pace, in_turn
-from fastfill.evaluate.resume import Store
+from fastfill.lab import chance, intervals, likelihood
+from fastfill.lab.example import Example, identity
+from fastfill.lab.intervals import CONFIDENCE, RESAMPLES, percentiles
+from fastfill.lab.pace import Pace, in_turn
+from fastfill.lab.resume import Store
 from fastfill.progress import stage
 
 __all__ = ["CONFIDENCE", "RESAMPLES", "SCORES", "Example", "answer", "bootstrap", "identity", "percentiles", "run", "summarize"]

@@ -11,10 +11,23 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+from fastfill.lab.report import draw, layers, quality, speed
+from fastfill.lab.report.runs import Run
+from fastfill.lab.report.values import (
+    MISSING,
+    Table,
+    count,
+    distinct,
+    known,
+    number,
+    percent,
+    plain,
+    seconds,
+    short,
+    text,
+    times,
+)
 from fastfill.progress import stage
-from fastfill.report import draw, layers, quality, speed
-from fastfill.report.runs import Run
-from fastfill.report.values import MISSING, Table, count, distinct, known, number, percent, plain, seconds, short, text, times
 
 CLAIM_TOKENS = 1024  # the prompt length of the first lines, or the one nearest to it
 HERE = Path(__file__).parent

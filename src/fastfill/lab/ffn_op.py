@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from fastfill import blocks, kernels
 from fastfill import config as cfg
-from fastfill.evaluate import flops
+from fastfill.lab import flops
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from fastfill import calls
 from fastfill.engines import transformers as engine
-from fastfill.evaluate import intervals
+from fastfill.lab import intervals
 
 CHUNK = 64  # answer tokens whose logits (CHUNK, V) are in memory at a time
 

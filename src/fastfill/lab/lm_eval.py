@@ -1,6 +1,6 @@
 """A model class for EleutherAI's lm-evaluation-harness, so that its tasks run with a sparse prefill.
 
-    python -m fastfill.evaluate.lm_eval --model fastfill --model_args pretrained=MODEL,artifact=DIR --tasks lambada_openai
+    python -m fastfill.lab.lm_eval --model fastfill --model_args pretrained=MODEL,artifact=DIR --tasks lambada_openai
 
 is the harness's own command with the model `fastfill` known to it; a program imports this module. The arguments of
 the harness's `hf` model work too, but for `softmax_dtype` and `mixed_precision_dtype`, which are refused. `sparsity=0` is the
@@ -20,7 +20,7 @@ from fastfill import models
 from fastfill.attachment import attach
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate.perplexity import CHUNK
+from fastfill.lab.perplexity import CHUNK
 
 try:
     from lm_eval.api.registry import register_model

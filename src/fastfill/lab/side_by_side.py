@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from fastfill import demo
 from fastfill.attachment import Attachment
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import picks
+from fastfill.lab import demo, picks
 from fastfill.models import LoadedModel
 
 MOST_RUNS = 8  # that run or wait

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from fastfill.errors import UserError
-from fastfill.report.values import MISSING, text
+from fastfill.lab.report.values import MISSING, text
 
 WIDTH = 760  # of every figure, in its own units; font sizes are in the same
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"

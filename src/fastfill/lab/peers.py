@@ -19,9 +19,9 @@ from fastfill import blocks, families
 from fastfill.artifact import Artifact
 from fastfill.attachment import LEARNED, Attachment, attach
 from fastfill.config import MAX_SPARSITY, PrefillConfig
-from fastfill.evaluate import flops, perplexity
-from fastfill.evaluate.resume import Store
 from fastfill.families import FFN
+from fastfill.lab import flops, perplexity
+from fastfill.lab.resume import Store
 from fastfill.progress import stage
 from fastfill.sparse_ffn import current_plan
 

@@ -23,9 +23,9 @@ from fastfill.attachment import Attachment
 from fastfill.data import split_slice
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import likelihood, metrics, runner
-from fastfill.evaluate.example import Example
-from fastfill.evaluate.resume import Store
+from fastfill.lab import likelihood, metrics, runner
+from fastfill.lab.example import Example
+from fastfill.lab.resume import Store
 
 Metric = Callable[[str, str, Sequence[str]], float]
 
@@ -85,7 +85,7 @@ class Row:
 @functools.cache
 def prompts() -> dict[str, str]:
     """LongBench's prompt of every dataset, with {context} and {input}."""
-    text = (resources.files("fastfill.evaluate") / "longbench_prompts.json").read_text(encoding="utf-8")
+    text = (resources.files("fastfill.lab") / "longbench_prompts.json").read_text(encoding="utf-8")
     return json.loads(text)["prompts"]
 
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from fastfill.attachment import Attachment
 from fastfill.errors import UserError
-from fastfill.evaluate.resume import Store
-from fastfill.evaluate.runner import RESAMPLES, percentiles
+from fastfill.lab.resume import Store
+from fastfill.lab.runner import RESAMPLES, percentiles
 from fastfill.progress import stage
 
 CONTINUATION = 256  # last tokens of a document, unless something else is asked for

@@ -13,7 +13,7 @@ import torch
 from fastfill import context
 from fastfill.engines import Runner
 from fastfill.errors import UserError
-from fastfill.evaluate import flops
+from fastfill.lab import flops
 from fastfill.progress import stage
 
 SPLITS = 5  # at most so many profiled runs of each kind

@@ -17,7 +17,7 @@ def write(names: Iterable[str | Path], out: str | Path, svg: str | Path | None =
 
     Raises UserError for files that are no results, if matplotlib is missing, or if something cannot be written.
     """
-    from fastfill.report import draw, page, runs
+    from fastfill.lab.report import draw, page, runs
 
     files.check_file(out)
     if svg is not None:

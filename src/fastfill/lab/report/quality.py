@@ -8,8 +8,21 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from fastfill.report.draw import HEX, Sheet, Style, as_percent, dots, label, log_axis, style
-from fastfill.report.values import MISSING, Table, count, distinct, known, number, numbers, pair, percent, plain, text, times
+from fastfill.lab.report.draw import HEX, Sheet, Style, as_percent, dots, label, log_axis, style
+from fastfill.lab.report.values import (
+    MISSING,
+    Table,
+    count,
+    distinct,
+    known,
+    number,
+    numbers,
+    pair,
+    percent,
+    plain,
+    text,
+    times,
+)
 
 Document = dict[str, Any]
 METHODS = ("learned", "oracle", "static", "low-rank", "first-block", "random")  # the same look in every figure

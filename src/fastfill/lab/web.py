@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from fastfill import demo, kernels
+from fastfill import kernels
 from fastfill.errors import UserError, reason
-from fastfill.guard import Guard
-from fastfill.report import draw, layers
-from fastfill.side_by_side import Comparison, Run, State
+from fastfill.lab import demo
+from fastfill.lab.guard import Guard
+from fastfill.lab.report import draw, layers
+from fastfill.lab.side_by_side import Comparison, Run, State
 from fastfill.terminal import text_of
 
 for name in [name for name in os.environ if name.startswith("GRADIO_")]:

@@ -12,7 +12,7 @@ from fastfill import families, select
 from fastfill.attachment import Attachment
 from fastfill.blocks import Plan
 from fastfill.errors import UserError
-from fastfill.evaluate.resume import Store
+from fastfill.lab.resume import Store
 from fastfill.predictor import Oracle
 from fastfill.progress import stage
 from fastfill.sparse_ffn import current_plan

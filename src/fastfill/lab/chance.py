@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from fastfill.evaluate import intervals
+from fastfill.lab import intervals
 
 OTHERS = 5  # answers of other examples that an example is scored with
 

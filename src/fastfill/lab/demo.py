@@ -11,7 +11,7 @@ from fastfill import context, data, kernels, machine, reading, show
 from fastfill.attachment import Attachment
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import perplexity, speed
+from fastfill.lab import perplexity, speed
 from fastfill.models import LoadedModel
 from fastfill.progress import stage
 

@@ -21,9 +21,9 @@ from fastfill.attachment import LEARNED, Attachment
 from fastfill.config import PrefillConfig, check_integer, check_sparsity
 from fastfill.data import Document
 from fastfill.errors import UserError
-from fastfill.evaluate import longbench, pareto, peers, perplexity, picks, recall, resume, ruler, runner
-from fastfill.evaluate.example import Example, identity
-from fastfill.evaluate.resume import Store
+from fastfill.lab import longbench, pareto, peers, perplexity, picks, recall, resume, ruler, runner
+from fastfill.lab.example import Example, identity
+from fastfill.lab.resume import Store
 from fastfill.models import LoadedModel
 from fastfill.predictor import BASELINES
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastfill import files
 from fastfill.errors import UserError
-from fastfill.report.values import text
+from fastfill.lab.report.values import text
 
 LISTS: dict[str, dict[str, type]] = {  # kind: fields that hold a list, and of what
     "bench": {"rows": dict},

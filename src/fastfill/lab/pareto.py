@@ -11,8 +11,8 @@ import torch
 from fastfill.artifact import Artifact
 from fastfill.attachment import LEARNED, Attachment
 from fastfill.engines.transformers import TransformersRunner
-from fastfill.evaluate import peers, perplexity, speed
-from fastfill.evaluate.resume import Store
+from fastfill.lab import peers, perplexity, speed
+from fastfill.lab.resume import Store
 from fastfill.progress import stage
 
 KEYS = ("ppl_ratio", "kl", "cont_ppl_ratio", "context_kept")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastfill.errors import UserError
-from fastfill.report.draw import HEX, Sheet, as_percent, heat, label, style
-from fastfill.report.values import NAN, Table, count, known, mean, number, numbers, percent, short, text
+from fastfill.lab.report.draw import HEX, Sheet, as_percent, heat, label, style
+from fastfill.lab.report.values import NAN, Table, count, known, mean, number, numbers, percent, short, text
 
 Document = dict[str, Any]
 COLUMNS = 512  # neurons of a map are averaged into at most as many columns; a screen shows no more

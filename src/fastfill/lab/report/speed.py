@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fastfill.report.draw import HEX, Sheet, as_percent, dots, label, log_axis, style, ticks
-from fastfill.report.values import (
+from fastfill.lab.report.draw import HEX, Sheet, as_percent, dots, label, log_axis, style, ticks
+from fastfill.lab.report.values import (
     MISSING,
     NAN,
     Table,

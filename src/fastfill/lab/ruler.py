@@ -19,8 +19,8 @@ import torch
 
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.evaluate import likelihood, metrics
-from fastfill.evaluate.example import Example
+from fastfill.lab import likelihood, metrics
+from fastfill.lab.example import Example
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLES = {  # keys in the text, values of each, keys asked for
@@ -35,7 +35,7 @@ HOPS = 4  # of a variable's chain
 COMMON = 10  # words that appear more often than the others
 
 # (adjectives, nouns); no noun is a part of another, because a word is looked for as a part of the answer
-_WORDS = (resources.files("fastfill.evaluate") / "ruler_words.txt").read_text(encoding="utf-8").split("\n\n")
+_WORDS = (resources.files("fastfill.lab") / "ruler_words.txt").read_text(encoding="utf-8").split("\n\n")
 ADJECTIVES, NOUNS = (part.split() for part in _WORDS)
 
 # Question, the words that the answer begins with, and the answers.
