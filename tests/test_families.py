@@ -6,7 +6,7 @@ import transformers
 from conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS, tiny_artifact, tiny_model
 from torch import nn
 
-from fastfill import attach, families
+from fastfill import attach, families, partner
 from fastfill.errors import UserError
 
 
@@ -85,7 +85,7 @@ def test_offloaded_weights_are_refused(model):
 
 
 def fingerprint(model):
-    return families.fingerprint(families.dissect(model))
+    return partner.fingerprint(families.dissect(model))
 
 
 def test_fingerprint_depends_on_weights_and_shapes(model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import one_sentence, tiny_artifact, tiny_model
 
-from fastfill import families
+from fastfill import families, partner
 from fastfill.attachment import Stats
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
@@ -105,7 +105,7 @@ def test_the_checkpoints_own_dtype_is_looked_at_and_everything_is_handed_on():
         passed(checkpoint_of(model, dtype=torch.float16)).check(artifact)
     with pytest.raises(UserError, match="other weights"):
         passed(checkpoint_of(tiny_model(seed=1))).check(artifact)
-    assert artifact.base_model["fingerprint"] == families.fingerprint(families.dissect(model))
+    assert artifact.base_model["fingerprint"] == partner.fingerprint(families.dissect(model))
 
 
 def test_a_checkpoint_that_lacks_ffn_weights_is_refused():

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastfill import config as cfg
-from fastfill import families, files, schedule, schema
+from fastfill import families, files, partner, schedule, schema
 from fastfill import tensors as stored
 from fastfill.compensator import Compensator
 from fastfill.config import PrefillConfig
@@ -106,14 +106,14 @@ class Artifact:
         theirs = (anatomy.hidden, anatomy.intermediate, len(anatomy.ffns))
         if mine != theirs:
             raise UserError(wrong_partner(base["name"], f"shapes {mine} against {theirs}"))
-        if not same_weights(base, families.fingerprints(anatomy)):
+        if not same_weights(base, partner.fingerprints(anatomy)):
             if anatomy.ffns[0].gate.dtype == torch.float16 and "fingerprints" not in base:
                 raise UserError("This artifact does not know its model in fp16, for it is too old; load it in bf16 or fp32.")
             raise UserError(wrong_partner(base["name"], "same shapes, other weights"))
 
     def notes(self, anatomy: families.Anatomy) -> list[str]:
         """What a user should know who puts it on this model: one sentence each, for what differs outside the FFNs."""
-        known, found = self.base_model.get("fingerprints", {}), families.fingerprints_outside(anatomy)
+        known, found = self.base_model.get("fingerprints", {}), partner.fingerprints_outside(anatomy)
         if any(known.get(f"outside_{name}") == value for name, value in found.items()):
             return []
         if anatomy.adapters:
@@ -130,7 +130,7 @@ class Artifact:
 
 
 def same_weights(base_model: dict[str, Any], found: dict[str, str]) -> bool:
-    """Whether FFNs of these `families.fingerprints` are those of an artifact's `base_model`, under any rounding."""
+    """Whether FFNs of these `partner.fingerprints` are those of an artifact's `base_model`, under any rounding."""
     known = {"bf16": base_model["fingerprint"], **base_model.get("fingerprints", {})}
     return any(known.get(name) == value for name, value in found.items())
 
@@ -161,7 +161,7 @@ def shapes(base_model: dict[str, Any], ranks: dict[str, int]) -> dict[str, tuple
 
 def describe_model(anatomy: families.Anatomy, name: str) -> dict[str, Any]:
     """The `base_model` part of config.json."""
-    ffns, outside = families.fingerprints(anatomy), families.fingerprints_outside(anatomy)
+    ffns, outside = partner.fingerprints(anatomy), partner.fingerprints_outside(anatomy)
     return {
         "name": printable(name, schema.LONGEST_NAME) or "unnamed",
         "model_type": anatomy.model_type,

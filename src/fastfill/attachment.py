@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastfill import artifact as artifacts
-from fastfill import families, kernels
+from fastfill import families, kernels, partner
 from fastfill.artifact import Artifact
 from fastfill.blocks import Plan
 from fastfill.calls import Calls, GenerateHook, Prompt, Stats
@@ -96,7 +96,7 @@ class Attachment:
 
     def _check_partner(self) -> None:
         """Warn once when the FFNs have become others than those that the artifact was learned for."""
-        if self._known and not artifacts.same_weights(self._artifact.base_model, families.fingerprints(self._anatomy)):
+        if self._known and not artifacts.same_weights(self._artifact.base_model, partner.fingerprints(self._anatomy)):
             self._known = False
             warnings.warn(
                 "The FFN weights have changed since the artifact was attached, and are followed; it was learned for those "

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastfill import artifact as artifacts
 from fastfill import config as cfg
-from fastfill import families, kernels
+from fastfill import kernels, partner
 from fastfill.artifact import Artifact
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
@@ -244,7 +244,7 @@ def check_checkpoint(artifact: Artifact, folder: Path) -> None:
             if not all(name in rows.files for layer in names for name in layer):
                 return
             samples: Iterator[list[torch.Tensor]] = ([rows.sample(name) for name in layer] for layer in names)
-            found = families.fingerprints_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
+            found = partner.fingerprints_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
     except (OSError, SafetensorError, KeyError, ValueError):
         return  # vLLM's loader will say what is wrong with the files
     if not artifacts.same_weights(base, found):
@@ -264,7 +264,7 @@ class _Rows:
 
     def sample(self, name: str) -> torch.Tensor:
         rows = self.files[name].get_slice(name)
-        return torch.cat([rows[i : i + 1] for i in families.sampled_rows(rows.get_shape()[0])])
+        return torch.cat([rows[i : i + 1] for i in partner.sampled_rows(rows.get_shape()[0])])
 
 
 def wants_sparse(extra_args: dict[str, Any] | None) -> bool:

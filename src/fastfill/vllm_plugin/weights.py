@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from fastfill import artifact as artifacts
-from fastfill import families
+from fastfill import partner
 from fastfill.artifact import Artifact
 from fastfill.errors import UserError
 
@@ -31,7 +31,7 @@ class Checkpoint:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in self._weights:
             if found := _NAME.search(name):
-                self._samples[int(found[1]), ROLES[found[2]]] = families.sample(weight)
+                self._samples[int(found[1]), ROLES[found[2]]] = partner.sample(weight)
             yield name, weight
 
     def check(self, artifact: Artifact) -> None:
@@ -45,6 +45,6 @@ class Checkpoint:
                 "missing in all); serve a complete checkpoint in Hugging Face's format."
             )
         samples = ([self._samples[name] for name in layer] for layer in names)
-        found = families.fingerprints_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
+        found = partner.fingerprints_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
         if not artifacts.same_weights(base, found):
             raise UserError(artifacts.wrong_partner(base["name"], "same shapes, other weights"))
