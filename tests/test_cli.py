@@ -662,7 +662,7 @@ def test_a_wrong_command_line_is_one_printable_line(capsys, arguments, words):
 
 
 def test_the_json_is_strict(capsys, monkeypatch, artifact_folder):
-    from fastfill import show
+    from fastfill.cli import show
 
     made = {
         "nan": float("nan"),
@@ -671,7 +671,7 @@ def test_the_json_is_strict(capsys, monkeypatch, artifact_folder):
         "whole": 2**60,
         "none": None,
     }
-    monkeypatch.setattr(show, "summary", lambda _: made)
+    monkeypatch.setattr(artifacts.Artifact, "summary", lambda _: made)
     monkeypatch.setattr(show, "artifact", lambda *_: None)
     assert run("inspect", artifact_folder, "--json") == 0
 

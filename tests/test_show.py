@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny_artifact, tiny_model
 
-from fastfill import show
+from fastfill import tables
+from fastfill.cli import show
 
 NAME = "some-organisation/A-Model-With-A-Name-1.5B-Instruct"  # a line with it may not be wrapped
 COMMON = {
@@ -185,12 +186,12 @@ def test_likelihoods_alone(capsys):
 
 
 def test_brackets_are_shown(capsys):
-    show.table("title of a.jsonl[20:]", ["a"], [["b.jsonl[red]"]])
+    tables.table("title of a.jsonl[20:]", ["a"], [["b.jsonl[red]"]])
     assert capsys.readouterr().out.split("\n") == ["title of a.jsonl[20:]", "a           ", "b.jsonl[red]", ""]
 
 
 def test_a_word_that_is_too_long_is_folded(capsys):
-    show.table("title", ["a", "b"], [["x" * 200, "y" * 5]])
+    tables.table("title", ["a", "b"], [["x" * 200, "y" * 5]])
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80 and out.count("x") == 200 and out.count("y") == 5
 
@@ -226,14 +227,14 @@ def test_progress_has_an_eta_and_obeys_no_color():
 
 
 def test_tables_obey_no_color():
-    code = "from fastfill import show; show.table('title', ['a'], [['b']]); show.console().print('[red]x[/red]', markup=True)"
+    code = "from fastfill import tables as t; t.table('title', ['a'], [['b']]); t.console().print('[red]x[/red]', markup=True)"
     coloured, plain = on_a_terminal(code), on_a_terminal(code, NO_COLOR="1")
     assert COLOUR.search(coloured) and not COLOUR.search(plain) and "title" in plain
 
 
 def test_nothing_but_results_where_there_is_no_terminal():
-    code = PROGRESS + "\nfrom fastfill import show; from fastfill.progress import waiting\n"
-    code += "with waiting('for something'): show.table('title', ['a'], [['b']])"
+    code = PROGRESS + "\nfrom fastfill import tables; from fastfill.progress import waiting\n"
+    code += "with waiting('for something'): tables.table('title', ['a'], [['b']])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
     )

@@ -3,7 +3,7 @@
 import pytest
 from rich.text import Text
 
-from fastfill import show, terminal
+from fastfill import tables, terminal
 from fastfill.errors import LONGEST, UserError
 
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\ud800\x00"
@@ -27,20 +27,20 @@ def test_an_error_is_one_bounded_line():
     "text", ["What does [/INST] mean?", "[bold]x", "[link=http://a]x[/link]", "a\\", "[red]:smile:[/red]", "[/]"]
 )
 def test_text_is_no_markup(capsys, text):
-    show.console().print(text)
-    show.console().headed("[bold]head[/bold] ", text)
-    show.table(text, [text], [[text]])
+    tables.console().print(text)
+    tables.console().headed("[bold]head[/bold] ", text)
+    tables.table(text, [text], [[text]])
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines == [text, f"head {text}", text, text, text]
 
 
 def test_nothing_that_is_printed_steers(capsys):
-    show.console().print(HOSTILE)
-    show.console().headed("head ", HOSTILE)
-    show.table(HOSTILE, [HOSTILE], [[HOSTILE]])
+    tables.console().print(HOSTILE)
+    tables.console().headed("head ", HOSTILE)
+    tables.table(HOSTILE, [HOSTILE], [[HOSTILE]])
     terminal.say(HOSTILE)
     terminal.complain(HOSTILE)
     captured = capsys.readouterr()
     assert (captured.out + captured.err).replace("\n", "").isprintable()
-    show.console().print(Text("styled", style="bold"))
+    tables.console().print(Text("styled", style="bold"))
     assert capsys.readouterr().out == "styled\n"

@@ -128,6 +128,24 @@ class Artifact:
             ]
         return []  # an older artifact: it cannot be told
 
+    def summary(self) -> dict[str, Any]:
+        """What `fastfill inspect --json` prints."""
+        base = self.base_model
+        transposed = base["layers"] * base["hidden_size"] * base["intermediate_size"]
+        return {
+            "base_model": base,
+            **cfg.to_dict(self.prefill),
+            "kept": self.kept(),
+            "layer_sparsity": [round(1 - k / base["intermediate_size"], 4) for k in self.kept()],
+            "ranks": self.ranks,
+            "flops": {key: round(value, 4) for key, value in self.flops().items()},
+            "overhead": round(self.flops()["predictor"] + self.flops()["compensator"], 4),
+            "artifact_bytes": self.bytes(),
+            "transposed_down_values": transposed,
+            "calibration": self.calibration,
+            "quality": self.quality,
+        }
+
 
 def same_weights(base_model: dict[str, Any], found: dict[str, str]) -> bool:
     """Whether FFNs of these `partner.fingerprints` are those of an artifact's `base_model`, under any rounding."""

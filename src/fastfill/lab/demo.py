@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastfill import config as cfg
-from fastfill import context, data, kernels, machine, reading, show
+from fastfill import context, data, kernels, machine, reading, tables
 from fastfill.attachment import Attachment
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
@@ -45,7 +45,7 @@ def run(
     """Print the comparison and return its numbers. Raises UserError if the prompt is so short that it would stay dense."""
     document, question = fill_in(document, question)
     ids = prompt(loaded, document, question, max_new_tokens)
-    out = show.console()
+    out = tables.console()
     config = attachment.config
     out.print(f"{loaded.name}, {ids.shape[1]} prompt tokens, {config.sparsity:.0%} FFN sparsity, blocks of {config.block_size}")
     out.print(kernels.describe())
@@ -70,7 +70,7 @@ def run(
         bar.step()
     answers = [loaded.tokenizer.decode(new, skip_special_tokens=True).strip() for new in (dense_ids, sparse_ids)]
 
-    show.table(
+    tables.table(
         f"median of {repeats}, in alternation",
         ["", "dense", "sparse", ""],
         [

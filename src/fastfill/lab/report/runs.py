@@ -83,9 +83,9 @@ def _is_artifact(path: Path) -> bool:
 
 def _read(file: Path) -> list[Run]:
     if file.is_dir():
-        from fastfill import artifact, show
+        from fastfill import artifact
 
-        return [Run("inspect", file.name, {"file": file.name, **show.summary(artifact.load(file))})]
+        return [Run("inspect", file.name, {"file": file.name, **artifact.load(file).summary()})]
     with files.reading(file, "cannot be read", "give files that a command wrote with --json"):
         content = files.read_bytes(file, MAX_BYTES).decode("utf-8-sig")
     pieces = content.split("\n") if file.suffix == ".jsonl" else [content]

@@ -1,80 +1,25 @@
-"""Results as tables and bars for people, 80 columns wide; colours only on a terminal (rich honours NO_COLOR)."""
+"""What each verb shows people: tables and bars, from the document that --json prints."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from fastfill.artifact import Artifact, documents
 from fastfill.schema import READINGS
+from fastfill.tables import console, table
 from fastfill.terminal import text_of
-
-
-class Plain(Console):
-    """A console for which text is text: no markup, no emoji, nothing that steers the terminal."""
-
-    def __init__(self, **settings: Any):
-        super().__init__(highlight=False, markup=False, emoji=False, **settings)
-
-    def print(self, *objects: Any, **settings: Any) -> None:
-        super().print(*(text_of(item) if isinstance(item, str) else item for item in objects), **settings)
-
-    def headed(self, head: str, text: str) -> None:
-        """Print head, which is markup of ours, and text, which others wrote."""
-        super().print(Text.from_markup(head) + Text(text_of(text)))
-
-
-def console() -> Plain:
-    out = Plain()
-    return out if out.is_terminal else Plain(width=80)
 
 
 def _say(text: str | Text) -> None:
     console().print(text, soft_wrap=isinstance(text, Text))
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    out = Table(box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        out.add_column(Text(text_of(column)), justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        out.add_row(*(Text(text_of(cell)) for cell in row))
-    console().print(
-        Text(text_of(title), style="bold")
-    )  # not the table's own title, which is cut into lines of the table's width
-    console().print(out)
-
-
-def summary(artifact: Artifact) -> dict[str, Any]:
-    """What `inspect --json` prints."""
-    base = artifact.base_model
-    transposed = base["layers"] * base["hidden_size"] * base["intermediate_size"]
-    return {
-        "base_model": base,
-        "sparsity": artifact.prefill.sparsity,
-        "block_size": artifact.prefill.block_size,
-        "dense_head": artifact.prefill.dense_head,
-        "min_tokens": artifact.prefill.min_tokens,
-        "dense_tail": artifact.prefill.dense_tail,
-        "kept": artifact.kept(),
-        "layer_sparsity": [round(1 - k / base["intermediate_size"], 4) for k in artifact.kept()],
-        "ranks": artifact.ranks,
-        "flops": {key: round(value, 4) for key, value in artifact.flops().items()},
-        "overhead": round(artifact.flops()["predictor"] + artifact.flops()["compensator"], 4),
-        "artifact_bytes": artifact.bytes(),
-        "transposed_down_values": transposed,
-        "calibration": artifact.calibration,
-        "quality": artifact.quality,
-    }
-
-
 def artifact(artifact: Artifact, folder: Path) -> None:
     base, prefill = artifact.base_model, artifact.prefill
-    info = summary(artifact)
+    info = artifact.summary()
     flops, record = info["flops"], artifact.calibration
     title = Text.assemble((text_of(str(folder)), "bold"), text_of(f": artifact for {base['name']} ({base['model_type']})"))
     _say(title)
