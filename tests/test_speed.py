@@ -9,7 +9,8 @@ import torch
 from conftest import HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, logits, tiny_artifact, tiny_config, tiny_model, token_ids
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastfill import attach, engines, models, show
+from fastfill import attach, engines, models
+from fastfill.cli import show
 from fastfill.engines import PARTS, Prefill, profile
 from fastfill.engines import transformers as engine
 from fastfill.engines.transformers import TransformersRunner
