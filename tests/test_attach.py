@@ -12,7 +12,7 @@ import fastfill
 from fastfill import attach, schedule
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
-from fastfill.predictor import BASELINES
+from fastfill.lab.baselines import BASELINES, named
 from fastfill.sparse_ffn import SparseFFN, current_plan
 
 # fp64 logits of order ten through 3 layers: 1e-10 is 5e4 eps of them, and 1e-9 of what a wrong selection would change.
@@ -136,11 +136,11 @@ def test_fp16(family):
     """No kernel of the CPU's but torch knows it. Against fp32 with the same, rounded weights."""
     model = tiny_model(family, dtype=torch.float16)
     ids, artifact = token_ids(2, 45), tiny_artifact(model)
-    with attach(model, artifact, predictor="static") as attachment:
+    with attach(model, artifact, predictor=named("static")) as attachment:
         out = logits(model, ids)
         assert attachment.choices["kernel"] == "torch" and attachment.stats.sparse_tokens == 64
         wide = copy.deepcopy(model).float()
-        with attach(wide, artifact, predictor="static"):
+        with attach(wide, artifact, predictor=named("static")):
             expected = logits(wide, ids)
     # Each layer rounds at eps * sqrt(H + F) of values of order one: without the norms' amplification, which is not seen here.
     torch.testing.assert_close(out.float(), expected, rtol=0, atol=2**-10 * (32 + 96) ** 0.5 * float(expected.abs().max()))
@@ -157,7 +157,7 @@ def rounding(out):
 def test_every_predictor_runs_with_every_kernel(model, predictor, kernel):
     ids = token_ids(2, 45)
     dense = logits(model, ids)
-    with attach(model, tiny_artifact(model), predictor=predictor, kernel=kernel) as attachment:
+    with attach(model, tiny_artifact(model), predictor=named(predictor), kernel=kernel) as attachment:
         out = logits(model, ids)
     assert bool(torch.isfinite(out).all()) and far(out, dense)
     # The head keeps all neurons, and causal attention keeps it so: it differs by rounding alone.
@@ -252,7 +252,7 @@ def test_garbage_in_the_padding_changes_nothing(exact_model, side, predictor):
         model.model.embed_tokens.weight[0] = 1e3
         model.model.embed_tokens.weight[1] = -1e6
     out = []
-    with attach(model, tiny_artifact(model), predictor=predictor) as attachment:
+    with attach(model, tiny_artifact(model), predictor=named(predictor)) as attachment:
         for filler in (torch.zeros(60, dtype=torch.long), torch.ones(60, dtype=torch.long), token_ids(60, seed=9)):
             padded_ids, mask = padded(ids, side, 60, filler)
             out.append(logits(model, padded_ids, attention_mask=mask)[mask.bool()])
@@ -578,7 +578,6 @@ def test_another_models_artifact_is_refused(model, other):
         ({"sparsity": -0.1}, "sparsity"),
         ({"block_size": 0}, "block_size"),
         ({"min_tokens": 0}, "min_tokens"),
-        ({"predictor": "psychic"}, "learned, oracle, static, first-block, low-rank, random"),
         ({"kernel": "fast"}, "native, triton, torch"),
     ],
     ids=str,

@@ -6,10 +6,11 @@ from conftest import BLOCK, INTERMEDIATE, LAYERS, PREFILL, logits, snapshot, tin
 
 import fastfill
 from fastfill import artifact as artifacts
-from fastfill import data, families, select
+from fastfill import data, families, kernels
 from fastfill.calibration import capture, checkpoint, distill, fit, importance, run, student
 from fastfill.config import CalibrationConfig, PrefillConfig
 from fastfill.errors import UserError
+from fastfill.lab.baselines import named
 
 CONFIG = CalibrationConfig(
     predictor_rank=8,
@@ -119,7 +120,7 @@ def test_the_loss_falls_and_what_was_learned_helps_on_other_text(model, tokenize
     cost = mean_kl(model, long, ids)
     assert cost < 0.97 * mean_kl(model, fitted, ids)
     assert cost < 0.95 * mean_kl(model, long, ids, compensator=False)
-    assert cost < mean_kl(model, long, ids, predictor="random")
+    assert cost < mean_kl(model, long, ids, predictor=named("random"))
 
 
 @pytest.mark.parametrize("schedule", ["sensitivity", "token-mixing", "uniform"])
@@ -390,7 +391,7 @@ def test_the_closed_form_is_the_least_squares_solution(model):
     ffn, x, weights, _ = fitted(model)
     h = activations(x, ffn)
     found = fit.fit_compensator(x, h, ffn, weights, 48, BLOCK, 32, 4, 0)
-    ids = select.top_k(fit.block_scores(x, weights, BLOCK), 48).long().repeat_interleave(BLOCK, 0)
+    ids = kernels.top_k(fit.block_scores(x, weights, BLOCK), 48).long().repeat_interleave(BLOCK, 0)
     missing = (h.scatter(1, ids, 0.0) @ ffn.down.T).double()
     inputs = torch.cat([x, torch.ones(len(x), 1)], 1).double()
     gram = inputs.T @ inputs

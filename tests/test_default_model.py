@@ -15,6 +15,7 @@ from fastfill.calibration import capture
 from fastfill.calibration.fit import statistics
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
+from fastfill.lab.baselines import named
 
 pytestmark = pytest.mark.real
 TOKENS = 600
@@ -89,7 +90,7 @@ def test_sparsity_zero_is_dense_bit_for_bit(loaded, ids, dense, bare):
 
 
 def test_the_oracle_is_far_better_than_random_and_detach_is_clean(loaded, ids, dense, bare):
-    cost = {name: mean_kl(loaded, bare, ids, dense, predictor=name) for name in ("oracle", "static", "random")}
+    cost = {name: mean_kl(loaded, bare, ids, dense, predictor=named(name)) for name in ("oracle", "static", "random")}
     assert cost["oracle"] < cost["static"] < cost["random"]
     assert cost["oracle"] < 0.2 * cost["random"]
     assert torch.equal(logits(loaded.model, ids), dense)
@@ -102,14 +103,14 @@ def test_the_shipped_artifact_beats_the_baselines(loaded, ids, dense):
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 25e6
     assert artifact.flops()["predictor"] + artifact.flops()["compensator"] <= 0.08
     assert sum(artifact.kept()) == round((1 - artifact.prefill.sparsity) * 30 * 1536)
-    cost = {name: mean_kl(loaded, artifact, ids, dense, predictor=name) for name in ("learned", "static", "random")}
+    cost = {name: mean_kl(loaded, artifact, ids, dense, predictor=named(name)) for name in ("learned", "static", "random")}
     bare = mean_kl(loaded, artifact, ids, dense, compensator=False)
     assert cost["learned"] < cost["static"] and cost["learned"] < cost["random"]
     assert cost["learned"] < bare
 
 
 def test_generate_reads_the_prompt_sparsely(loaded, ids, bare):
-    with attach(loaded.model, bare, predictor="oracle") as attachment:
+    with attach(loaded.model, bare, predictor=named("oracle")) as attachment:
         out = loaded.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2, do_sample=False
         )

@@ -11,6 +11,7 @@ from torch import nn
 from fastfill import attach
 from fastfill.errors import UserError
 from fastfill.follow import follow
+from fastfill.lab.baselines import named
 
 IDS = token_ids(2, 45)
 LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -140,10 +141,10 @@ def test_a_layer_that_is_cast_alone_is_followed_alone(model, sparsity):
 
 
 def test_the_baselines_follow_too(model):
-    with attach(model, tiny_artifact(model), predictor="low-rank", kernel="torch"):
+    with attach(model, tiny_artifact(model), predictor=named("low-rank"), kernel="torch"):
         logits(model, IDS)
         CHANGES["weight.data ="](model, "gate_proj")
-        assert torch.equal(logits(model, IDS), fresh(model, predictor="low-rank", kernel="torch"))
+        assert torch.equal(logits(model, IDS), fresh(model, predictor=named("low-rank"), kernel="torch"))
 
 
 def test_refresh_sees_what_leaves_no_trace(model):

@@ -8,6 +8,7 @@ from conftest import tiny_artifact, tiny_model, tiny_text, token_ids
 
 from fastfill import attach, cli
 from fastfill.lab import pareto, peers, perplexity, speed
+from fastfill.lab.baselines import named
 from fastfill.lab.resume import Store
 
 CONTINUATION = 12
@@ -73,7 +74,7 @@ def test_without_the_learned_predictor_nothing_is_timed(clock):
     model = tiny_model()
     rows = run(model, tiny_artifact(model), methods=("static",), compensator=False)["rows"]
     assert not clock and all(row["ttft_s"] is None and row["speedup"] is None for row in rows)
-    with attach(model, tiny_artifact(model), sparsity=0.25, predictor="static", compensator=False) as attachment:
+    with attach(model, tiny_artifact(model), sparsity=0.25, predictor=named("static"), compensator=False) as attachment:
         assert rows[1]["kl"] == perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION)["kl"]
 
 

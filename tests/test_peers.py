@@ -11,8 +11,9 @@ from conftest import BLOCK, HIDDEN, INTERMEDIATE, LAYERS, logits, tiny_artifact,
 from transformers import DynamicCache
 
 from fastfill import attach, families
-from fastfill.families import FFN
+from fastfill.ffn import FFN
 from fastfill.lab import peers, perplexity
+from fastfill.lab.baselines import named
 from fastfill.lab.resume import Store
 
 CONTINUATION = 12
@@ -72,7 +73,7 @@ def test_blockwise_methods_cost_the_same_to_a_neuron(name, compensator):
         cost = peers.Cost.of(ours, 60)
         assert (cost.attached(ours), peers.skipped(ours)) == (pytest.approx(budget), 0.5)
     sparsity = cost.matched_sparsity(artifact, name, compensator, budget)
-    with attach(model, artifact, predictor=name, compensator=compensator, sparsity=sparsity) as attachment:
+    with attach(model, artifact, predictor=named(name), compensator=compensator, sparsity=sparsity) as attachment:
         share, without = cost.attached(attachment), peers.skipped(attachment)
     neuron = 0.5 / (LAYERS * INTERMEDIATE) + 1e-9
     assert share == pytest.approx(budget, abs=neuron)
@@ -129,7 +130,7 @@ def test_levels_leave_out_the_wanted_share_of_the_calibration_text():
 def tiny_ffn():
     generator = torch.Generator().manual_seed(4)
     gate, up, down = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 4), (6, 4), (4, 6)))
-    return FFN(torch.nn.Identity(), gate, up, down)
+    return FFN(gate, up, down)
 
 
 def silu(z):
@@ -320,7 +321,7 @@ def test_rows_are_what_perplexity_measures_at_equal_arithmetic(monkeypatch):
     for name, compensator in (("learned", True), ("oracle", False), ("random", True)):
         row = rows[name, compensator]
         sparsity = 0.5 if name == "learned" else cost.matched_sparsity(artifact, name, compensator, budget)
-        with attach(model, artifact, predictor=name, compensator=compensator, sparsity=sparsity) as attachment:
+        with attach(model, artifact, predictor=named(name), compensator=compensator, sparsity=sparsity) as attachment:
             alone = perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION)
         assert {key: row[key] for key in peers.QUALITY} == {key: alone[key] for key in peers.QUALITY}
         assert row["kl"] > 0.001

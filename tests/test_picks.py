@@ -13,13 +13,14 @@ from conftest import BLOCK, INTERMEDIATE, LAYERS, logits, tiny_artifact, tiny_mo
 from fastfill import attach, cli
 from fastfill.errors import UserError
 from fastfill.lab import picks
+from fastfill.lab.baselines import named
 
 DOCUMENT = ("a#0", token_ids(45, seed=1))  # a dense head of 8, four blocks of 8, a tail of 5
 
 
 def test_by_hand():
     """Four neurons, three blocks: layer 0 picks {0,1}, {1,2}, {1,2}; layer 1 keeps all; layer 2 picks {3}, {0}, {3}."""
-    attachment = SimpleNamespace(kept=[2, 4, 1], ffns=[SimpleNamespace(gate=torch.empty(4, 2))])
+    attachment = SimpleNamespace(kept=[2, 4, 1], ffns=[SimpleNamespace(ffn=SimpleNamespace(neurons=4))])
     seen = [[torch.tensor([[0, 1], [1, 2]]), torch.tensor([[1, 2]])], [], [torch.tensor([[3], [0], [3]])]]
     third = 1 / 3
     assert picks.summarize(attachment, seen, mapped=[0, 2]) == {
@@ -43,9 +44,17 @@ def plain(model, artifact, **settings):
     with attach(model, artifact, **settings) as attachment:
         caught = {}
         for layer, ffn in enumerate(attachment.ffns):
-            ffn.observer = lambda _, ids, layer=layer: caught.update({layer: [set(row) for row in ids.tolist()]})
+            ffn.taps.append(selected(caught, layer))
         logits(model, DOCUMENT[1][None])
     return [caught[layer] for layer in range(LAYERS)]
+
+
+def selected(into, layer):
+    def tap(step, _ffn, _plan, ids):
+        if step == "selected":
+            into[layer] = [set(row) for row in ids.tolist()]
+
+    return tap
 
 
 def check(found, sets):
@@ -69,10 +78,10 @@ def check(found, sets):
 @pytest.mark.parametrize("predictor", ["learned", "oracle", "static", "first-block", "low-rank", "random"])
 def test_equals_sets_and_counts(model, predictor):
     artifact = tiny_artifact(model)
-    sets = plain(model, artifact, predictor=predictor)
-    with attach(model, artifact, predictor=predictor) as attachment:
+    sets = plain(model, artifact, predictor=named(predictor))
+    with attach(model, artifact, predictor=named(predictor)) as attachment:
         found = picks.evaluate(attachment, DOCUMENT)
-        assert all(ffn.observer is None for ffn in attachment.ffns)
+        assert all(not ffn.taps for ffn in attachment.ffns)
     check(found, sets)
     assert found["kept"] == [len(blocks[0]) for blocks in sets]
     assert (found["document"], found["tokens"], found["sparse_tokens"], found["dense_tokens"]) == ("a#0", 45, 32, 13)
@@ -111,7 +120,7 @@ def test_watching_changes_nothing_and_ends_with_an_error_too(model):
         with pytest.raises(KeyError), picks.watch(attachment):
             assert torch.equal(before, logits(model, ids))
             raise KeyError
-        assert all(ffn.observer is None for ffn in attachment.ffns)
+        assert all(not ffn.taps for ffn in attachment.ffns)
 
 
 @pytest.mark.parametrize("settings, tokens", [({}, 15), ({"sparsity": 0.0}, 64)])

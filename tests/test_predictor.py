@@ -3,10 +3,12 @@ import pytest
 import torch
 from conftest import BLOCK, HIDDEN, INTERMEDIATE, PREFILL, tiny_artifact, tiny_model
 
-from fastfill import families, select
+from fastfill import families, kernels
 from fastfill.blocks import make_plan
-from fastfill.predictor import BASELINES, FirstBlock, LearnedPredictor, LowRank, Oracle, Random, Static, importance
+from fastfill.lab.baselines import BASELINES, FirstBlock, LowRank, Oracle, Random, Static
+from fastfill.predictor import LearnedPredictor
 
+TORCH = kernels.Kernel("torch")
 PLAN = make_plan([(0, 32, 0), (5, 32, 0)], 32, PREFILL)  # two sequences, the second left-padded
 
 
@@ -38,7 +40,7 @@ CLOSE = {"rtol": 2e-6, "atol": 0}
 
 
 def test_importance_is_the_energy_a_neuron_adds(x, ffn):
-    got = importance(x, ffn)
+    got = ffn.importance(x)
     torch.testing.assert_close(got.double(), torch.from_numpy(numpy_energy(x, ffn)), rtol=2e-6, atol=1e-12)
     # and that is the squared length of what the neuron alone puts into the output
     h = torch.nn.functional.silu(x @ ffn.gate.T) * (x @ ffn.up.T)
@@ -47,7 +49,7 @@ def test_importance_is_the_energy_a_neuron_adds(x, ffn):
 
 
 def test_oracle_sums_importance_over_the_block(x, ffn):
-    scores = Oracle(ffn).scores(x, PLAN)
+    scores = Oracle(ffn).scores(x, PLAN, TORCH)
     assert scores.shape == (PLAN.blocks, INTERMEDIATE)
     torch.testing.assert_close(scores.double(), torch.from_numpy(blocks_of(numpy_energy(x, ffn))), **CLOSE)
 
@@ -59,7 +61,7 @@ def test_learned_sums_the_tokens_distributions(x):
     logits = x.numpy() @ predictor.w_in.numpy().T @ predictor.w_out.numpy().T + predictor.bias.numpy()
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    scores = predictor.scores(x, PLAN)
+    scores = predictor.scores(x, PLAN, TORCH)
     torch.testing.assert_close(scores.double(), torch.from_numpy(blocks_of(p)), **CLOSE)
     torch.testing.assert_close(scores.sum(1), torch.full((PLAN.blocks,), float(BLOCK)), rtol=1e-5, atol=0)
     assert predictor.macs_per_token() == 8 * (HIDDEN + INTERMEDIATE)
@@ -67,12 +69,12 @@ def test_learned_sums_the_tokens_distributions(x):
 
 def test_static_is_the_same_for_every_block(x):
     mean = torch.rand(INTERMEDIATE)
-    scores = Static(mean).scores(x, PLAN)
+    scores = Static(mean).scores(x, PLAN, TORCH)
     assert scores.shape == (PLAN.blocks, INTERMEDIATE) and bool((scores == mean).all())
 
 
 def test_first_block_reads_only_the_first_block_of_each_sequence(x, ffn):
-    scores = FirstBlock(ffn).scores(x, PLAN)
+    scores = FirstBlock(ffn).scores(x, PLAN, TORCH)
     # The sequences begin at rows 0 and 32 + 5; three sparse blocks follow in the first, two in the second (27 tokens).
     assert PLAN.blocks == 5
     h = np.sqrt(numpy_energy(x, ffn)) / np.linalg.norm(np.asarray(ffn.down), axis=0)
@@ -80,31 +82,31 @@ def test_first_block_reads_only_the_first_block_of_each_sequence(x, ffn):
     expected = np.stack([h[0:8].sum(0)] * 3 + [h[37:45].sum(0)] * 2)
     torch.testing.assert_close(scores.double(), torch.from_numpy(expected), rtol=2e-6, atol=1e-12)
     with pytest.raises(ValueError, match="whole prompt"):
-        FirstBlock(ffn).scores(x, make_plan([(0, 64, 16)], 64, PREFILL))
+        FirstBlock(ffn).scores(x, make_plan([(0, 64, 16)], 64, PREFILL), TORCH)
 
 
 def test_low_rank_at_full_rank_is_the_oracle(x, ffn):
-    scores = LowRank(ffn, x.square().mean(0).sqrt(), HIDDEN).scores(x, PLAN)
+    scores = LowRank(ffn, x.square().mean(0).sqrt(), HIDDEN).scores(x, PLAN, TORCH)
     # The factors are fp32: eps * sqrt(H) relative to the largest score, with a margin of ten for the SVD.
-    oracle = Oracle(ffn).scores(x, PLAN)
+    oracle = Oracle(ffn).scores(x, PLAN, TORCH)
     torch.testing.assert_close(scores, oracle, rtol=0, atol=10 * 1.2e-7 * HIDDEN**0.5 * float(oracle.max()))
 
 
 def test_low_rank_loses_something_at_low_rank_but_beats_random(x, ffn):
-    oracle = Oracle(ffn).scores(x, PLAN)
+    oracle = Oracle(ffn).scores(x, PLAN, TORCH)
 
     def held(scores):
-        return float(oracle.gather(1, select.top_k(scores, 32).long()).sum() / oracle.topk(32).values.sum())
+        return float(oracle.gather(1, kernels.top_k(scores, 32).long()).sum() / oracle.topk(32).values.sum())
 
-    low = held(LowRank(ffn, x.square().mean(0).sqrt(), 12).scores(x, PLAN))
-    assert held(Random(INTERMEDIATE, 0).scores(x, PLAN)) < low < 1.0
+    low = held(LowRank(ffn, x.square().mean(0).sqrt(), 12).scores(x, PLAN, TORCH))
+    assert held(Random(INTERMEDIATE, 0).scores(x, PLAN, TORCH)) < low < 1.0
 
 
 def test_random_depends_on_seed_only(x):
     state = torch.get_rng_state()
-    one = Random(INTERMEDIATE, 1).scores(x, PLAN)
-    assert torch.equal(one, Random(INTERMEDIATE, 1).scores(x * 2, PLAN))
-    assert not torch.equal(one, Random(INTERMEDIATE, 2).scores(x, PLAN))
+    one = Random(INTERMEDIATE, 1).scores(x, PLAN, TORCH)
+    assert torch.equal(one, Random(INTERMEDIATE, 1).scores(x * 2, PLAN, TORCH))
+    assert not torch.equal(one, Random(INTERMEDIATE, 2).scores(x, PLAN, TORCH))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -113,10 +115,10 @@ def test_scores_of_a_block_depend_on_its_own_sequence_only(name, x, ffn):
     """Garbage in padding and in the other sequence changes nothing (first-block reads its own sequence's start)."""
     artifact = tiny_artifact(tiny_model())
     predictor = artifact.predictor(0, x) if name == "learned" else BASELINES[name](ffn, 0, artifact.statistics(0, x), 8)
-    before = predictor.scores(x, PLAN)
+    before = predictor.scores(x, PLAN, TORCH)
     garbage = x.clone()
     garbage[:37] = 1e3  # all of sequence 0 and the padding of sequence 1
-    after = predictor.scores(garbage, PLAN)
+    after = predictor.scores(garbage, PLAN, TORCH)
     # The same rows in the same places of the same matrix product: no rounding between them.
     assert torch.equal(before[3:], after[3:])
     if name in ("learned", "oracle", "first-block", "low-rank"):
@@ -130,5 +132,5 @@ def test_shards_score_their_own_neurons(x):
     for rank in range(2):
         part = logits[:, 48 * rank : 48 * (rank + 1)]
         p = np.exp(part - part.max(1, keepdims=True))
-        scores = predictor.shard(rank, 2).scores(x, PLAN)
+        scores = predictor.shard(rank, 2).scores(x, PLAN, TORCH)
         torch.testing.assert_close(scores.double(), torch.from_numpy(blocks_of(p / p.sum(1, keepdims=True))), **CLOSE)

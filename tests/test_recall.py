@@ -9,8 +9,8 @@ from conftest import BLOCK, INTERMEDIATE, LAYERS, logits, tiny_artifact, tiny_mo
 from fastfill import attach, cli, families
 from fastfill.errors import UserError
 from fastfill.lab import recall
+from fastfill.lab.baselines import named
 from fastfill.lab.resume import Store
-from fastfill.predictor import importance
 
 DOCUMENTS = [("a#0", token_ids(45, seed=1)), ("a#1", token_ids(64, seed=2))]
 
@@ -24,13 +24,13 @@ def plain(model, artifact, **settings):
             parts = families.dissect(model).ffns
             for layer, (ffn, part) in enumerate(zip(attachment.ffns, parts, strict=True)):
                 part.module.register_forward_pre_hook(lambda _, x, layer=layer, into=inputs: into.update({layer: x[0][0]}))
-                ffn.observer = lambda _, ids, layer=layer, into=picked: into.update({layer: ids})
+                ffn.taps.append(selected(picked, layer))
             logits(model, ids[None])
             for layer, part in enumerate(parts):
                 part.module._forward_pre_hooks.clear()
                 for block, chosen in enumerate(picked[layer].tolist()):
                     start = (block + 1) * BLOCK  # behind the dense head of one block
-                    truth = importance(inputs[layer][start : start + BLOCK], part).sum(0).double()
+                    truth = part.importance(inputs[layer][start : start + BLOCK]).sum(0).double()
                     best = truth.argsort(descending=True)[: len(chosen)].tolist()
                     sums[layer] += torch.tensor(
                         [
@@ -43,13 +43,17 @@ def plain(model, artifact, **settings):
     return sums
 
 
-@pytest.mark.parametrize("predictor", ["learned", "static", "random"])
-def test_equals_a_plain_computation(model, predictor):
-    artifact = tiny_artifact(model)
+def selected(into, layer):
+    return lambda step, _ffn, _plan, ids: into.update({layer: ids}) if step == "selected" else None
+
+
+@pytest.mark.parametrize("name", ["learned", "static", "random"])
+def test_equals_a_plain_computation(model, name):
+    artifact, predictor = tiny_artifact(model), named(name)
     expected = plain(model, artifact, predictor=predictor)
     with attach(model, artifact, predictor=predictor) as attachment:
         found = recall.evaluate(attachment, DOCUMENTS)
-        assert all(ffn.observer is None for ffn in attachment.ffns)
+        assert all(not ffn.taps for ffn in attachment.ffns)
         assert not any(module._forward_pre_hooks for module in attachment.modules)
         for line, (blocks, held, best, common) in zip(found["layers"], expected.tolist(), strict=True):
             assert line["blocks"] == blocks == 4 + 7 and line["kept"] == attachment.kept[line["layer"]]
@@ -64,7 +68,7 @@ def test_equals_a_plain_computation(model, predictor):
 
 
 def test_the_oracle_agrees_with_itself(model):
-    with attach(model, tiny_artifact(model), predictor="oracle") as attachment:
+    with attach(model, tiny_artifact(model), predictor=named("oracle")) as attachment:
         found = recall.evaluate(attachment, DOCUMENTS)
     assert all(line["recall"] == line["recovery"] == 1 and line["held"] == line["held_oracle"] < 1 for line in found["layers"])
 
@@ -77,7 +81,7 @@ def test_watching_changes_nothing_and_ends_with_an_error_too(model):
             assert torch.equal(before, logits(model, ids))
             raise KeyError
         assert torch.equal(before, logits(model, ids))
-        assert all(ffn.observer is None for ffn in attachment.ffns)
+        assert all(not ffn.taps for ffn in attachment.ffns)
 
 
 def test_it_resumes(model, tmp_path):

@@ -67,7 +67,7 @@ def test_both_answers_and_the_picks(model, comparison):
     assert end.sparse_tokens == ids.shape[1] // BLOCK * BLOCK - BLOCK
     assert end.ttft_dense_s > 0 and end.ttft_sparse_s > 0
     assert end.picks == picks.summarize(attachment, seen, range(LAYERS)) and len(end.picks["maps"]) == LAYERS
-    assert all(ffn.observer is None for ffn in attachment.ffns)
+    assert all(not ffn.taps for ffn in attachment.ffns)
     assert not any(module._forward_pre_hooks for module in attachment.modules)
 
 

@@ -10,8 +10,8 @@ from conftest import BLOCK, HIDDEN, INTERMEDIATE, KERNELS, PREFILL, tiny_artifac
 from fastfill import families, kernels
 from fastfill.blocks import make_plan
 from fastfill.calibration.student import StudentFFN, _MaskedFFN
-from fastfill.families import FFN
-from fastfill.predictor import BASELINES, LowRank
+from fastfill.ffn import FFN
+from fastfill.lab.baselines import BASELINES, LowRank
 from fastfill.sparse_ffn import SparseFFN, current_plan
 
 TOKENS, KEPT, LAYER = 45, 40, 1
@@ -89,7 +89,7 @@ def parts():
     return model, artifact, x, Reference(model, artifact)
 
 
-def sparse_ffn(model, artifact, kind, kernel, compensate=True, kept=KEPT, observer=None):
+def sparse_ffn(model, artifact, kind, kernel, compensate=True, kept=KEPT, tap=None):
     part = families.dissect(model).ffns[LAYER]
     if kind == "learned":
         predictor = artifact.predictor(LAYER, part.gate)
@@ -98,8 +98,8 @@ def sparse_ffn(model, artifact, kind, kernel, compensate=True, kept=KEPT, observ
     else:
         predictor = BASELINES[kind](part, LAYER, artifact.statistics(LAYER, part.gate), 8)
     compensator = artifact.compensator(LAYER, artifact.kept()[LAYER], part.gate) if compensate else None
-    down_t = part.down.t().contiguous()
-    return SparseFFN(part.module.forward, part.gate, part.up, down_t, kept, predictor, compensator, kernel, observer)
+    down_t, taps = part.down.t().contiguous(), [tap] if tap else []
+    return SparseFFN(part.module.forward, part.now(), down_t, kept, predictor, compensator, kernels.resolve(kernel), taps)
 
 
 def run(ffn, x, plan=PLAN):
@@ -153,7 +153,7 @@ def test_nothing_sparse_touches_the_dense_rows(parts, kernel):
     model, artifact, x, _ = parts
     got = run(sparse_ffn(model, artifact, "learned", kernel), x).view(-1, HIDDEN)
     other = sparse_ffn(model, artifact, "random", kernel)
-    other.compensator = lambda rows: torch.full_like(rows, float("nan"))
+    other.compensator = lambda rows, _kernel: torch.full_like(rows, float("nan"))
     spoilt = run(other, x).view(-1, HIDDEN)
     sparse = torch.zeros(len(got), dtype=torch.bool)
     for sequence, first, last in SPARSE:
@@ -191,15 +191,17 @@ def test_without_a_plan_or_at_full_width_it_is_the_dense_ffn(parts):
     assert torch.equal(run(sparse_ffn(model, artifact, "learned", "torch"), x, plan=other), expected)
 
 
-def test_the_observer_sees_the_selection(parts):
+def test_taps_are_told_every_step_in_order(parts):
     model, artifact, x, _ = parts
     seen = []
-    ffn = sparse_ffn(model, artifact, "static", "torch", observer=lambda plan, ids: seen.append((plan, ids)))
-    run(ffn, x)
-    ((plan, ids),) = seen
-    assert plan is PLAN and ids.shape == (8, KEPT)
+    ffn = sparse_ffn(model, artifact, "static", "torch", tap=lambda *told: seen.append(told))
+    y = run(ffn, x)
+    assert [step for step, *_ in seen] == ["input", "scores", "selected", "corrected", "output"]
+    assert all(told[1] is ffn and told[2] is PLAN for told in seen)
+    ids = seen[2][3]
     best = np.sort(np.argsort(-artifact.tensors[f"layers.{LAYER}.stats.importance"].numpy())[:KEPT])
     np.testing.assert_array_equal(ids.numpy(), np.tile(best, (8, 1)))
+    assert torch.equal(seen[4][3].view_as(y), y)
 
 
 @pytest.mark.parametrize("ranks", [(8, 4, 4), (8, 5, 0), (8, 0, 5), (8, 0, 0)], ids=str)
@@ -246,7 +248,7 @@ def test_the_student_with_gradient_has_the_same_value(parts):
 def test_the_students_gradient_is_that_of_the_formula(parts):
     """In fp64, against autograd on the same masked product."""
     part = families.dissect(parts[0]).ffns[LAYER]
-    part = FFN(part.module, part.gate.double(), part.up.double(), part.down.double())
+    part = FFN(part.gate.double(), part.up.double(), part.down.double())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, HIDDEN, generator=generator, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(3, INTERMEDIATE, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -177,13 +177,11 @@ def test_a_layer_that_keeps_all_neurons_predicts_nothing(attachment, monkeypatch
 
 def test_clocks_go_after_an_error_and_without_a_compensator(model):
     with attach(model, tiny_artifact(model), compensator=False) as attachment:
-        parts = [(f.predictor, f.compensator) for f in attachment.ffns]
         with pytest.raises(RuntimeError, match="stop"), profile.clocks(attachment) as watch:
             logits(model, token_ids(1, 45))
             assert watch.seconds("predictor") > 0 and watch.seconds("compensator") == 0
-            assert attachment.ffns[0].predictor.macs_per_token() == parts[0][0].macs_per_token()
             raise RuntimeError("stop")
-        assert [(f.predictor, f.compensator) for f in attachment.ffns] == parts
+        assert not any(f.taps for f in attachment.ffns)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 

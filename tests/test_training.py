@@ -11,6 +11,7 @@ from fastfill import attach
 from fastfill.attachment import CHECKPOINT
 from fastfill.blocks import make_plan
 from fastfill.errors import UserError
+from fastfill.lab.baselines import named
 from fastfill.sparse_ffn import current_plan, in_call
 
 pytestmark = pytest.mark.filterwarnings("ignore:The FFN weights have changed")
@@ -41,7 +42,7 @@ def test_the_gradient_is_that_of_the_sparse_forward(exact, wanted):
     moved = x.requires_grad_() if wanted == "x" else getattr(mlp, wanted).weight
     way, weight = (torch.randn(t.shape, dtype=t.dtype, generator=generator) for t in (moved, x))
     plan = make_plan([(0, 45, 0), (4, 45, 0)], 45, PREFILL)
-    with attach(exact, tiny_artifact(exact), predictor="static") as attachment:
+    with attach(exact, tiny_artifact(exact), predictor=named("static")) as attachment:
 
         def value():
             token = current_plan.set(plan)

@@ -18,6 +18,7 @@ import fastfill
 from fastfill.compensator import Compensator
 from fastfill.engines.transformers import generate
 from fastfill.errors import UserError
+from fastfill.ffn import FFN
 from fastfill.predictor import LearnedPredictor
 from fastfill.sparse_ffn import SparseFFN, current_plan
 from fastfill.vllm_plugin import requests, steps
@@ -325,9 +326,9 @@ def halves(attachment):
             parts.append(
                 SparseFFN(
                     dense=dense,
-                    gate=sparse.gate[own],
-                    up=sparse.up[own],
+                    ffn=FFN(sparse.ffn.gate[own], sparse.ffn.up[own], sparse.ffn.down[:, own]),
                     down_t=sparse.down_t[own],
+                    kernel=sparse.kernel,
                     kept=(sparse.kept + rank) // 2,
                     predictor=LearnedPredictor(predictor.w_in, predictor.w_out[own], predictor.bias[own]),
                     compensator=Compensator(

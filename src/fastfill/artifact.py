@@ -59,12 +59,12 @@ class Artifact:
         target = self.prefill.sparsity if sparsity is None else sparsity
         return schedule.allocate(self.layer_importance, target, self.base_model["intermediate_size"])
 
-    def predictor(self, layer: int, like: torch.Tensor, kernel: str = "auto") -> LearnedPredictor:
+    def predictor(self, layer: int, like: torch.Tensor) -> LearnedPredictor:
         """A layer's predictor in the dtype and on the device of `like`. Here and below: UserError if a weight overflows."""
         w_in, w_out, bias = (self._weight(layer, f"predictor.{name}", like) for name in ("w_in", "w_out", "bias"))
-        return LearnedPredictor(w_in, w_out, bias, kernel)
+        return LearnedPredictor(w_in, w_out, bias)
 
-    def compensator(self, layer: int, kept: int, like: torch.Tensor, kernel: str = "auto") -> Compensator | None:
+    def compensator(self, layer: int, kept: int, like: torch.Tensor) -> Compensator | None:
         """The correction of a layer that keeps `kept` neurons: as learned, times the share of neurons skipped now over the
         share skipped when it was learned. Ours: at 30 % the one learned at 50 % adds too much (KL 0.296, scaled 0.266)."""
         if not self.ranks["linear"] + self.ranks["silu"]:
@@ -74,7 +74,7 @@ class Artifact:
         if kept != learned < intermediate:
             scale = (intermediate - kept) / (intermediate - learned)
             w_out, bias = (_finite(w * scale, f"layer {layer}'s compensator, scaled") for w in (w_out, bias))
-        return Compensator(w_in, w_out, bias, self.ranks["linear"], kernel)
+        return Compensator(w_in, w_out, bias, self.ranks["linear"])
 
     def statistics(self, layer: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
         """What baselines need of the calibration text: mean importance (F,) and input RMS (H,)."""

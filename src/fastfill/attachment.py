@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastfill import artifact as artifacts
-from fastfill import families, kernels, partner
+from fastfill import families, partner
 from fastfill.artifact import Artifact
 from fastfill.blocks import Plan
 from fastfill.calls import Calls, GenerateHook, Prompt, Stats
@@ -22,13 +22,13 @@ from fastfill.compensator import Compensator
 from fastfill.config import PrefillConfig, check_integer
 from fastfill.errors import UserError
 from fastfill.follow import Follower, follow
-from fastfill.predictor import BASELINES, Predictor
+from fastfill.kernels import Kernel
+from fastfill.predictor import Maker, Predictor
 from fastfill.sparse_ffn import current_plan, in_call
 from fastfill.swap import StandIn, Swaps
 
-__all__ = ["LEARNED", "Attachment", "Stats", "attach", "check_detached", "detach"]
+__all__ = ["Attachment", "Stats", "attach", "check_detached", "detach"]
 
-LEARNED = "learned"
 MARK = "_fastfill"  # the attribute of an attached base model that holds its Attachment
 CHECKPOINT = "_gradient_checkpointing_func"  # what transformers calls on a layer to compute it again in the backward pass
 _attaching = threading.Lock()
@@ -70,7 +70,7 @@ class Attachment:
         """What results depend on beside `config`."""
         first = self.ffns[0]
         predictor, compensator = type(first.predictor).__name__, first.compensator is not None
-        return {"kernel": kernels.choose(first.kernel, first.gate), "predictor": predictor, "compensator": compensator}
+        return {"kernel": first.kernel.name, "predictor": predictor, "compensator": compensator}
 
     @property
     def extra_bytes(self) -> int:
@@ -249,15 +249,15 @@ def attach(
     block_size: int | None = None,
     min_tokens: int | None = None,
     dense_tail: int | None = None,
-    predictor: str = LEARNED,
+    predictor: Maker | None = None,
     compensator: bool = True,
-    kernel: str = "auto",
+    kernel: str | Kernel = "auto",
 ) -> Attachment:
     """Make a loaded `transformers` model read prompts with a sparse FFN.
 
-    sparsity, block_size, min_tokens, dense_tail: override the artifact's settings (`PrefillConfig`). predictor: "learned" or a
-    baseline (oracle, static, first-block, low-rank, random). compensator: False leaves the correction out.
-    kernel: see `fastfill.kernels`. Decode steps and short calls stay dense and unchanged.
+    sparsity, block_size, min_tokens, dense_tail: override the artifact's settings (`PrefillConfig`). predictor: makes another
+    one in place of the learned (`fastfill.lab.baselines.named("oracle")`). compensator: False leaves the correction out.
+    kernel: a name (see `fastfill.kernels`), or what `kernels.resolve` gave. Decode steps and short calls stay dense.
 
     Raises UserError for a model or an artifact that does not fit, or a model that is attached already. Warns if what is outside
     the FFNs (embeddings, attention, norms, unmerged adapters on them) is not what the artifact was learned with.
@@ -275,15 +275,13 @@ def attach(
         "dense_tail": dense_tail,
     }
     config = dataclasses.replace(artifact.prefill, **{k: v for k, v in changes.items() if v is not None})
-    if predictor != LEARNED and predictor not in BASELINES:
-        raise UserError(f"predictor {predictor!r} is not known; use one of {', '.join([LEARNED, *BASELINES])}.")
 
     def follower(layer: int, part: families.ModuleFFN, kept: int) -> Follower:
         def learned(like: torch.Tensor) -> tuple[Predictor, Compensator | None]:
-            correction = artifact.compensator(layer, kept, like, kernel) if compensator else None
-            if predictor == LEARNED:
-                return artifact.predictor(layer, like, kernel), correction
-            baseline = BASELINES[predictor](part, layer, artifact.statistics(layer, like), artifact.ranks["predictor"])
+            correction = artifact.compensator(layer, kept, like) if compensator else None
+            if predictor is None:
+                return artifact.predictor(layer, like), correction
+            baseline = predictor(part, layer, artifact.statistics(layer, like), artifact.ranks["predictor"])
             return baseline, correction
 
         return Follower(part, kept, learned, kernel)

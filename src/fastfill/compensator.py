@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastfill import kernels
+from fastfill.kernels import Kernel
 
 
 class Compensator:
@@ -13,12 +13,12 @@ class Compensator:
     w_in: (r_lin + r_silu, H), linear rows first. w_out: (H, r_lin + r_silu). bias: (H,).
     """
 
-    def __init__(self, w_in: torch.Tensor, w_out: torch.Tensor, bias: torch.Tensor, linear_rank: int, kernel: str = "auto"):
-        self.w_in, self.w_out, self.bias, self.linear_rank, self.kernel = w_in, w_out, bias, linear_rank, kernel
+    def __init__(self, w_in: torch.Tensor, w_out: torch.Tensor, bias: torch.Tensor, linear_rank: int):
+        self.w_in, self.w_out, self.bias, self.linear_rank = w_in, w_out, bias, linear_rank
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, kernel: Kernel) -> torch.Tensor:
         """(T, H) -> (T, H)."""
-        return kernels.compensate(x, self.w_in, self.w_out, self.bias, self.linear_rank, kernel=self.kernel)
+        return kernel.compensate(x, self.w_in, self.w_out, self.bias, self.linear_rank)
 
     def shard(self, rank: int, ranks: int) -> Compensator | None:
         """The part of one of `ranks` processes; the parts add up to c. None where nothing is left for this one."""
@@ -28,7 +28,7 @@ class Compensator:
         if not rows and rank:
             return None
         bias = self.bias if rank == 0 else torch.zeros_like(self.bias)
-        return Compensator(self.w_in[rows], self.w_out[:, rows].contiguous(), bias, len(own), self.kernel)
+        return Compensator(self.w_in[rows], self.w_out[:, rows].contiguous(), bias, len(own))
 
     def macs_per_token(self) -> int:
         return self.w_in.numel() + self.w_out.numel()

@@ -9,11 +9,16 @@ import torch
 from torch import nn
 
 from fastfill.errors import UserError
+from fastfill.ffn import FFN
 
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute names, from the base model down to one FFN."""
+    """Attribute names, from the base model down to one FFN.
+
+    gate_up: one Linear that holds gate's rows and, behind them, up's, in place of `gate` and `up`. scale, cap: names in the
+    config of what the logits are divided by, and of the value c that they are bent to, c tanh(logits / c).
+    """
 
     layers: str = "layers"
     ffn: str = "mlp"
@@ -21,60 +26,94 @@ class Family:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    gate_up: str | None = None
     activation: str = "hidden_act"  # in the model's config
+    scale: str | None = None
+    cap: str | None = None
 
 
-# model_type -> names. One row is all that a new SwiGLU family needs.
+# model_type -> names. One row is all that a new family of gated FFNs needs.
 FAMILIES = {
     "llama": Family(),  # Llama 2/3.x, SmolLM2 and everything else that uses the LLaMA architecture
     "mistral": Family(),
     "qwen2": Family(),  # Qwen2, Qwen2.5
     "qwen3": Family(),
 }
-
-
-@dataclass(frozen=True)
-class FFN:
-    """One feed-forward network: y = (silu(x gate^T) * (x up^T)) down^T.
-
-    gate, up: (F, H). down: (H, F). module: the instance whose forward is swapped.
-    """
-
-    module: nn.Module
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
+# An activation in a model's config -> its name in `ffn.ACTIVATIONS`.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
 
 
 class ModuleFFN(FFN):
-    """The FFN of a decoder layer. Its weights are looked up at every use, so that they are those the model has now."""
+    """The FFN of a decoder layer. Its weights are looked up at every use, so that they are those the model has now.
+
+    module: the instance whose forward is swapped. shape: (F, H).
+    """
 
     layer: nn.Module
     family: Family
     index: int
-    shape: tuple[int, int]  # (F, H)
+    module: nn.Module
+    shape: tuple[int, int]
 
-    def __init__(self, layer: nn.Module, family: Family, index: int):
+    def __init__(self, layer: nn.Module, family: Family, index: int, activation: str = "silu"):
         module = getattr(layer, family.ffn)
-        neurons, hidden = _weight(module, family.gate, index).shape
-        found = {"layer": layer, "family": family, "index": index, "module": module, "shape": (neurons, hidden)}
-        vars(self).update(found)  # the fields are frozen
-        self.parameters()
+        hidden, neurons = _linear(module, family.down, index).weight.shape
+        found = {"layer": layer, "family": family, "index": index, "module": module, "activation": activation}
+        vars(self).update(found, shape=(neurons, hidden))  # the fields are frozen
+        self.now()
 
     @property
     def gate(self) -> torch.Tensor:
-        return getattr(self.module, self.family.gate).weight.data
+        return self._rows("gate").weight.data[self._part("gate")]
 
     @property
     def up(self) -> torch.Tensor:
-        return getattr(self.module, self.family.up).weight.data
+        return self._rows("up").weight.data[self._part("up")]
 
     @property
     def down(self) -> torch.Tensor:
-        return getattr(self.module, self.family.down).weight.data
+        return self.linear_down.weight.data
 
-    def parameters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """gate, up and down as they are now, with what autograd knows of them.
+    @property
+    def gate_bias(self) -> torch.Tensor | None:
+        return self._bias("gate")
+
+    @property
+    def up_bias(self) -> torch.Tensor | None:
+        return self._bias("up")
+
+    @property
+    def down_bias(self) -> torch.Tensor | None:
+        bias = self.linear_down.bias
+        return None if bias is None else bias.data
+
+    @property
+    def linear_down(self) -> Any:
+        """The module that holds down."""
+        return getattr(self.module, self.family.down)
+
+    def _rows(self, role: str) -> Any:
+        """The Linear among whose rows gate's or up's are."""
+        return getattr(self.module, self.family.gate_up or getattr(self.family, role))
+
+    def _part(self, role: str) -> slice:
+        if self.family.gate_up is None:
+            return slice(None)
+        return slice(self.shape[0]) if role == "gate" else slice(self.shape[0], None)
+
+    def _bias(self, role: str) -> torch.Tensor | None:
+        bias = self._rows(role).bias
+        return None if bias is None else bias.data[self._part(role)]
+
+    def now(self) -> FFN:
+        """The weights as they are now, with what autograd knows of them.
 
         Raises UserError if the sparse kernel cannot read them: the FFN or one of its Linears was replaced (an adapter, a
         quantiser), a weight has another shape, type or device than the others, or is not there (device 'meta').
@@ -82,28 +121,54 @@ class ModuleFFN(FFN):
         family, index = self.family, self.index
         if getattr(self.layer, family.ffn) is not self.module:
             raise UserError(f"Layer {index}: {family.ffn} was replaced while attached; detach, then attach again.")
-        gate, up, down = (_weight(self.module, name, index) for name in (family.gate, family.up, family.down))
         neurons, hidden = self.shape
-        for name, weight, shape in (
-            (family.gate, gate, (neurons, hidden)),
-            (family.up, up, (neurons, hidden)),
-            (family.down, down, (hidden, neurons)),
-        ):
+        rows = (2 * neurons if family.gate_up else neurons, hidden)
+        shapes = {family.gate_up or family.gate: rows, family.gate_up or family.up: rows, family.down: (hidden, neurons)}
+        first: torch.Tensor | None = None
+        leading = next(iter(shapes))
+        for name, shape in shapes.items():
+            linear = _linear(self.module, name, index)
+            weight = linear.weight
             if weight.shape != shape:
                 raise UserError(f"Layer {index}: {name} has the shape {tuple(weight.shape)}, not {shape}.")
             if name != family.down and weight.stride(1) != 1:
                 raise UserError(f"Layer {index}: the rows of {name} are not contiguous; call .contiguous() on its weight.")
-            if weight.dtype != gate.dtype or weight.device != gate.device:
-                raise UserError(
-                    f"Layer {index}: {name} is {weight.dtype} on {weight.device}, but {family.gate} is {gate.dtype} on "
-                    f"{gate.device}; give an FFN's weights one type and one device."
-                )
-        return gate, up, down
+            first = weight if first is None else first
+            for tensor in (weight, linear.bias):
+                if tensor is not None and (tensor.dtype != first.dtype or tensor.device != first.device):
+                    raise UserError(
+                        f"Layer {index}: {name} is {tensor.dtype} on {tensor.device}, but {leading} is {first.dtype} on "
+                        f"{first.device}; give an FFN's weights one type and one device."
+                    )
+        parts: dict[str, Any] = {}
+        for role in ("gate", "up"):
+            linear, part = self._rows(role), self._part(role)
+            whole = family.gate_up is None
+            parts[role] = linear.weight if whole else linear.weight[part]
+            parts[f"{role}_bias"] = linear.bias if whole or linear.bias is None else linear.bias[part]
+        return FFN(**parts, down=self.linear_down.weight, down_bias=self.linear_down.bias, activation=self.activation)
+
+
+class Head:
+    """Last hidden states -> logits, as the model's own forward makes them. scale, cap: see `Family`."""
+
+    def __init__(self, model: Any):
+        family = FAMILIES.get(getattr(model.config, "model_type", ""), Family())
+        self._model = model
+        self.scale: float | None = getattr(model.config, family.scale, None) if family.scale else None
+        self.cap: float | None = getattr(model.config, family.cap, None) if family.cap else None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., V)."""
+        logits = self._model.get_output_embeddings()(hidden)
+        if self.scale is not None:
+            logits = logits / self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What the rest of the package needs of a model. hidden: H, intermediate: F."""
+    """What the rest of the package needs of a model. hidden: H, intermediate: F. head: of the causal LM."""
 
     base: nn.Module
     layers: list[nn.Module]
@@ -112,6 +177,7 @@ class Anatomy:
     hidden: int
     intermediate: int
     model_type: str
+    head: Head
 
     @property
     def adapters(self) -> list[str]:
@@ -151,14 +217,14 @@ def dissect(model: Any) -> Anatomy:
     if not layers:
         raise UserError(f"This {model_type} model has no decoder layers at {family.layers!r}; pass the loaded causal LM.")
     activation = getattr(config, family.activation, None)
-    if activation not in ("silu", "swish"):
-        raise UserError(f"The FFN activation {activation!r} is not supported; the sparse FFN computes silu (SwiGLU).")
-    ffns = [ModuleFFN(layer, family, index) for index, layer in enumerate(layers)]
+    if activation not in ACTIVATIONS:
+        raise UserError(f"The FFN activation {activation!r} is not supported; supported are: {', '.join(ACTIVATIONS)}.")
+    ffns = [ModuleFFN(layer, family, index, ACTIVATIONS[activation]) for index, layer in enumerate(layers)]
     shape = ffns[0].shape
     if any(ffn.shape != shape for ffn in ffns):
         raise UserError("The layers' FFNs differ in width; only models with one intermediate size are supported.")
     attentions = [getattr(layer, family.attention) for layer in layers]
-    return Anatomy(base, layers, attentions, ffns, shape[1], shape[0], model_type)
+    return Anatomy(base, layers, attentions, ffns, shape[1], shape[0], model_type, Head(model))
 
 
 def _is_adapter(module: nn.Module) -> bool:
@@ -166,8 +232,8 @@ def _is_adapter(module: nn.Module) -> bool:
     return any(hasattr(module, name) for name in ("base_layer", "original_module"))
 
 
-def _weight(module: nn.Module, name: str, index: int) -> torch.Tensor:
-    """The weight of a plain Linear of layer `index`'s FFN, or UserError."""
+def _linear(module: nn.Module, name: str, index: int) -> nn.Linear:
+    """A plain Linear of layer `index`'s FFN, or UserError."""
     linear: Any = getattr(module, name, None)
     if any(map(_is_adapter, (module, linear))):
         raise UserError(
@@ -183,7 +249,7 @@ def _weight(module: nn.Module, name: str, index: int) -> torch.Tensor:
         raise UserError(f"Layer {index}: {name} has a bias, which is not supported.")
     if linear.weight.device.type == "meta":
         raise UserError("The model's weights are offloaded (device 'meta'); load it whole on one device.")
-    return linear.weight
+    return linear
 
 
 def _is_plain(weight: Any) -> bool:

@@ -15,6 +15,8 @@ from fastfill import kernels
 from fastfill.compensator import Compensator
 from fastfill.errors import UserError
 from fastfill.families import ModuleFFN
+from fastfill.ffn import FFN
+from fastfill.kernels import Kernel
 from fastfill.predictor import Predictor
 from fastfill.sparse_ffn import SparseFFN
 
@@ -27,17 +29,17 @@ Learned = Callable[[torch.Tensor], tuple[Predictor, Compensator | None]]
 class Follower:
     """One layer: its module, and the sparse FFN that stands in for it."""
 
-    def __init__(self, part: ModuleFFN, kept: int, learned: Learned, kernel: str):
+    def __init__(self, part: ModuleFFN, kept: int, learned: Learned, kernel: str | Kernel):
         self.part, self._learned, self._kernel = part, learned, kernel
         self._stamps: list[Any] = []
-        self.ffn = SparseFFN(dense=part.module.forward, kept=kept, kernel=kernel, **self._made(kept))
+        self.ffn = SparseFFN(dense=part.module.forward, kept=kept, **self._made(kept))
 
     def renew(self) -> None:
         """Make everything anew from the weights that are there now. Raises UserError if they cannot be followed."""
         vars(self.ffn).update(self._made(self.ffn.kept))
 
     def stale(self) -> bool:
-        return self._stamps != [_stamp(weight) for weight in self.part.parameters()]
+        return self._stamps != _stamps(self.part.now())
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The same few entries of down as it is, and of the copy that was made of it."""
@@ -46,26 +48,19 @@ class Follower:
     @torch.inference_mode(False)  # what is made under inference_mode could not be used outside it
     @torch.no_grad()
     def _made(self, kept: int) -> dict[str, Any]:
-        gate, up, down = self.part.parameters()
+        ffn = self.part.now()
         try:
-            kernels.choose(self._kernel, gate)
+            kernel = self._kernel if isinstance(self._kernel, Kernel) else kernels.resolve(self._kernel, ffn.gate)
         except ValueError as error:
             raise UserError(str(error)) from error
-        predictor, compensator = self._learned(gate)
-        down_t = down.t().contiguous() if kept < len(gate) else down.new_empty(0)
-        self._stamps = [_stamp(weight) for weight in (gate, up, down)]
-        return {
-            "gate": gate,
-            "up": up,
-            "down": down,
-            "down_t": down_t,
-            "predictor": predictor,
-            "compensator": compensator,
-        }
+        predictor, compensator = self._learned(ffn.gate)
+        down_t = ffn.down.t().contiguous() if kept < ffn.neurons else ffn.down.new_empty(0)
+        self._stamps = _stamps(ffn)
+        return {"ffn": ffn, "down_t": down_t, "predictor": predictor, "compensator": compensator, "kernel": kernel}
 
 
 def follow(followers: Sequence[Follower]) -> bool:
-    """Renew the layers whose weights have changed; whether any had. Raises UserError as `ModuleFFN.parameters` does."""
+    """Renew the layers whose weights have changed; whether any had. Raises UserError as `ModuleFFN.now` does."""
     thin = [layer for layer in followers if layer.ffn.kept < layer.part.shape[0]]
     stale = [layer for layer in thin if layer.stale()]
     if not _same_samples([layer for layer in thin if layer not in stale]):
@@ -93,6 +88,11 @@ def _diagonal(weight: torch.Tensor) -> torch.Tensor:
     count = min(SAMPLE, rows, columns)
     step = rows // count * weight.stride(0) + columns // count * weight.stride(1)
     return weight.as_strided((count,), (step,))
+
+
+def _stamps(ffn: FFN) -> list[Any]:
+    parts = (ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias, ffn.down_bias)
+    return [None if part is None else _stamp(part) for part in parts]
 
 
 def _stamp(weight: torch.Tensor) -> tuple[Any, ...]:

@@ -6,17 +6,19 @@ Shape letters used everywhere: T tokens, N blocks, B block size, H hidden size, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from fastfill import kernels, select
 from fastfill.blocks import Plan
 from fastfill.compensator import Compensator
 from fastfill.errors import UserError
+from fastfill.ffn import FFN
+from fastfill.kernels import Kernel
 from fastfill.predictor import Predictor
 
 # The plan of the call that is running now; set around the base model's forward, local to thread and task.
@@ -24,24 +26,28 @@ current_plan: ContextVar[Plan | None] = ContextVar("fastfill_plan", default=None
 # Whether such a call is running at all: a dense one has no plan either.
 in_call: ContextVar[bool] = ContextVar("fastfill_in_call", default=False)
 
+# Told of each step of a sparse forward: (step, layer's FFN, plan, what it gave). The steps in their order, and what they give:
+#   "input" (batch * T, H), "scores" (N, F), "selected" ids (N, K), "corrected" (batch * T, H) or None, "output" (batch * T, H).
+Tap = Callable[[str, "SparseFFN", Plan, torch.Tensor | None], None]
+Value = TypeVar("Value", bound="torch.Tensor | None")
 
-@dataclass
+
+@dataclass(eq=False)
 class SparseFFN:
-    """Stands in for the forward of one FFN module. gate, up, down_t: (F, H). kept: K.
+    """Stands in for the forward of one FFN module.
 
-    down: (H, F), what `down_t` was made from, where a gradient may be wanted of it. on: False passes every call to `dense`.
+    dense: that forward. ffn: its weights. down_t: (F, H), a copy of its down, transposed. kept: K. taps: observers, clocks.
+    on: False passes every call to `dense`.
     """
 
     dense: Callable[[torch.Tensor], torch.Tensor]
-    gate: torch.Tensor
-    up: torch.Tensor
+    ffn: FFN
     down_t: torch.Tensor
     kept: int
     predictor: Predictor
     compensator: Compensator | None
-    kernel: str = "auto"
-    observer: Callable[[Plan, torch.Tensor], None] | None = field(default=None, repr=False)
-    down: torch.Tensor | None = None
+    kernel: Kernel
+    taps: list[Tap] = field(default_factory=list, repr=False)
     on: bool = True
 
     @property
@@ -57,32 +63,44 @@ class SparseFFN:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, T, H) -> (batch, T, H)."""
         plan = current_plan.get()
-        if not self.on or self.kept == self.gate.shape[0]:
+        if not self.on or self.kept == self.ffn.neurons:
             return self.dense(x)
         if plan is None or x.shape[:-1] != (plan.batch, plan.tokens):
             _refuse_recomputation()
             return self.dense(x)
         with torch.autocast(x.device.type, enabled=False):  # the weights' type is computed in, autocast or not
-            return self._sparse(x.reshape(-1, x.shape[-1]).to(self.gate.dtype), plan).view_as(x).to(x.dtype)
+            return self._sparse(x.reshape(-1, x.shape[-1]).to(self.ffn.gate.dtype), plan).view_as(x).to(x.dtype)
 
     def _sparse(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         """x: (batch * T, H) -> (batch * T, H)."""
-        scores = self.predictor.scores(x.detach(), plan)  # (N, F)
-        ids = select.top_k(scores, self.kept, self.kernel)  # (N, K)
-        if self.observer:
-            self.observer(plan, ids)
-        y = plan.clear_dense(self.compensator(x)) if self.compensator else None  # (batch * T, H)
+        ffn, kernel = self.ffn, self.kernel
+        self._tell("input", plan, x)
+        scores = self._tell("scores", plan, self.predictor.scores(x.detach(), plan, kernel))  # (N, F)
+        ids = self._tell("selected", plan, kernel.top_k(scores, self.kept))  # (N, K)
+        correction = self._tell("corrected", plan, self._correction(x, plan))  # (batch * T, H)
         # Dense rows ride along as blocks that keep all neurons; in a call of their own they cost 5 % of the FFN at T = 2,048.
-        all_ids, bounds = plan.with_dense(ids, self.gate.shape[0])
-        weights = self.gate, self.up, self._down_t()
-        y = kernels.sparse_ffn(x, *weights, all_ids, rows=plan.rows, id_offsets=bounds, init=y, out=y, kernel=self.kernel)
+        all_ids, bounds = plan.with_dense(ids, ffn.neurons)
+        y = kernel.sparse_ffn(x, ffn, self._down_t(), all_ids, rows=plan.rows, id_offsets=bounds, init=correction)
         plan.runs.append(True)
-        return y
+        return self._tell("output", plan, y)
+
+    def _correction(self, x: torch.Tensor, plan: Plan) -> torch.Tensor | None:
+        """What the kernel adds to: the compensator's output on sparse rows, down's bias on all."""
+        y = plan.clear_dense(self.compensator(x, self.kernel)) if self.compensator else None
+        bias = self.ffn.down_bias
+        if bias is None:
+            return y
+        return bias.expand_as(x).clone() if y is None else y + bias
+
+    def _tell(self, step: str, plan: Plan, value: Value) -> Value:
+        for tap in self.taps:
+            tap(step, self, plan, value)
+        return value
 
     def _down_t(self) -> torch.Tensor:
-        """Made anew where `down` learns: the copy that is kept has no gradient."""
-        if self.down is not None and self.down.requires_grad and torch.is_grad_enabled():
-            return self.down.t().contiguous()
+        """Made anew where down learns: the copy that is kept has no gradient."""
+        if self.ffn.down.requires_grad and torch.is_grad_enabled():
+            return self.ffn.down.t().contiguous()
         return self.down_t
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -101,3 +119,16 @@ def _refuse_recomputation() -> None:
             "The backward pass computes an FFN again outside of the model's call: only the model's own activation "
             "checkpointing is followed (model.gradient_checkpointing_enable()); use that, or detach for training."
         )
+
+
+@contextmanager
+def tapped(ffns: Sequence[SparseFFN], tap: Tap) -> Iterator[None]:
+    """While the block runs, the layers tell `tap`; afterwards, an exception or not, they do not."""
+    try:
+        for ffn in ffns:
+            ffn.taps.append(tap)
+        yield
+    finally:
+        for ffn in ffns:
+            if tap in ffn.taps:
+                ffn.taps.remove(tap)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastfill.families import FFN, Anatomy
+from fastfill.families import Anatomy
 from fastfill.swap import swapped
 
 Calls = list[tuple[torch.Tensor, dict[str, Any]]]
@@ -45,7 +45,7 @@ def stream_ffns(
     for index, layer in enumerate(anatomy.layers):
         ffn = anatomy.ffns[index]
         for row in range(hidden.shape[0]):
-            with _inputs(ffn.module) as ffn_input, _inputs(_down(ffn)) as down_input:
+            with _inputs(ffn.module) as ffn_input, _inputs(ffn.linear_down) as down_input:
                 out = layer(hidden[row : row + 1], **calls[index][1])
             hidden[row] = (out[0] if isinstance(out, tuple) else out)[0]
             inputs[row], activations[row] = ffn_input[0][0, part], down_input[0][0, part]
@@ -55,11 +55,6 @@ def stream_ffns(
 def known(anatomy: Anatomy, layers: int, out: torch.Tensor) -> AbstractContextManager[None]:
     """While the block runs, the first `layers` layers are not computed: the last of them gives `out` (1, T, H)."""
     return swapped((layer, lambda *_args, **_kwargs: out) for layer in anatomy.layers[:layers])
-
-
-def _down(ffn: FFN) -> nn.Module:
-    """The module that holds the down projection."""
-    return next(m for m in ffn.module.children() if isinstance(m, nn.Linear) and m.weight.data_ptr() == ffn.down.data_ptr())
 
 
 @contextmanager

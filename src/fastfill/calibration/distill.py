@@ -99,7 +99,7 @@ class Distiller:
 
     def _backward(self, ids: torch.Tensor, batch: int) -> float:
         """Add the gradient of ids (1, T), one of a batch; their part of the loss."""
-        head = self.model.get_output_embeddings()
+        head = self.anatomy.head
         prompt, answer = self._scored(ids.shape[1])
         scored = torch.cat([prompt, answer])
         with torch.no_grad():

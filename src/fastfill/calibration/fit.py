@@ -7,24 +7,23 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from fastfill import select
+from fastfill import kernels
 from fastfill.calibration.team import ALONE, Team
 from fastfill.config import CalibrationConfig
-from fastfill.families import FFN
-from fastfill.predictor import down_norm, energy
+from fastfill.ffn import FFN, energy
 
 CHUNK = 4096  # tokens whose (T, F) activations are in memory at a time
 
 
 def shares(h: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """Activations (T, F) -> the share of its token's importance that each neuron has, fp32. norm: `down_norm`."""
+    """Activations (T, F) -> the share of its token's importance that each neuron has, fp32. norm: `FFN.down_norm`."""
     return F.normalize(energy(h, norm), p=1, dim=-1)
 
 
 def statistics(x: torch.Tensor, h: torch.Tensor, ffn: FFN, team: Team = ALONE) -> dict[str, torch.Tensor]:
     """Of the FFN's inputs x (T, H) and activations h (T, F): mean importance (F,), normalised per token, and RMS of the inputs
     (H,). Here and below, x and h of a team are what this process has of the text, and the result is that of all its text."""
-    total, norm = torch.zeros(ffn.gate.shape[0], device=x.device), down_norm(ffn)
+    total, norm = torch.zeros(ffn.neurons, device=x.device), ffn.down_norm()
     for part in h.split(CHUNK):
         total += shares(part, norm).sum(0)
     squares = x.float().square().sum(0)
@@ -57,8 +56,8 @@ def fit_predictor(
     generator = torch.Generator().manual_seed(seed)
     hidden = x.shape[1]
     first, tokens = team.place(len(x))
-    intermediate = ffn.gate.shape[0]
-    rms, norm = _rms(x, team), down_norm(ffn)
+    intermediate = ffn.neurons
+    rms, norm = _rms(x, team), ffn.down_norm()
     w_in = torch.randn(rank, hidden, generator=generator).to(x.device) / (hidden**0.5 * rms)
     w_out = torch.randn(intermediate, rank, generator=generator).to(x.device) * 0.1
     bias = mean.clamp_min(1e-9).log()
@@ -103,10 +102,10 @@ def captured_share(
 ) -> tuple[float, float]:
     """Share of the tokens' (normalised) importance that the chosen neurons hold: (learned, oracle). x: (N * B, H).
     h: (N * B, F)."""
-    learned, best, norm = 0.0, 0.0, down_norm(ffn)
+    learned, best, norm = 0.0, 0.0, ffn.down_norm()
     for part, activations in _chunks(x, h, block_size):
         truth = shares(activations, norm).view(-1, block_size, h.shape[1]).sum(1)
-        ids = select.top_k(block_scores(part, weights, block_size), kept).long()
+        ids = kernels.top_k(block_scores(part, weights, block_size), kept).long()
         learned += float(truth.gather(1, ids).sum())
         best += float(truth.topk(kept, dim=1).values.sum())
     learned, best, tokens = team.total(learned, best, len(x))
@@ -136,7 +135,7 @@ def fit_compensator(
     gram = torch.zeros(hidden + 1, hidden + 1, dtype=torch.float64, device=x.device)
     cross = torch.zeros(hidden + 1, hidden, dtype=torch.float64, device=x.device)
     for part, activations in _chunks(x, h, block_size):
-        ids = select.top_k(block_scores(part, weights, block_size), kept).long()
+        ids = kernels.top_k(block_scores(part, weights, block_size), kept).long()
         skip = h.new_ones(len(ids), 1, h.shape[1]).scatter_(2, ids[:, None], 0)
         missing = F.linear((activations.view(-1, block_size, h.shape[1]) * skip).view_as(activations), ffn.down)
         inputs = torch.cat([part.float(), torch.ones(len(part), 1, device=x.device)], 1)

@@ -24,7 +24,7 @@ def sensitivity(
 
     The layers before the sparse one are not computed again, and the head only on what is scored.
     """
-    head = model.get_output_embeddings()
+    head = anatomy.head
     rows = tokens[team.share(len(tokens))]
     scored = slice(students[0].head, None, stride)
     costs = [0.0] * len(students)

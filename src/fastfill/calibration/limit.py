@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastfill import families
 from fastfill.artifact import Artifact
 from fastfill.attachment import attach
 from fastfill.calibration.distill import kl_divergence
@@ -82,7 +83,7 @@ class _Reading:
     @torch.no_grad()
     def __init__(self, model: Any, ids: torch.Tensor, part: int):
         self.ids, self.targets = ids, ids[0, part + 1 :]
-        head = model.get_output_embeddings()
+        head = families.Head(model)
         self.logits = head(model.base_model(input_ids=ids, use_cache=False)[0][0, part:-1])
         self.nll = _nll(self.logits, self.targets)
         self.none = _nll(head(model.base_model(input_ids=ids[:, part:], use_cache=False)[0][0, :-1]), self.targets)
@@ -90,7 +91,7 @@ class _Reading:
 
 @torch.no_grad()
 def _loss(model: Any, artifact: Artifact, readings: list[_Reading], sparsity: float, part: int) -> dict[str, float]:
-    head = model.get_output_embeddings()
+    head = families.Head(model)
     kl, lost, worth, tokens = 0.0, 0.0, 0.0, 0
     with attach(model, artifact, sparsity=sparsity, min_tokens=1) as attachment:
         for reading in readings:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastfill import select
+from fastfill import kernels
 from fastfill.calibration.fit import block_scores
-from fastfill.families import FFN, Anatomy
+from fastfill.families import Anatomy
+from fastfill.ffn import FFN
 from fastfill.swap import swapped
 
 Weights = dict[str, torch.Tensor]
@@ -50,8 +51,8 @@ class StudentFFN:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (1, T, H) -> (1, T, H)."""
         stop = self.stop(x.shape[1])
-        if self.kept == self.ffn.gate.shape[0] or stop <= self.head:
-            return F.linear(F.silu(F.linear(x, self.ffn.gate)) * F.linear(x, self.ffn.up), self.ffn.down)
+        if self.kept == self.ffn.neurons or stop <= self.head:
+            return self.ffn(x)
         rows = x[0, self.head : stop]
         y = _MaskedFFN.apply(x[0], self.gate(rows), self.ffn, slice(self.head, stop))
         correction = F.pad(self.compensate(rows), (0, 0, self.head, x.shape[1] - stop))
@@ -60,7 +61,7 @@ class StudentFFN:
     def gate(self, rows: torch.Tensor) -> torch.Tensor:
         weights = {name: self.weights[f"predictor.{name}"] for name in ("w_in", "w_out", "bias")}
         scores = block_scores(rows, weights, self.block).clamp_min(1e-12).log()
-        ids = select.top_k(scores.detach(), self.kept).long()
+        ids = kernels.top_k(scores.detach(), self.kept).long()
         hard = torch.zeros_like(scores).scatter_(1, ids, 1.0)
         if not scores.requires_grad:
             return hard
@@ -78,7 +79,7 @@ class StudentFFN:
 
 
 class _MaskedFFN(torch.autograd.Function):
-    """(h * mask) down^T with h = silu(x gate^T) * (x up^T); gradients for x and mask, none for the weights. By hand: autograd
+    """`FFN` with h * mask in place of h; gradients for x and mask, none for the weights. By hand: autograd
     keeps and reads again eight (T, F) tensors where two do.
 
     x: (T, H). mask: (N, F), over the blocks of the tokens `rows`; all others are not masked.
@@ -86,11 +87,11 @@ class _MaskedFFN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor, ffn: FFN, rows: slice) -> torch.Tensor:
-        gate, up = F.linear(x, ffn.gate), F.linear(x, ffn.up)
+        gate, up = ffn.halves(x)
         ctx.save_for_backward(gate, up, mask)
         ctx.ffn, ctx.rows = ffn, rows
         ctx.precision = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
-        return F.linear(_masked(F.silu(gate).mul_(up), mask, rows), ffn.down)
+        return ffn.output(_masked(ffn.act.run(gate).mul_(up), mask, rows))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
@@ -98,12 +99,12 @@ class _MaskedFFN(torch.autograd.Function):
         dtype, enabled = ctx.precision
         with torch.autocast(gate.device.type, dtype, enabled=enabled):
             dh = F.linear(grads[0], ctx.ffn.down.T)
-            bent = F.silu(gate)
+            bent = ctx.ffn.act.run(gate)
             slope = (dh[ctx.rows] * bent[ctx.rows]).mul_(up[ctx.rows])
             dmask = slope.view(len(mask), -1, mask.shape[1]).sum(1, dtype=mask.dtype)
             dh = _masked(dh, mask, ctx.rows)
             dup = dh * bent
-            dgate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
+            dgate = ctx.ffn.act.backward(dh.mul_(up), gate)
             return F.linear(dgate, ctx.ffn.gate.T) + F.linear(dup, ctx.ffn.up.T), dmask, None, None
 
 

@@ -125,7 +125,9 @@ def _evaluated(arguments: argparse.Namespace, artifact: Any) -> Iterator[tuple[A
     """The attached model and what it was loaded from, in the engine that was asked for."""
     if arguments.engine == "transformers":
         loaded = load_model(arguments)
-        extra = {"predictor": arguments.predictor, "compensator": not arguments.no_compensator}
+        from fastfill.lab import baselines
+
+        extra = {"predictor": baselines.named(arguments.predictor), "compensator": not arguments.no_compensator}
         with attach_model(arguments, loaded.model, artifact, **extra) as attachment:
             yield attachment, loaded
         return

@@ -15,8 +15,9 @@ from torch import nn
 
 from fastfill import families
 from fastfill.attachment import Attachment
+from fastfill.blocks import Plan
 from fastfill.engines import PARTS
-from fastfill.sparse_ffn import SparseFFN
+from fastfill.sparse_ffn import SparseFFN, tapped
 
 
 class Stopwatch:
@@ -48,28 +49,6 @@ class Stopwatch:
         return sum((end - begin for begin, end in spans), 0.0)
 
 
-class _Clocked:
-    """Stands in for a predictor or a compensator and clocks its work; everything else is the original's."""
-
-    def __init__(self, original: Any, part: str, watch: Stopwatch):
-        self._original, self._part, self._watch = original, part, watch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-    def _timed(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._watch.start()
-        result = work(*args, **kwargs)
-        self._watch.stop(self._part)
-        return result
-
-    def scores(self, *args: Any, **kwargs: Any) -> Any:
-        return self._timed(self._original.scores, *args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._timed(self._original, *args, **kwargs)
-
-
 def clocks(attachment: Attachment) -> AbstractContextManager[Stopwatch]:
     """`clocks_on` all parts of an attached model."""
     attentions = families.dissect(attachment.model).attentions
@@ -86,21 +65,25 @@ def clocks_on(
     """
     watch = Stopwatch(device)
     hooks: list[Any] = []
-    originals = [(ffn, ffn.predictor, ffn.compensator) for ffn in sparse]
+
+    def tap(step: str, ffn: SparseFFN, _plan: Plan, _value: torch.Tensor | None) -> None:
+        if step in ("input", "selected"):
+            watch.start()
+        elif step == "scores":
+            watch.stop("predictor")
+        elif step == "corrected":
+            watch.stop("compensator" if ffn.compensator else "")
+
     try:
         for part, modules in (("attention", attentions), ("ffn", ffns)):
             for module in modules:
                 hooks.append(module.register_forward_pre_hook(lambda *_: watch.start()))
                 hooks.append(module.register_forward_hook(lambda *_, part=part: watch.stop(part)))
-        for ffn, predictor, compensator in originals:
-            ffn.predictor = _Clocked(predictor, "predictor", watch)  # type: ignore[assignment]
-            ffn.compensator = _Clocked(compensator, "compensator", watch) if compensator else None  # type: ignore[assignment]
-        yield watch
+        with tapped(list(sparse), tap):
+            yield watch
     finally:
         for hook in hooks:
             hook.remove()
-        for ffn, predictor, compensator in originals:
-            ffn.predictor, ffn.compensator = predictor, compensator
 
 
 def split(attachment: Attachment, run: Callable[[], float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastfill import calls, context, kernels, models
+from fastfill import calls, context, models
 from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment, attach
 from fastfill.engines import Prefill, profile
@@ -123,7 +123,7 @@ class TransformersRunner:
         self.attachment, self.name = attachment, name
         model = attachment.model
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.kernel = kernels.choose(attachment.ffns[0].kernel, attachment.ffns[0].gate)
+        self.kernel = attachment.choices["kernel"]
         self.shape, self.config, self.kept = model.config, attachment.config, attachment.kept
         first = attachment.ffns[0]
         self.overhead = (first.predictor.macs_per_token(), first.compensator.macs_per_token() if first.compensator else 0)

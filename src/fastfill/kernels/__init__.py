@@ -6,7 +6,9 @@ is decided in `choose` and nowhere else.
 
 import functools
 import importlib.util
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ from . import contract, cpu, torch_ref
 from .contract import check_ids as _check_ids
 
 __all__ = [
-    "ACTIVATIONS", "available", "block_scores", "choose", "compensate", "describe", "release", "scratch_bytes", "sparse_ffn",
-    "top_k",
+    "ACTIVATIONS", "Kernel", "available", "block_scores", "choose", "compensate", "describe", "release", "resolve",
+    "scratch_bytes", "sparse_ffn", "top_k",
 ]  # fmt: skip
 
 KERNELS = ("native", "triton", "torch")
@@ -305,3 +307,71 @@ def _op(
 @_op.register_fake
 def _(x, gate, up, down_t, ids, rows, id_offsets, activation, init, kernel):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class Weights(Protocol):
+    """What the op reads of an FFN; see `fastfill.ffn.FFN`."""
+
+    @property
+    def gate(self) -> Tensor: ...
+    @property
+    def up(self) -> Tensor: ...
+    @property
+    def activation(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The ops of one implementation, chosen once: what a sparse FFN computes with, and what results record.
+
+    name: "native", "triton" or "torch". reason: why this one, in a few words. expected_gain: time of the dense FFN over that
+    of the sparse one where it was measured (`fastfill.choice`), None where it was not.
+
+    Where a gradient is wanted, which native and Triton do not have, an op runs in torch.
+    """
+
+    name: str
+    reason: str = ""
+    expected_gain: float | None = None
+
+    def _for(self, *tensors: Tensor | None) -> str:
+        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return "torch" if grad else self.name
+
+    def block_scores(self, x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_size: int) -> Tensor:
+        """See `fastfill.kernels.block_scores`; so for all."""
+        return block_scores(x, w_in, w_out, bias, block_size, kernel=self._for(x, w_in, w_out, bias))
+
+    def top_k(self, scores: Tensor, kept: int) -> Tensor:
+        return top_k(scores, kept, kernel=self.name)
+
+    def compensate(self, x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank: int) -> Tensor:
+        return compensate(x, w_in, w_out, bias, linear_rank, kernel=self._for(x, w_in, w_out, bias))
+
+    def sparse_ffn(
+        self, x: Tensor, ffn: Weights, down_t: Tensor, ids: Tensor, *, rows: Tensor, id_offsets: Tensor, init: Tensor | None
+    ) -> Tensor:
+        """`init`, where it is given, is overwritten and is the result."""
+        return sparse_ffn(
+            x,
+            ffn.gate,
+            ffn.up,
+            down_t,
+            ids,
+            rows=rows,
+            id_offsets=id_offsets,
+            activation=ffn.activation,
+            init=init,
+            out=init,
+            kernel=self._for(x, ffn.gate, ffn.up, down_t, init),
+        )
+
+
+def resolve(kernel: str, like: Tensor | None = None) -> Kernel:
+    """The kernel that runs on tensors like this one, by `choose`. Raises ValueError as it does."""
+    name = choose(kernel, like)
+    if kernel != "auto":
+        return Kernel(name, "asked for")
+    wanted = "triton" if like is not None and like.is_cuda else "native"
+    problem = _problem(wanted, like, False)
+    return Kernel(name, f"{wanted} cannot run: {problem}" if problem else "the fastest there is here")

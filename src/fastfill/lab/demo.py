@@ -94,7 +94,7 @@ def run(
         "model": loaded.name,
         "prompt_tokens": row["prompt_tokens"],
         **cfg.to_dict(config),
-        "kernel": kernels.choose(attachment.ffns[0].kernel),
+        "kernel": attachment.choices["kernel"],
         **{key: row[key] for key in ("ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_share", "ceiling")},
         **{key: row[key] for key in ("ffn_dense_s", "ffn_sparse_s", "sparse_tokens", "dense_tokens")},
         **{key: scores[key] for key in ("ppl_dense", "ppl_sparse", "ppl_ratio", "kl")},

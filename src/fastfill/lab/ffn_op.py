@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from fastfill import blocks, kernels
 from fastfill import config as cfg
+from fastfill.ffn import FFN
 from fastfill.lab import flops
 
 
@@ -124,7 +125,7 @@ def measure(
     h, f, t = size.hidden, size.neurons, size.tokens
     x = random(t, h) * h**0.5
     gate, up, down_t = random(f, h), random(f, h), random(f, h)
-    down = down_t.t().contiguous()
+    ffn = FFN(gate, up, down_t.t().contiguous())
     predictor = random(size.predictor, h), random(f, size.predictor), random(f)
     compensator = random(size.compensator, h), random(h, size.compensator), random(h)
     scores = torch.rand(size.blocks, f, generator=data, device=device)
@@ -132,7 +133,7 @@ def measure(
     init, out = torch.zeros_like(x), torch.empty_like(x)
 
     def dense() -> torch.Tensor:
-        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        return ffn(x)
 
     def layer() -> torch.Tensor:
         chosen = kernels.top_k(kernels.block_scores(x, *predictor, size.block, kernel=kernel), size.kept, kernel=kernel)
@@ -207,7 +208,7 @@ def of_runner(runner: Any, lengths: Sequence[int], repeats: int) -> list[dict[st
             kept=round((1 - runner.config.sparsity) * runner.shape.intermediate_size),
             predictor=len(first.predictor.w_in),
             compensator=len(first.compensator.w_in) if first.compensator else 0,
-            item=first.gate.element_size(),
+            item=first.ffn.gate.element_size(),
         )
-        rows.append(measure(size, first.gate.dtype, str(first.gate.device), first.kernel, repeats))
+        rows.append(measure(size, first.ffn.gate.dtype, str(first.ffn.gate.device), first.kernel.name, repeats))
     return rows

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from fastfill import calls
 from fastfill.engines import transformers as engine
+from fastfill.families import Head
 from fastfill.lab import intervals
 
 CHUNK = 64  # answer tokens whose logits (CHUNK, V) are in memory at a time
@@ -84,7 +85,7 @@ def write(model: Any, prompt: Prompt, most: int) -> list[int]:
     """The greedy answer, up to `most` ids, the end-of-sequence id included. It is written into the prompt's cache."""
     ends = engine.greedy(model).eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    head, state, new = model.get_output_embeddings(), prompt.state, []
+    head, state, new = Head(model), prompt.state, []
     while True:
         token = int(head(state).argmax())
         new.append(token)
@@ -102,7 +103,7 @@ def _log_probabilities(head: Any, hidden: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def nats(model: Any, hidden: torch.Tensor, answer: torch.Tensor) -> float:
     """Minus the log-likelihood of an answer (n,) by the states (n, H) that predict it."""
-    head, answer = model.get_output_embeddings(), answer.to(model.device)
+    head, answer = Head(model), answer.to(model.device)
     parts = zip(hidden.split(CHUNK), answer.split(CHUNK), strict=True)
     return sum(float(F.nll_loss(_log_probabilities(head, part), ids, reduction="sum")) for part, ids in parts)
 
@@ -111,7 +112,7 @@ def nats(model: Any, hidden: torch.Tensor, answer: torch.Tensor) -> float:
 def compare(model: Any, dense: torch.Tensor, sparse: torch.Tensor, answer: torch.Tensor) -> Row:
     """Sums over the tokens of an answer (n,), by the states (n, H) of both readings: minus log-likelihood, KL(dense || sparse)
     of the next token's distribution, and how often the most likely token is the same, apart for the first."""
-    head, answer = model.get_output_embeddings(), answer.to(model.device)
+    head, answer = Head(model), answer.to(model.device)
     nll_dense = nll_sparse = kl = 0.0
     same: list[bool] = []
     for d, s, ids in zip(dense.split(CHUNK), sparse.split(CHUNK), answer.split(CHUNK), strict=True):

@@ -20,6 +20,8 @@ from fastfill import models
 from fastfill.attachment import attach
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
+from fastfill.families import Head
+from fastfill.lab.baselines import named
 from fastfill.lab.perplexity import CHUNK
 
 try:
@@ -73,7 +75,7 @@ class FastfillLM(HFLM):
             block_size=block_size,
             min_tokens=min_tokens,
             dense_tail=dense_tail,
-            predictor=predictor,
+            predictor=named(predictor),
             compensator=compensator,
             kernel=kernel,
         )
@@ -127,7 +129,7 @@ class FastfillLM(HFLM):
     def _score(self, states: torch.Tensor, targets: list[int]) -> tuple[float, bool]:
         """(log-likelihood in fp32 of the targets (T,), whether each is the likeliest) after last hidden states (T, H). The
         logits of CHUNK positions are in memory at a time."""
-        head, total, greedy = self.model.get_output_embeddings(), 0.0, True
+        head, total, greedy = Head(self.model), 0.0, True
         for hidden, wanted in zip(states.split(CHUNK), torch.tensor(targets, device=states.device).split(CHUNK), strict=True):
             logits = head(hidden[None])[0].float()  # (CHUNK, V)
             total += float((logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1)).sum(dtype=torch.float64))

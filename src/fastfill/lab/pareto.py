@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from fastfill.artifact import Artifact
-from fastfill.attachment import LEARNED, Attachment
+from fastfill.attachment import Attachment
 from fastfill.engines.transformers import TransformersRunner
 from fastfill.lab import peers, perplexity, speed
+from fastfill.lab.baselines import LEARNED
 from fastfill.lab.resume import Store
 from fastfill.progress import stage
 

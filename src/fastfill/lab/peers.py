@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastfill import blocks, families
 from fastfill.artifact import Artifact
-from fastfill.attachment import LEARNED, Attachment, attach
+from fastfill.attachment import Attachment, attach
 from fastfill.config import MAX_SPARSITY, PrefillConfig
-from fastfill.families import FFN
+from fastfill.ffn import FFN
 from fastfill.lab import flops, perplexity
+from fastfill.lab.baselines import LEARNED, named
 from fastfill.lab.resume import Store
 from fastfill.progress import stage
 from fastfill.sparse_ffn import current_plan
+from fastfill.swap import swapped
 
 DENSE, CATS, TEAL, POP = "dense", "gate-threshold", "input-threshold", "layer-drop"
 SEQUENCES, SEQUENCE_LENGTH = 4, 1024  # of the calibration text, for thresholds
@@ -139,31 +140,15 @@ class Cost:
 
 def skipped(attachment: Attachment) -> float:
     """Share of neurons that an attached model skips."""
-    return 1 - sum(attachment.kept) / (len(attachment.kept) * attachment.ffns[0].gate.shape[0])
+    return 1 - sum(attachment.kept) / (len(attachment.kept) * attachment.ffns[0].ffn.neurons)
 
 
 # --- published methods, as contexts over an attached model --------------------------------------------------------------
 
 
-@contextmanager
-def replaced(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., torch.Tensor]]) -> Iterator[None]:
-    """Inside, each module runs another forward; afterwards, an exception or not, all is as before."""
-    before = [module.__dict__.get("forward") for module in modules]
-    try:
-        for module, forward in zip(modules, forwards, strict=True):
-            module.forward = forward
-        yield
-    finally:
-        for module, old in zip(modules, before, strict=True):
-            if old is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = old
-
-
 @dataclass(frozen=True)
 class Levels:
-    """One layer's thresholds: what is smaller counts as zero. gate: of |silu(gate)|. input, hidden: of the FFN's input and of
+    """One layer's thresholds: what is smaller counts as zero. gate: of |act(gate)|. input, hidden: of the FFN's input and of
     what enters `down`."""
 
     gate: float
@@ -188,8 +173,9 @@ def calibrate_levels(attachment: Attachment, sequences: torch.Tensor, gate_share
     def look(part: FFN) -> Callable[..., None]:
         def before(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0][:, head:]
-            gate = F.silu(F.linear(x, part.gate))
-            hidden = gate * F.linear(x, part.up)
+            gate, up = part.halves(x)
+            gate = part.act.run(gate)
+            hidden = gate * up
             shares = ((gate, gate_share), (x, input_share), (hidden, input_share))
             found.append(Levels(*(level(values, share) for values, share in shares)))
 
@@ -211,10 +197,10 @@ Rule = Callable[[torch.Tensor, FFN, Levels], tuple[torch.Tensor, int]]
 def by_gate(x: torch.Tensor, ffn: FFN, levels: Levels) -> tuple[torch.Tensor, int]:
     """CATS-like: the gate is computed in full, up and down only where its activation is large. (T, H) -> output, and the
     multiply-adds that this takes."""
-    gate = F.silu(F.linear(x, ffn.gate))
+    gate, up = ffn.halves(x)
+    gate = ffn.act.run(gate)
     kept = gate.abs() >= levels.gate
-    hidden = (gate * F.linear(x, ffn.up)).where(kept, 0)
-    return F.linear(hidden, ffn.down), x.shape[1] * (gate.numel() + 2 * int(kept.sum()))
+    return ffn.output((gate * up).where(kept, 0)), x.shape[1] * (gate.numel() + 2 * int(kept.sum()))
 
 
 def by_input(x: torch.Tensor, ffn: FFN, levels: Levels) -> tuple[torch.Tensor, int]:
@@ -222,10 +208,10 @@ def by_input(x: torch.Tensor, ffn: FFN, levels: Levels) -> tuple[torch.Tensor, i
     multiply-adds that this takes."""
     kept = x.abs() >= levels.input
     x = x.where(kept, 0)
-    hidden = F.silu(F.linear(x, ffn.gate)) * F.linear(x, ffn.up)
+    hidden = ffn.hidden(x)
     held = hidden.abs() >= levels.hidden
-    used = 2 * ffn.gate.shape[0] * int(kept.sum()) + x.shape[1] * int(held.sum())
-    return F.linear(hidden.where(held, 0), ffn.down), used
+    used = 2 * ffn.neurons * int(kept.sum()) + x.shape[1] * int(held.sum())
+    return ffn.output(hidden.where(held, 0)), used
 
 
 @dataclass
@@ -261,7 +247,7 @@ def thresholded(attachment: Attachment, rule: Rule, levels: Sequence[Levels], ta
 
     parts = families.dissect(attachment.model).ffns
     forwards = [forward(part, own, ffn.dense) for part, own, ffn in zip(parts, levels, attachment.ffns, strict=True)]
-    with replaced(attachment.modules, forwards):
+    with swapped(zip(attachment.modules, forwards, strict=True)):
         yield
 
 
@@ -279,7 +265,7 @@ def dropped(attachment: Attachment, count: int) -> Iterator[None]:
 
         return run
 
-    with attachment.dense(), replaced(layers, [forward(layer.forward) for layer in layers]):
+    with attachment.dense(), swapped((layer, forward(layer.forward)) for layer in layers):
         yield
 
 
@@ -303,7 +289,7 @@ class Attacher:
             block_size=self.config.block_size,
             min_tokens=self.config.min_tokens,
             dense_tail=self.config.dense_tail,
-            predictor=predictor,
+            predictor=named(predictor),
             compensator=compensator,
             kernel=self.kernel,
         )

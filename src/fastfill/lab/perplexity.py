@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from fastfill.attachment import Attachment
 from fastfill.errors import UserError
+from fastfill.families import Head
 from fastfill.lab.resume import Store
 from fastfill.lab.runner import RESAMPLES, percentiles
 from fastfill.progress import stage
@@ -37,7 +38,7 @@ class _Sums:
 
     def add(self, model: Any, dense: torch.Tensor, sparse: torch.Tensor, targets: torch.Tensor, position: int = 0) -> None:
         """dense, sparse: (T, H) last hidden states. targets: (T,) the tokens that follow. position: of the first state."""
-        head = model.get_output_embeddings()
+        head = Head(model)
         for d, s, t in zip(dense.split(CHUNK), sparse.split(CHUNK), targets.split(CHUNK), strict=True):
             log_d, log_s = F.log_softmax(head(d).float(), -1), F.log_softmax(head(s).float(), -1)
             nll_d, nll_s = F.nll_loss(log_d, t, reduction="none"), F.nll_loss(log_s, t, reduction="none")

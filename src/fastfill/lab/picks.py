@@ -14,6 +14,7 @@ from fastfill.attachment import Attachment
 from fastfill.blocks import Plan
 from fastfill.errors import UserError
 from fastfill.progress import waiting
+from fastfill.sparse_ffn import SparseFFN, tapped
 
 BINS = 64
 
@@ -25,21 +26,14 @@ def watch(attachment: Attachment) -> Iterator[list[list[torch.Tensor]]]:
     Layers that skip nothing see no blocks.
     """
     seen: list[list[torch.Tensor]] = [[] for _ in attachment.ffns]
+    place = {id(ffn): layer for layer, ffn in enumerate(attachment.ffns)}
 
-    def observer(layer: int) -> Any:
-        def picked(_plan: Plan, ids: torch.Tensor) -> None:
-            seen[layer].append(ids.cpu())
+    def tap(step: str, ffn: SparseFFN, _plan: Plan, ids: torch.Tensor | None) -> None:
+        if step == "selected" and ids is not None:
+            seen[place[id(ffn)]].append(ids.cpu())
 
-        return picked
-
-    before = [ffn.observer for ffn in attachment.ffns]
-    try:
-        for layer, ffn in enumerate(attachment.ffns):
-            ffn.observer = observer(layer)
+    with tapped(attachment.ffns, tap):
         yield seen
-    finally:
-        for ffn, old in zip(attachment.ffns, before, strict=True):
-            ffn.observer = old
 
 
 def table(calls: Sequence[torch.Tensor], blocks: int, neurons: int) -> np.ndarray:
@@ -66,7 +60,7 @@ def summarize(
     blocks = max((sum(len(ids) for ids in calls) for calls in seen), default=0)
     if not blocks:
         raise UserError("All tokens stay dense; give a longer document, a greater --tokens, or more --sparsity.")
-    layers, neurons = len(seen), attachment.ffns[0].gate.shape[0]
+    layers, neurons = len(seen), attachment.ffns[0].ffn.neurons
     mapped = sorted({0, layers // 2, layers - 1}) if mapped is None else mapped
     result: dict[str, Any] = {"layers": layers, "neurons": neurons, "blocks": blocks, "kept": list(attachment.kept)}
     lines: dict[str, list[Any]] = {"share": [], "overlap": [], "always": [], "never": []}

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from fastfill import families, select
+from fastfill import families
 from fastfill.attachment import Attachment
 from fastfill.blocks import Plan
 from fastfill.errors import UserError
+from fastfill.ffn import FFN
+from fastfill.lab.baselines import Oracle
 from fastfill.lab.resume import Store
-from fastfill.predictor import Oracle
 from fastfill.progress import stage
-from fastfill.sparse_ffn import current_plan
+from fastfill.sparse_ffn import SparseFFN, tapped
 
 
 class _Layer:
     """Sums over blocks of one layer: share of importance held by the choice and by the oracle's, and share of ids in common."""
 
-    def __init__(self, kept: int, part: families.FFN):
+    def __init__(self, kept: int, part: FFN):
         self.kept, self.oracle = kept, Oracle(part)
         self.truth = torch.empty(0)
         self.blocks = 0
         self.held = self.best = self.recall = 0.0
 
-    def before(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """Keeps the true importance (N, F) of what the FFN is about to read."""
-        plan = current_plan.get()
-        if plan is not None:
-            self.truth = self.oracle.scores(args[0].reshape(-1, args[0].shape[-1]), plan)
+    def tap(self, step: str, ffn: SparseFFN, plan: Plan, value: torch.Tensor | None) -> None:
+        if value is None:
+            return
+        if step == "input":
+            self.truth = self.oracle.scores(value, plan, ffn.kernel)  # (N, F), the true importance
+        elif step == "selected":
+            self.add(value, ffn.kernel.top_k(self.truth, self.kept))
 
-    def picked(self, _plan: Plan, ids: torch.Tensor) -> None:
-        """ids: (N, K), the neurons that the forward used."""
-        best, ids = select.top_k(self.truth, self.kept).long(), ids.long()
+    def add(self, ids: torch.Tensor, best: torch.Tensor) -> None:
+        """ids: (N, K), the neurons that the forward used. best: those that it should have."""
+        best, ids = best.long(), ids.long()
         whole = self.truth.sum(1).clamp_min(torch.finfo(self.truth.dtype).tiny)
         chosen = torch.zeros_like(self.truth, dtype=torch.bool).scatter_(1, ids, True)
         self.held += float((self.truth.gather(1, ids).sum(1) / whole).sum())
@@ -47,25 +50,19 @@ class _Layer:
 @contextmanager
 def watch(attachment: Attachment) -> Iterator[list[_Layer]]:
     """Per layer what is picked while the block runs; the forward is untouched. Layers that skip nothing see no blocks."""
-    layers, hooks, observers = [], [], [ffn.observer for ffn in attachment.ffns]
-    try:
-        for ffn, part in zip(attachment.ffns, families.dissect(attachment.model).ffns, strict=True):
-            layers.append(_Layer(ffn.kept, part))
-            hooks.append(part.module.register_forward_pre_hook(layers[-1].before))
-            ffn.observer = layers[-1].picked
+    parts = families.dissect(attachment.model).ffns
+    layers = [_Layer(ffn.kept, part) for ffn, part in zip(attachment.ffns, parts, strict=True)]
+    with ExitStack() as stack:
+        for ffn, layer in zip(attachment.ffns, layers, strict=True):
+            stack.enter_context(tapped([ffn], layer.tap))
         yield layers
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for ffn, observer in zip(attachment.ffns, observers, strict=True):
-            ffn.observer = observer
 
 
 @torch.no_grad()
 def evaluate(
     attachment: Attachment, documents: Sequence[tuple[str, torch.Tensor]], store: Store | None = None
 ) -> dict[str, Any]:
-    """Per layer, means over blocks: `held`, the share of the FFN output's importance (`predictor.importance`) that the picked
+    """Per layer, means over blocks: `held`, the share of the FFN output's importance (`FFN.importance`) that the picked
     neurons make; `held_oracle`, the most that K neurons can; `recovery`, held over held_oracle; `recall`, the share of the
     oracle's ids that were picked (K / F by chance). documents: [(source, ids (T,))]. ours.
 
@@ -93,7 +90,7 @@ def evaluate(
             store.add(key, {"layers": sums, "sparse_tokens": sparse, "dense_tokens": dense})
             bar.step()
     rows = [store.rows[key] for key in keys]
-    intermediate = attachment.ffns[0].gate.shape[0]
+    intermediate = attachment.ffns[0].ffn.neurons
     table = []
     for index, ffn in enumerate(attachment.ffns):
         blocks, held, best, recall = (sum(values) for values in zip(*(row["layers"][index] for row in rows), strict=True))

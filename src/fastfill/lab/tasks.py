@@ -17,15 +17,15 @@ import torch
 
 from fastfill import context, data, files, machine, reading
 from fastfill.artifact import Artifact
-from fastfill.attachment import LEARNED, Attachment
+from fastfill.attachment import Attachment
 from fastfill.config import PrefillConfig, check_integer, check_sparsity
 from fastfill.data import Document
 from fastfill.errors import UserError
 from fastfill.lab import longbench, pareto, peers, perplexity, picks, recall, resume, ruler, runner
+from fastfill.lab.baselines import BASELINES, LEARNED
 from fastfill.lab.example import Example, identity
 from fastfill.lab.resume import Store
 from fastfill.models import LoadedModel
-from fastfill.predictor import BASELINES
 
 Task = Callable[[Attachment, LoadedModel], dict[str, Any]]
 Score = Callable[[Attachment, LoadedModel, list[tuple[str, torch.Tensor]], Store], dict[str, Any]]

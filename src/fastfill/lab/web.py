@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from fastfill import kernels
 from fastfill.errors import UserError, reason
 from fastfill.lab import demo
 from fastfill.lab.guard import Guard
@@ -131,7 +130,7 @@ def page(comparison: Comparison, document: str, question: str) -> Any:
         gr.Markdown(
             f"# fastfill\n**{_as_text(comparison.loaded.name)}**: a document is read densely, and with "
             f"{config.sparsity:.0%} of the FFN neurons skipped in blocks of {config.block_size} tokens "
-            f"({kernels.choose(comparison.attachment.ffns[0].kernel)} kernel). Both runs share this machine's cores, so the "
+            f"({comparison.attachment.choices['kernel']} kernel). Both runs share this machine's cores, so the "
             "dense one goes first and the sparse one follows."
         )
         text = gr.Textbox(document, label="Document", lines=10, max_lines=10, elem_id="document")

@@ -39,8 +39,8 @@ from fastfill.attachment import Stats
 from fastfill.blocks import Plan
 from fastfill.engines import PARTS, profile
 from fastfill.errors import UserError
-from fastfill.families import FFN
-from fastfill.predictor import LearnedPredictor
+from fastfill.ffn import FFN
+from fastfill.kernels import Kernel
 from fastfill.sparse_ffn import SparseFFN, current_plan
 from fastfill.vllm_plugin import metrics, requests, settings, steps
 from fastfill.vllm_plugin.weights import Checkpoint
@@ -74,18 +74,19 @@ class Layer:
         if self.stock is None:  # the transposed down is the only one
             return self.ffn.extra_bytes - self.ffn.down_t.numel() * self.ffn.down_t.element_size()
         packed = self.stock.gate_up_proj.weight.numel() == 0  # vLLM on a CPU has its own layout; the plain weights stay for us
-        return self.ffn.extra_bytes + packed * 2 * self.ffn.gate.numel() * self.ffn.gate.element_size()
+        return self.ffn.extra_bytes + packed * 2 * self.ffn.ffn.gate.nbytes
 
 
 class AllNeurons:
     """The dense FFN by the sparse kernel: (1, T, H) -> (1, T, H), this process's share of the sum."""
 
-    def __init__(self, gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, kernel: str):
-        self.weights, self.kernel = (gate, up, down_t), kernel
-        self.ids = torch.arange(gate.shape[0], dtype=torch.int32, device=gate.device)[None]
+    def __init__(self, ffn: FFN, down_t: torch.Tensor, kernel: Kernel):
+        self.weights, self.kernel = (ffn.gate, ffn.up, down_t), kernel
+        self.activation = ffn.activation
+        self.ids = torch.arange(ffn.neurons, dtype=torch.int32, device=ffn.gate.device)[None]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.sparse_ffn(x[0], *self.weights, self.ids, kernel=self.kernel)[None]
+        return kernels.sparse_ffn(x[0], *self.weights, self.ids, activation=self.activation, kernel=self.kernel.name)[None]
 
 
 def _ffn(x: torch.Tensor, layer: str) -> torch.Tensor:
@@ -155,7 +156,7 @@ class SparsePrefill:
         self._taken: tuple[Any, ...] = ()  # see `_state`
         self.stats = Stats()
         self.model_bytes = 0
-        self.predictor_seconds = 0.0
+        self.predictor_seconds = self._begin = 0.0
         self._metrics = metrics.counters() if get_tensor_model_parallel_rank() == 0 else None
         self._clocks: ExitStack | None = None
         self._watch: profile.Stopwatch | None = None
@@ -198,43 +199,41 @@ class SparsePrefill:
         self.model_bytes = sum(p.numel() * p.element_size() for p in self.parameters())  # type: ignore[attr-defined]
         if not self._layers:
             return
-        rank, ranks, kernel = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self._settings.kernel
+        rank, ranks, kernel = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self._kernel(parts)
         counts = artifact.kept(self._prefill.sparsity)
         for index, (layer, part, kept) in enumerate(zip(self._layers, parts, counts, strict=True)):
             if kept == artifact.base_model["intermediate_size"]:
                 continue
-            predictor = artifact.predictor(index, part.gate, kernel)
-            compensator = artifact.compensator(index, kept, part.gate, kernel)
+            predictor = artifact.predictor(index, part.gate)
+            compensator = artifact.compensator(index, kept, part.gate)
             if ranks > 1:
                 kept = max(1, (rank + 1) * kept // ranks - rank * kept // ranks)
                 predictor, compensator = predictor.shard(rank, ranks), compensator and compensator.shard(rank, ranks)
-            if part.gate.device.type == "cpu":  # elsewhere the host does not wait for it
-                self._time(predictor)
             down_t = part.down.t().contiguous()
             layer.ffn = SparseFFN(
-                dense=AllNeurons(part.gate, part.up, down_t, kernel),
-                gate=part.gate,
-                up=part.up,
+                dense=AllNeurons(part, down_t, kernel),
+                ffn=replace(part, down=down_t.t()),
                 down_t=down_t,
                 kept=kept,
                 predictor=predictor,
                 compensator=compensator,
                 kernel=kernel,
             )
+            if part.gate.device.type == "cpu":  # elsewhere the host does not wait for it
+                layer.ffn.taps.append(self._time)
             if self._settings.one_copy:
                 layer.stock = None
                 self.model.layers[index].mlp = self._hidden[0].view.layers[index].mlp  # the opaque op, in both views
 
-    def _time(self, predictor: LearnedPredictor) -> None:
-        scores = predictor.scores
+    def _kernel(self, parts: list[FFN]) -> Kernel:
+        return kernels.resolve(self._settings.kernel, parts[0].gate)
 
-        def timed(x: torch.Tensor, plan: Plan) -> torch.Tensor:
-            begin = time.perf_counter()
-            found = scores(x, plan)
-            self.predictor_seconds += time.perf_counter() - begin
-            return found
-
-        predictor.scores = timed  # type: ignore[method-assign]
+    def _time(self, step: str, _ffn: SparseFFN, _plan: Plan, _value: torch.Tensor | None) -> None:
+        """A tap: adds up the seconds that the predictors take."""
+        if step == "input":
+            self._begin = time.perf_counter()
+        elif step == "scores":
+            self.predictor_seconds += time.perf_counter() - self._begin
 
     @property
     def extra_bytes(self) -> int:
@@ -347,7 +346,7 @@ def _parts(mlp: Any) -> FFN:
         raise UserError("An FFN with a bias is not supported.")
     weight = fused.weight.data
     gate, up = weight.chunk(2)
-    return FFN(mlp, gate, up, down.weight.data)
+    return FFN(gate, up, down.weight.data)
 
 
 class WorkerExtension:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastfill import select
+from fastfill import kernels
 
 
 def numpy_top_k(scores, kept):
@@ -16,7 +16,7 @@ def test_kept_ids_equal_an_independent_top_k(blocks, neurons, data, seed):
     kept = data.draw(st.integers(0, neurons))
     rng = np.random.default_rng(seed)
     scores = np.stack([rng.permutation(neurons) for _ in range(blocks)]).astype(np.float32) - neurons / 2  # no ties
-    ids = select.top_k(torch.from_numpy(scores), kept)
+    ids = kernels.top_k(torch.from_numpy(scores), kept)
     assert ids.dtype == torch.int32 and ids.is_contiguous() and ids.shape == (blocks, kept)
     np.testing.assert_array_equal(ids.numpy(), numpy_top_k(scores, kept))
 
@@ -25,7 +25,7 @@ def test_kept_ids_equal_an_independent_top_k(blocks, neurons, data, seed):
 def test_with_ties_the_kept_scores_are_still_the_best(neurons, data, seed):
     kept = data.draw(st.integers(1, neurons))
     scores = np.random.default_rng(seed).integers(0, 3, (2, neurons)).astype(np.float32)
-    ids = select.top_k(torch.from_numpy(scores), kept).numpy()
+    ids = kernels.top_k(torch.from_numpy(scores), kept).numpy()
     assert all(len(set(row)) == kept and sorted(row) == list(row) for row in ids.tolist())
     best = -np.sort(-scores, axis=1)[:, :kept]
     np.testing.assert_array_equal(-np.sort(-np.take_along_axis(scores, ids, 1), axis=1), best)
@@ -37,9 +37,9 @@ def test_the_check_fails_on_a_wrong_id():
     worst = int(np.argmin(scores))
     assert worst not in ids
     mutant = np.sort(np.concatenate([ids[:, 1:], [[worst]]], axis=1))
-    assert not np.array_equal(mutant, select.top_k(torch.from_numpy(scores), 8).numpy())
+    assert not np.array_equal(mutant, kernels.top_k(torch.from_numpy(scores), 8).numpy())
 
 
 def test_every_block_selects_for_itself():
     scores = torch.eye(4)
-    np.testing.assert_array_equal(select.top_k(scores, 1).numpy(), [[0], [1], [2], [3]])
+    np.testing.assert_array_equal(kernels.top_k(scores, 1).numpy(), [[0], [1], [2], [3]])
