@@ -24,7 +24,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 from fastfill import artifact as artifacts
-from fastfill import attach, families, files, schedule
+from fastfill import attach, families, files, kernels, schedule
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
 
@@ -97,13 +97,14 @@ def test_the_correction_is_scaled_by_the_share_that_is_skipped(model):
     artifact, like = tiny_artifact(model), torch.zeros(1)
     learned, x = artifact.kept()[0], torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
     skipped = INTERMEDIATE - learned
+    torch_only = kernels.Kernel("torch")
     as_learned = artifact.compensator(0, learned, like)
     assert torch.equal(as_learned.w_out, artifact.tensors["layers.0.compensator.w_out"])
     assert torch.equal(as_learned.bias, artifact.tensors["layers.0.compensator.bias"])
     for part in (0.25, 0.5, 1.25):  # of what was skipped when it was learned
         kept = INTERMEDIATE - round(part * skipped)
         scale = (INTERMEDIATE - kept) / skipped
-        torch.testing.assert_close(artifact.compensator(0, kept, like)(x), scale * as_learned(x))
+        torch.testing.assert_close(artifact.compensator(0, kept, like)(x, torch_only), scale * as_learned(x, torch_only))
     whole = PrefillConfig(0.0, PREFILL.block_size, PREFILL.dense_head, PREFILL.min_tokens, PREFILL.dense_tail)
     never_skipped = tiny_artifact(model, prefill=whole)  # no share to compare with: as it is
     assert torch.equal(never_skipped.compensator(0, 1, like).w_out, as_learned.w_out)
