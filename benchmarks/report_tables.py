@@ -1,13 +1,12 @@
-"""Write the README's numbers from benchmarks/results, between the markers <!-- results:NAME --> and <!-- /results -->.
+"""Write the numbers of README.md and docs/results.md from benchmarks/results, between <!-- results:NAME --> and its end.
 
     python benchmarks/report_tables.py [--check]
 
-NAME is claim, real, bench, split, quality, tasks or vllm. Read are results/bench-*.json (each the JSON document of
-`fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per `fastfill evaluate --json`), the long tasks in
-results/ruler-1024.json and in results/eval (by eval.py), and results/vllm.jsonl (one line per step of serving.py). The real
-models have a folder each in results, by recipes/qwen2.5-coder.sh; claim is of the first that was measured. Where
-a result is missing a {{placeholder}} stays.
---check changes nothing and exits 1 if the README is not what the results say.
+NAME is claim, speed, quality-short, real, bench, split, quality, tasks or vllm. Read are results/bench-*.json (each the JSON
+document of `fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per `fastfill evaluate --json`), the long
+tasks in results/ruler-1024.json and in results/eval (by eval.py), and results/vllm.jsonl (one line per step of serving.py).
+The real models have a folder each in results, by recipes/qwen2.5-coder.sh; claim is of the first that was measured. Where a
+result is missing a {{placeholder}} stays. --check changes nothing and exits 1 if a page is not what the results say.
 """
 
 import argparse
@@ -20,8 +19,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
+SHOWN_TOKENS = (512, 1024, 2048, 4096)  # prompt lengths of README's table
 CLAIM_TOKENS = 1024  # the prompt length of the first screen, if it was measured
 PREDICTORS = ("learned", "oracle", "low-rank", "static", "first-block", "random")
 KERNELS = ("native", "torch")
@@ -91,14 +91,64 @@ def claim(bench: list[Row], quality: list[Row]) -> str:
     else:
         kept = learned.get("context_kept")
         parts.append(
-            f"Price, on {learned['documents']} held-out documents: text that follows a sparsely read prompt has perplexity "
+            f"Price, on {learned['documents']} held-out documents: text that follows a sparse prefill has perplexity "
             f"{learned['cont_ppl_sparse']:.2f} instead of {learned['cont_ppl_dense']:.2f} (**{learned['cont_ppl_ratio']:.2f}x**"
             + _interval(learned.get("cont_ppl_ratio_interval"), ", 95 % interval {:.2f} to {:.2f}")
-            + (f"; {kept:.0%} of what the prompt was worth is kept" if kept is not None else "")
-            + f"), and the sparsely read tokens themselves {learned['ppl_sparse']:.2f} instead of {learned['ppl_dense']:.2f} "
+            + (f"; {kept:.0%} of the prompt's worth is kept" if kept is not None else "")
+            + f"), and the sparse prompt tokens themselves {learned['ppl_sparse']:.2f} instead of {learned['ppl_dense']:.2f} "
             f"(**{learned['ppl_ratio']:.2f}x**" + _interval(learned.get("ppl_ratio_interval"), ", {:.2f} to {:.2f}") + ")."
         )
     return "\n".join(parts)
+
+
+def _measured(folder: Path) -> list[tuple[list[Row], list[Row]]]:
+    """(bench results, quality rows) of each model that has both, the real ones first."""
+    found = [(load_bench(place), load_quality(place)) for place in (*(folder / name for name in REAL), folder)]
+    return [(bench, quality) for bench, quality in found if bench and quality]
+
+
+def speed_summary(folder: Path) -> str:
+    """README's table of speed: a row per model and prompt length, by the kernel that is chosen."""
+    models = [bench[0] for bench, _ in _measured(folder)]
+    if not models:
+        return "{{speed: from benchmarks/results}}"
+    lines = [
+        f"{models[0]['sparsity']:.0%} sparsity; {_where(models[0]['machine'])}, {models[0]['dtype']}.",
+        "",
+        "| model | prompt tokens | dense TTFT | sparse TTFT | speed-up | ceiling |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for result in models:
+        for row in result["rows"]:
+            if row["prompt_tokens"] in SHOWN_TOKENS:
+                times = f"{row['ttft_dense_s']:.2f} s | {row['ttft_sparse_s']:.2f} s | {_gain(row)} | {row['ceiling']:.2f}x"
+                lines.append(f"| {_short(result['model'])} | {row['prompt_tokens']:,} | {times} |")
+    return "\n".join(lines)
+
+
+def quality_summary(folder: Path) -> str:
+    """README's table of quality: the learned selection of each model on held-out documents."""
+    rows = [
+        next(row for row in quality if row["predictor"] == "learned" and row["compensator"]) for _, quality in _measured(folder)
+    ]
+    if not rows:
+        return "{{quality-short: from benchmarks/results}}"
+    lines = ["| model | sparsity | continuation ppl | KL | context kept | strict ppl | KL |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        after = f"{row['cont_ppl_ratio']:.3f}x" + _interval(row.get("cont_ppl_ratio_interval"), " ({:.2f} to {:.2f})")
+        strict = f"{row['ppl_ratio']:.2f}x" + _interval(row.get("ppl_ratio_interval"))
+        kept = row.get("context_kept")
+        cells = (
+            _short(row["model"]),
+            f"{row['sparsity']:.0%}",
+            after,
+            f"{row['cont_kl']:.3f}",
+            "" if kept is None else f"{kept:.0%}",
+            strict,
+            f"{row['kl']:.3f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def real_tables(folder: Path) -> str:
@@ -398,11 +448,13 @@ def _where(machine: Row) -> str:
 
 
 def render(readme: str, folder: Path = RESULTS) -> str:
-    """The README's text with every marked part written anew. Raises ValueError for a marker of unknown name."""
+    """A page's text with every marked part written anew. Raises ValueError for a marker of unknown name."""
     bench, quality, seeded = load_bench(folder), load_quality(folder), load_lines(folder / "seeds.jsonl")
     first = next((folder / name for name in REAL if load_bench(folder / name) and load_quality(folder / name)), folder)
     parts = {
         "claim": claim(load_bench(first), load_quality(first)),
+        "speed": speed_summary(folder),
+        "quality-short": quality_summary(folder),
         "real": real_tables(folder),
         "bench": bench_tables(bench),
         "split": split_tables(bench),
@@ -413,24 +465,26 @@ def render(readme: str, folder: Path = RESULTS) -> str:
 
     def replace(match: re.Match[str]) -> str:
         if match[1] not in parts:
-            raise ValueError(f"README: results:{match[1]} is not known; there are {', '.join(parts)}")
+            raise ValueError(f"results:{match[1]} is not known; there are {', '.join(parts)}")
         return f"<!-- results:{match[1]} -->\n{parts[match[1]]}\n<!-- /results -->"
 
     return re.sub(r"<!-- results:(\S+) -->\n.*?<!-- /results -->", replace, readme, flags=re.DOTALL)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the README's tables from benchmarks/results.")
+    parser = argparse.ArgumentParser(description="Write the tables of README.md and docs/results.md from benchmarks/results.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README differs")
     arguments = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = render(before)
-    if arguments.check:
-        if before != after:
-            print("README.md is not what benchmarks/results say; run: python benchmarks/report_tables.py", file=sys.stderr)
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = render(before)
+        if arguments.check and before != after:
+            print(f"{page.name} is not what benchmarks/results say; run: python benchmarks/report_tables.py", file=sys.stderr)
+            stale = 1
+        elif before != after:
+            page.write_text(after, encoding="utf-8")
+    return stale
 
 
 if __name__ == "__main__":
