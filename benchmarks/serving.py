@@ -52,8 +52,10 @@ for _name, _value in {
 import torch
 
 from fastfill import artifact as artifacts
+from fastfill import config as cfg
 from fastfill import families, machine, models, progress
 from fastfill.engines import vllm as engine
+from fastfill.vllm_plugin import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "vllm.jsonl"
@@ -282,8 +284,7 @@ def speed(step: Speed) -> dict[str, Any]:
     found = {
         "model": name,
         "dtype": "bfloat16",
-        "sparsity": step.sparsity,
-        "block_size": block_size(),
+        **in_force(step.sparsity),
         "one_copy": step.one_copy,
     }
     memory = {f"{key}_mb": round(held[f"{key}_bytes"] / 1e6, 1) for key in ("model", "extra")}
@@ -337,11 +338,12 @@ def decoding(step: Decode) -> dict[str, Any]:
             )
             bar.step(note=f"{rows[-1]['ratio']}x")
     shape = {"prompt_tokens": step.prompt, "new_tokens": step.tokens, "rounds": step.rounds}
-    return {"dtype": "bfloat16", "sparsity": 0.5, "block_size": block_size(), **shape, "rows": rows}
+    return {"dtype": "bfloat16", **in_force(), **shape, "rows": rows}
 
 
-def block_size() -> int:
-    return artifacts.load(artifacts.folder_of("default")).prefill.block_size
+def in_force(sparsity: float = 0.5) -> dict[str, Any]:
+    """What vLLM makes of the shipped artifact's settings, which the random models have, too; for the record."""
+    return cfg.to_dict(settings.in_force(artifacts.load("default"), {"sparsity": sparsity}))
 
 
 @contextmanager
@@ -460,7 +462,7 @@ def loaded(load: Load) -> dict[str, Any]:
             )
             with server(*options, *(["--enforce-eager"] if load.eager else [])) as address:
                 rows.append({"engine": name, **asyncio.run(under_load(address, load))})
-    found = {"model": models.DEFAULT_NAME, "sparsity": 0.5, "block_size": block_size()}
+    found = {"model": models.DEFAULT_NAME, **in_force()}
     return found | {**vars(load), "rows": rows}
 
 

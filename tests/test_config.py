@@ -24,11 +24,6 @@ def test_unknown_key_is_an_error_that_names_it(kind):
         cfg.from_dict(kind, [1], "somewhere")
 
 
-@pytest.mark.parametrize("value", [0, 0.0, 0.5, 0.95])
-def test_sparsity_inside_the_range(value):
-    assert PrefillConfig(sparsity=value).sparsity == value
-
-
 @pytest.mark.parametrize("value", [-0.01, 0.951, 1, 2.0, float("nan"), float("inf"), "0.5", None, True])
 def test_sparsity_outside_the_range(value):
     with pytest.raises(UserError, match=r"sparsity must lie in \[0, 0.95\]"):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import logits, one_sentence, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
+from test_settings import OTHER
 from transformers import DynamicCache
 
 pytest.importorskip("lm_eval")
@@ -14,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from fastfill import attach
+from fastfill.config import PrefillConfig
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 from fastfill.lab import lm_eval as ours
@@ -146,5 +148,7 @@ def test_the_checkpoints_generation_settings_do_not_leak(folder, artifact_folder
 
 
 def test_the_result_file_says_what_ran(folder, artifact_folder):
-    info = made(folder, artifact_folder).get_model_info()
-    assert info["sparsity"] == 0.5 and info["block_size"] == 8 and info["artifact"] == str(artifact_folder)
+    lm = made(folder, artifact_folder, **OTHER)
+    info = lm.get_model_info()
+    assert OTHER.items() <= info.items() and info["artifact"] == str(artifact_folder)
+    assert lm.attachment.config == PrefillConfig(**OTHER)

@@ -188,6 +188,28 @@ def test_prefix_cache_keeps_dense_and_sparse_apart():
         assert tokens_of([brief])[0] == alone_short
 
 
+def test_the_tail_is_dense_whatever_the_cache_has():
+    """With a tail of 40, 500 tokens leave pages 32..448 sparse; of those a prompt that is the first 320 may take 256, as it
+    leaves 32..256 sparse when it is alone. A conversation that goes on after it takes all of its pages, dense tail and all."""
+    long, going_on = PROMPTS[0], prompt(320, seed=4)
+    short = long[:320]
+    with engine(*folders(), fastfill={"dense_tail": 40}) as llm:
+        (alone,) = answer(llm, [short])
+    with engine(*folders(), fastfill={"dense_tail": 40}, enable_prefix_caching=True, block_size=32) as llm:
+        _, loaded = inside(llm)
+        answer(llm, [long])
+        assert loaded.stats.sparse_tokens == 416
+        (found,) = answer(llm, [short])
+        assert found.num_cached_tokens == 256 and loaded.stats.sparse_tokens == 416
+        assert tokens_of([found]) == tokens_of([alone])
+        assert logprobs_of(found) == pytest.approx(logprobs_of(alone), abs=1e-4)
+        answer(llm, [going_on])
+        before = loaded.stats.sparse_tokens
+        (found,) = answer(llm, [going_on + prompt(180, seed=5)])
+        assert found.num_cached_tokens == 320 and loaded.stats.sparse_tokens - before == 448 - 320
+        assert loaded.stats.dense_because == {}
+
+
 def test_preempted_requests_are_read_again_the_same_way(monkeypatch):
     """24 blocks of 32 tokens hold one of these at its end, not two."""
     from vllm.v1.core.sched.scheduler import Scheduler

@@ -198,18 +198,20 @@ def test_hf_overrides_are_taken_however_they_are_written():
         one_sentence(refused.value)
 
 
-def test_short_prompts_are_dense_unless_the_user_says_otherwise():
-    """The artifact would begin at 96 tokens; in vLLM 512 are the least by default."""
+def test_short_prompts_are_dense_unless_the_user_says_otherwise_and_that_is_logged(monkeypatch):
+    """The artifact would begin at 96 tokens; in vLLM 512 are the least by default. All else is the artifact's."""
     model, artifact = folders()
-
-    def least(**asked):
-        return settings.read(configure(model, artifact, asked)).prefill.min_tokens
-
-    assert MIN_TOKENS < least() == settings.MIN_TOKENS and least(min_tokens=MIN_TOKENS) == MIN_TOKENS
-    patient = dataclasses.replace(artifacts.load(artifact).prefill, min_tokens=700, dense_tail=64)
-    found = settings.defaults(SimpleNamespace(prefill=patient))
-    assert found.min_tokens == 700 and found.dense_tail == 0
-    assert settings.read(configure(model, artifact, {"dense_tail": 40})).prefill.dense_tail == 40
+    said = []
+    monkeypatch.setattr(
+        "vllm.logger.init_logger", lambda _: SimpleNamespace(info=lambda text, *values: said.append(text % values))
+    )
+    found = settings.read(configure(model, artifact)).prefill
+    assert MIN_TOKENS < settings.MIN_TOKENS
+    assert found == dataclasses.replace(artifacts.load(artifact).prefill, min_tokens=settings.MIN_TOKENS)
+    assert len(said) == 1 and "under 512 tokens stay dense, not only those under the artifact's 96" in said[0]
+    asked = {"min_tokens": MIN_TOKENS, "dense_tail": 40, "dense_head": 0}
+    found = settings.read(configure(model, artifact, asked)).prefill
+    assert asked.items() <= dataclasses.asdict(found).items() and len(said) == 1
 
 
 def test_other_versions_of_vllm_are_refused(monkeypatch):

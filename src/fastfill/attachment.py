@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import threading
 import warnings
@@ -20,7 +19,7 @@ from fastfill.blocks import Plan
 from fastfill.calls import Calls, GenerateHook, Prompt, Stats
 from fastfill.compensator import Compensator
 from fastfill.config import PrefillConfig, check_integer
-from fastfill.errors import UserError
+from fastfill.errors import UserError, quoted
 from fastfill.follow import Follower, follow
 from fastfill.kernels import Kernel
 from fastfill.predictor import Maker, Predictor
@@ -244,20 +243,19 @@ def detach(model: Any) -> bool:
 def attach(
     model: Any,
     artifact: Artifact | str | Path,
+    prefill: PrefillConfig | None = None,
     *,
-    sparsity: float | None = None,
-    block_size: int | None = None,
-    min_tokens: int | None = None,
-    dense_tail: int | None = None,
     predictor: Maker | None = None,
     compensator: bool = True,
     kernel: str | Kernel = "auto",
+    **fields: Any,
 ) -> Attachment:
     """Make a loaded `transformers` model read prompts with a sparse FFN.
 
-    sparsity, block_size, min_tokens, dense_tail: override the artifact's settings (`PrefillConfig`). predictor: makes another
-    one in place of the learned (`fastfill.lab.baselines.named("oracle")`). compensator: False leaves the correction out.
-    kernel: a name (see `fastfill.kernels`), or what `kernels.resolve` gave. Decode steps and short calls stay dense.
+    prefill: settings in place of the artifact's. fields: of `PrefillConfig` (sparsity=0.3, dense_head=0, ...), in place of
+    those of `prefill` or of the artifact; None leaves one. predictor: makes another one in place of the learned
+    (`fastfill.lab.baselines.named("oracle")`). compensator: False leaves the correction out. kernel: a name (see
+    `fastfill.kernels`), or what `kernels.resolve` gave. Decode steps and short calls stay dense.
 
     Raises UserError for a model or an artifact that does not fit, or a model that is attached already. Warns if what is outside
     the FFNs (embeddings, attention, norms, unmerged adapters on them) is not what the artifact was learned with.
@@ -268,13 +266,9 @@ def attach(
     anatomy = families.dissect(model)
     check_detached(anatomy)
     artifact.check_partner(anatomy)
-    changes: dict[str, Any] = {
-        "sparsity": sparsity,
-        "block_size": block_size,
-        "min_tokens": min_tokens,
-        "dense_tail": dense_tail,
-    }
-    config = dataclasses.replace(artifact.prefill, **{k: v for k, v in changes.items() if v is not None})
+    if not isinstance(prefill, PrefillConfig | None):
+        raise UserError(f"prefill must be a fastfill.PrefillConfig, not {quoted(prefill)}; a field alone is sparsity=0.3, say.")
+    config = (prefill or artifact.prefill).with_(**fields)
 
     def follower(layer: int, part: families.ModuleFFN, kept: int) -> Follower:
         def learned(like: torch.Tensor) -> tuple[Predictor, Compensator | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastfill.errors import UserError, quoted
@@ -17,9 +17,15 @@ MAX_RATE = 1e30  # of learning rates and weights: fp32 ends at 3e38
 Config = TypeVar("Config", bound="PrefillConfig | CalibrationConfig")
 
 
+def _setting(default: Any, text: str) -> Any:
+    """A field with the words that every --help has of it."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class PrefillConfig:
-    """What happens at run time.
+    """What happens at run time. An artifact's settings hold in every engine; a field that is added here is a keyword of
+    `attach`, an option of the commands, of vLLM and of lm-eval at once.
 
     sparsity: share of FFN neurons skipped, mean over layers; 0.0 is exactly dense.
     block_size: consecutive tokens of one sequence that share one selection. Blocks start at multiples of it,
@@ -27,27 +33,41 @@ class PrefillConfig:
     dense_head: first tokens of every sequence that stay dense; they hold the attention sink. A block is
         sparse only if all of it lies behind the head.
     min_tokens: prompts that bring fewer tokens per sequence stay dense, short multi-turn extensions among them; so do
-        shorter calls of which nobody says that they are part of a prompt (decode, speculative checks).
-    dense_tail: last tokens of every prompt that stay dense; they ask the question. Where nobody says where a prompt ends,
-        the end of a call is taken for it (`fastfill.calls`).
+        shorter calls of which nobody says that they are part of a prompt (decode, speculative checks). An engine may begin
+        later where sparse is the slower one, and says so.
+    dense_tail: last tokens of every prompt that stay dense; they ask the question. A block is sparse only if all of it lies
+        before the tail. Where nobody says where a prompt ends, the end of a call is taken for it (`fastfill.calls`). What a
+        cache holds stays as it was computed: where a conversation goes on, the tails of its earlier prompts are dense, too.
     """
 
-    sparsity: float = 0.5
-    block_size: int = 32
-    dense_head: int = 64
-    min_tokens: int = 256
-    dense_tail: int = 64
+    sparsity: float = _setting(0.5, f"share of FFN neurons skipped, 0 to {MAX_SPARSITY}")
+    block_size: int = _setting(32, "tokens per selection")
+    dense_head: int = _setting(64, "first tokens of a sequence that stay dense")
+    min_tokens: int = _setting(256, "shorter prompts stay dense")
+    dense_tail: int = _setting(64, "last tokens of a prompt that stay dense")
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
         for name, least in (("block_size", 1), ("dense_head", 0), ("min_tokens", 1), ("dense_tail", 0)):
             check_integer(name, getattr(self, name), least, 2**20 if name == "block_size" else MOST)
 
+    def with_(self, **fields: Any) -> PrefillConfig:
+        """These settings with the given fields in place of their own; None leaves one as it is.
+
+        Raises UserError for a field that there is not, and for a value out of range.
+        """
+        if unknown := [name for name in fields if name not in PREFILL_FIELDS]:
+            raise UserError(f"{quoted(unknown[0])} is no setting of the prefill; there are {', '.join(PREFILL_FIELDS)}.")
+        return dataclasses.replace(self, **{name: value for name, value in fields.items() if value is not None})
+
     @property
     def shortest_prompt(self) -> int:
         """Tokens of the shortest prompt of which anything is sparse: one block between the dense head and the dense tail."""
         first = -(-self.dense_head // self.block_size) * self.block_size
         return max(self.min_tokens, first + self.block_size + self.dense_tail)
+
+
+PREFILL_FIELDS = tuple(field.name for field in dataclasses.fields(PrefillConfig))
 
 
 @dataclass(frozen=True)

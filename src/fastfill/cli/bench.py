@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastfill.cli.options import OVERRIDES, Commands, attach_options, command, model_options, set_threads
+from fastfill.cli.options import Commands, attach_options, command, model_options, set_threads, settings_of
 from fastfill.errors import UserError
 from fastfill.terminal import say
 
@@ -59,7 +59,7 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
     bench = engines.bench_of(arguments.engine)
     set_threads(arguments)
     model, artifact = _bench_model(arguments)
-    settings = {key: getattr(arguments, key) for key in ("dtype", "device", *OVERRIDES)}
+    settings = {key: getattr(arguments, key) for key in ("dtype", "device", "kernel")} | settings_of(arguments)
     with bench(model, artifact, **settings) as runner:
         limit = context.positions(runner.shape)
         fitting = speed.fitting(lengths, limit)

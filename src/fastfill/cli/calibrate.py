@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastfill.cli.options import Commands, command, load_model, model_options
+from fastfill.cli.options import Commands, command, load_model, model_options, option_of
 from fastfill.errors import UserError
 
 
@@ -45,9 +45,8 @@ def _config_options(sub: argparse.ArgumentParser) -> None:
         types = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             plain = [t for t in (typing.get_args(types[field.name]) or (types[field.name],)) if t is not type(None)]
-            group.add_argument(
-                "--" + field.name.replace("_", "-"), type=plain[0], default=field.default, help=f"default: {field.default}"
-            )
+            text = f"{field.metadata['help']} (default: {field.default})" if field.metadata else f"default: {field.default}"
+            group.add_argument(option_of(field.name), type=plain[0], default=field.default, help=text)
 
 
 def _configs(arguments: argparse.Namespace) -> tuple[Any, Any]:

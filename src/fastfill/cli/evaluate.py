@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastfill.cli.options import (
-    OVERRIDES,
     Commands,
     attach_model,
     attach_options,
@@ -16,6 +15,7 @@ from fastfill.cli.options import (
     load_model,
     model_options,
     set_threads,
+    settings_of,
 )
 from fastfill.errors import UserError
 from fastfill.terminal import say
@@ -141,7 +141,7 @@ def _evaluated(arguments: argparse.Namespace, artifact: Any) -> Iterator[tuple[A
     from fastfill.engines import vllm
 
     set_threads(arguments)
-    settings = {key: getattr(arguments, key) for key in ("dtype", "device", *OVERRIDES)}
+    settings = {key: getattr(arguments, key) for key in ("dtype", "device", "kernel")} | settings_of(arguments)
     with vllm.bench(arguments.model, artifact, **settings) as runner:
         tokenizer = transformers.AutoTokenizer.from_pretrained(models.resolve(arguments.model))
         yield runner, models.LoadedModel(runner.model, tokenizer, runner.name)

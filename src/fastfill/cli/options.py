@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
 from fastfill import reading
+from fastfill.config import PREFILL_FIELDS, PrefillConfig, check_integer
 from fastfill.errors import UserError
 
-OVERRIDES = ("sparsity", "block_size", "min_tokens", "dense_tail", "kernel")  # options in place of the artifact's settings
 PROMPT_BYTES = 1 << 26  # of a prompt's file, more than any model holds: told before the model is loaded
 MODEL_HELP = "a Hugging Face id, a local folder, a .gguf file, or 'default' (the embedded SmolLM2-135M-Instruct)"
 
@@ -52,17 +53,28 @@ def attach_options(sub: argparse.ArgumentParser, required: bool = True, default:
         default=None if required else default,
         help="folder, or 'default' for the shipped one",
     )
-    sub.add_argument("--sparsity", type=float, help="share of FFN neurons skipped, 0 to 0.95 (default: the artifact's)")
-    sub.add_argument("--block-size", type=int, help="tokens per selection (default: the artifact's)")
-    sub.add_argument("--min-tokens", type=int, help="shorter prompts stay dense (default: the artifact's)")
-    sub.add_argument("--dense-tail", type=int, help="last tokens of a prompt that stay dense (default: the artifact's)")
+    settings_options(sub)
     sub.add_argument("--kernel", default="auto", help="auto, native, triton or torch (default: auto)")
+
+
+def settings_options(sub: argparse.ArgumentParser, **other_names: str) -> None:
+    """An option for each field of `PrefillConfig`, in place of the artifact's. other_names: options of another name."""
+    for field in dataclasses.fields(PrefillConfig):
+        name, text = other_names.get(field.name, option_of(field.name)), field.metadata["help"]
+        sub.add_argument(name, dest=field.name, type=type(field.default), help=f"{text} (default: the artifact's)")
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the fields of `PrefillConfig`; None where nothing was."""
+    return {name: getattr(arguments, name) for name in PREFILL_FIELDS}
+
+
+def option_of(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def set_threads(arguments: argparse.Namespace) -> None:
     import torch
-
-    from fastfill.config import check_integer
 
     if arguments.threads is not None:
         check_integer("--threads", arguments.threads, 1)
@@ -85,7 +97,7 @@ def load_model(arguments: argparse.Namespace) -> Any:
 def attach_model(arguments: argparse.Namespace, model: Any, artifact: Any, **extra: Any) -> Any:
     from fastfill.attachment import attach
 
-    return attach(model, artifact, **{key: getattr(arguments, key) for key in OVERRIDES}, **extra)
+    return attach(model, artifact, kernel=arguments.kernel, **settings_of(arguments), **extra)
 
 
 def read_text(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastfill.cli.options import MODEL_HELP, Commands
+from fastfill.cli.options import MODEL_HELP, Commands, settings_of, settings_options
 
 
 def add_serve(commands: Commands) -> None:
@@ -20,10 +20,7 @@ def add_serve(commands: Commands) -> None:
     serve.set_defaults(run=run_serve, json=False, takes_rest=True)
     serve.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     serve.add_argument("--artifact", metavar="DIR", required=True, help="folder, or 'default' for the shipped one")
-    serve.add_argument("--sparsity", type=float, help="share of FFN neurons skipped, 0 to 0.95 (default: the artifact's)")
-    serve.add_argument("--sparse-block-size", type=int, help="tokens per selection (default: the artifact's)")
-    serve.add_argument("--min-tokens", type=int, help="shorter prompts stay dense (default: the artifact's)")
-    serve.add_argument("--dense-tail", type=int, help="last tokens of a prompt that stay dense (default: 0, see docs/vllm.md)")
+    settings_options(serve, block_size="--sparse-block-size")  # --block-size is vLLM's own
     serve.add_argument("--kernel", help="auto, native or torch (default: auto)")
     serve.add_argument(
         "--one-copy",
@@ -39,10 +36,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
         arguments.model,
         arguments.artifact,
         arguments.rest,
-        sparsity=arguments.sparsity,
-        block_size=arguments.sparse_block_size,
-        min_tokens=arguments.min_tokens,
-        dense_tail=arguments.dense_tail,
+        **settings_of(arguments),
         kernel=arguments.kernel,
         one_copy=arguments.one_copy or None,
     )

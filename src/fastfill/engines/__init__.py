@@ -2,10 +2,10 @@
 
 An engine that `fastfill bench --engine NAME` can measure is a module `fastfill.engines.NAME` with a function
 
-    bench(model, artifact, *, dtype, device, sparsity, block_size, min_tokens, dense_tail, kernel)
+    bench(model, artifact, *, dtype, device, kernel, **fields)
 
-that loads MODEL (as the user names it), puts the artifact on it (None keeps the artifact's setting) and is a context
-manager giving a `Runner`. `evaluate.speed` measures runners and knows nothing else of an engine.
+that loads MODEL (as the user names it), puts the artifact on it (fields: of `PrefillConfig`, None keeps the artifact's) and is
+a context manager giving a `Runner`. `evaluate.speed` measures runners and knows nothing else of an engine.
 """
 
 from __future__ import annotations

@@ -33,9 +33,8 @@ LONGEST = 16384  # tokens of the longest prompt that bench keeps room for
 def options(model: str, artifact: str, **overrides: Any) -> dict[str, Any]:
     """Arguments for `vllm.LLM(**...)` that turn the artifact on: `model` and `hf_overrides`.
 
-    model: as everywhere (an id, a folder, a .gguf file, 'default'). overrides: sparsity, block_size, dense_head, min_tokens,
-    dense_tail, kernel, one_copy.
-    Raises UserError for a model that cannot be found or is of no supported type.
+    model: as everywhere (an id, a folder, a .gguf file, 'default'). overrides: fields of `PrefillConfig`, kernel, one_copy.
+    Raises UserError for a model that cannot be found or is of no supported type, and for settings that there are not.
     """
     import transformers
 
@@ -206,9 +205,10 @@ class _Model:
 
 
 @contextmanager
-def bench(model: str, artifact: Artifact, *, dtype: str, device: str, **overrides: Any) -> Iterator[VllmRunner]:
-    """A runner for `fastfill bench`; see `fastfill.engines`. overrides: sparsity, block_size, min_tokens, dense_tail,
-    kernel.
+def bench(
+    model: str, artifact: Artifact, *, dtype: str, device: str, kernel: str = "auto", **fields: Any
+) -> Iterator[VllmRunner]:
+    """A runner for `fastfill bench`; see `fastfill.engines`. fields: of `PrefillConfig`, in place of the artifact's.
 
     Raises UserError for what does not fit together.
     """
@@ -234,8 +234,7 @@ def bench(model: str, artifact: Artifact, *, dtype: str, device: str, **override
         "kv_cache_memory_bytes": 2 * token_bytes * (shape.max_position_embeddings + 1) + 2**26,
         "enable_prefix_caching": False,
     }
-    changes = {key: value for key, value in overrides.items() if value is not None and key != "kernel"}
-    config = dataclasses.replace(settings.defaults(artifact), **changes)
-    with engine(model, str(artifact.folder), overrides=overrides, **arguments) as llm:
-        kernel = kernels.choose(overrides.get("kernel") or "auto")
+    config = settings.in_force(artifact, fields)
+    with engine(model, str(artifact.folder), overrides={"kernel": kernel, **fields}, **arguments) as llm:
+        kernel = kernels.choose(kernel)
         yield VllmRunner(llm, models.DEFAULT_NAME if model == "default" else model, artifact, config, kernel, shape)

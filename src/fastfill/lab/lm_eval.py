@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from fastfill import artifact as artifacts
+from fastfill import config as cfg
 from fastfill import models
 from fastfill.attachment import attach
+from fastfill.config import PREFILL_FIELDS
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 from fastfill.families import Head
@@ -41,16 +43,15 @@ Request = tuple[Any, list[int], list[int]]
 
 @register_model("fastfill")
 class FastfillLM(HFLM):
-    """The harness's Hugging Face model with an artifact on it. pretrained: as for `fastfill` commands. artifact: a folder."""
+    """The harness's Hugging Face model with an artifact on it.
+
+    pretrained: as for `fastfill` commands. artifact: a folder. kwargs: fields of `PrefillConfig`, and what the harness's takes.
+    """
 
     def __init__(
         self,
         pretrained: str,
         artifact: str,
-        sparsity: float | None = None,
-        block_size: int | None = None,
-        min_tokens: int | None = None,
-        dense_tail: int | None = None,
         predictor: str = "learned",
         compensator: bool = True,
         kernel: str = "auto",
@@ -62,6 +63,7 @@ class FastfillLM(HFLM):
             if kwargs.get(name) is not None:
                 raise UserError(f"{name} is not supported: log-likelihoods are computed in fp32 from the model's own dtype.")
         learned = artifacts.load(artifact)  # before the model, which takes longer
+        prefill = learned.prefill.with_(**{name: kwargs.pop(name) for name in PREFILL_FIELDS if name in kwargs})
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(
             pretrained=models.resolve(pretrained), device=device, dtype=dtype or models.default_dtype(device), **kwargs
@@ -71,10 +73,7 @@ class FastfillLM(HFLM):
         self.attachment = attach(
             self.model,
             learned,
-            sparsity=sparsity,
-            block_size=block_size,
-            min_tokens=min_tokens,
-            dense_tail=dense_tail,
+            prefill,
             predictor=named(predictor),
             compensator=compensator,
             kernel=kernel,
@@ -138,12 +137,11 @@ class FastfillLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """For the harness's result file."""
-        config, stats = self.attachment.config, self.attachment.stats
+        stats = self.attachment.stats
         return {
             **super().get_model_info(),
             "artifact": str(self.artifact),
-            "sparsity": config.sparsity,
-            "block_size": config.block_size,
+            **cfg.to_dict(self.attachment.config),
             "sparse_tokens": stats.sparse_tokens,
             "dense_tokens": stats.dense_tokens,
         }

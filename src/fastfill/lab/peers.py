@@ -285,10 +285,8 @@ class Attacher:
         return attach(
             self.model,
             self.artifact,
+            self.config,
             sparsity=sparsity,
-            block_size=self.config.block_size,
-            min_tokens=self.config.min_tokens,
-            dense_tail=self.config.dense_tail,
             predictor=named(predictor),
             compensator=compensator,
             kernel=self.kernel,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fastfill
+from fastfill import config as cfg
 from fastfill import files
 from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment
@@ -85,7 +86,6 @@ class Store:
 
 def settings(task: str, attachment: Attachment, artifact: Artifact, items: Any, **more: Any) -> dict[str, Any]:
     """What two runs must share to be one: model, artifact, settings in force, and the items themselves (by digest)."""
-    config = attachment.config
     return {
         "fastfill": fastfill.__version__,
         "task": task,
@@ -93,11 +93,7 @@ def settings(task: str, attachment: Attachment, artifact: Artifact, items: Any, 
         "artifact": _weights(artifact),
         "dtype": str(attachment.model.dtype),
         "device": str(attachment.model.device),
-        "sparsity": config.sparsity,
-        "block_size": config.block_size,
-        "dense_head": config.dense_head,
-        "min_tokens": config.min_tokens,
-        "dense_tail": config.dense_tail,
+        **cfg.to_dict(attachment.config),
         "kept": attachment.kept,
         **attachment.choices,
         **({"engine": attachment.engine} if hasattr(attachment, "engine") else {}),

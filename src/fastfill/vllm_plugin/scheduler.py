@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 from typing import Any
 
@@ -18,7 +19,7 @@ class _Salted:
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
         prefill = settings.read(vllm_config).prefill
-        self._min_tokens, self._block = prefill.min_tokens, prefill.block_size
+        self._min_tokens, self._block, self._tail = prefill.min_tokens, prefill.block_size, prefill.dense_tail
         self._sparse_salt = f"fastfill-{secrets.token_hex(8)}-"  # requests can bring a salt, and none shall guess this one
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.need_mamba_block_aligned_split = True  # so that it asks the method below
@@ -41,6 +42,15 @@ class _Salted:
 
     def _is_salted(self, request: Any) -> bool:
         return (request.cache_salt or "").startswith(self._sparse_salt)
+
+    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
+        """What the prefix cache has of a request, without its dense tail: a longer prompt may have left that sparse. The other
+        way round a page that was some prompt's tail, or its answer, is denser than asked, and is taken."""
+        if self._tail and self._is_salted(request):
+            end = max(0, request.num_prompt_tokens - self._tail)
+            request = copy.copy(request)
+            request._all_token_ids = request._all_token_ids[: end + 1]  # a hit ends before the last of these
+        return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
 
     def _mamba_block_aligned_split(self, request: Any, new_tokens: int, *computed: int) -> int:
         """How many of these tokens of a request are computed now: vLLM's hook for models whose chunks must not end anywhere.

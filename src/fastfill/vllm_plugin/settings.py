@@ -18,7 +18,7 @@ from fastfill import artifact as artifacts
 from fastfill import config as cfg
 from fastfill import kernels, partner
 from fastfill.artifact import Artifact
-from fastfill.config import PrefillConfig
+from fastfill.config import PREFILL_FIELDS, PrefillConfig
 from fastfill.errors import UserError
 
 SUPPORTED = ((0, 32), (0, 33))  # from, below
@@ -32,42 +32,47 @@ SWITCH = "fastfill"  # name of the per-request switch in SamplingParams.extra_ar
 # Shorter prompts stay dense unless the user says otherwise: vLLM's dense prefill is the faster one there (SmolLM2 on two
 # cores: 0.92x at 256 tokens, 1.04x at 512; docs/log.md).
 MIN_TOKENS = 512
-# No dense tail unless the user says so: a prompt that goes on where another ended would find that one's tail in the prefix
-# cache, so that an answer would depend on what the server read before.
-DENSE_TAIL = 0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """artifact: its folder. The next five override the artifact's (`PrefillConfig`). kernel: see `fastfill.kernels`.
+    """artifact: its folder. fields: of `PrefillConfig`, in place of the artifact's. kernel: see `fastfill.kernels`.
 
     one_copy: keep one copy of the FFN weights, the sparse kernel's, and compute dense tokens with it too.
     """
 
     artifact: str
-    sparsity: float | None = None
-    block_size: int | None = None
-    dense_head: int | None = None
-    min_tokens: int | None = None
-    dense_tail: int | None = None
+    fields: dict[str, Any]
     kernel: str = "auto"
     one_copy: bool = False
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> Settings:
+        """From the names and values that the user gives, all side by side. Raises UserError for an unknown name."""
+        own = {field.name for field in dataclasses.fields(cls)} - {"fields"}
+        if unknown := sorted(set(document) - own - set(PREFILL_FIELDS)):
+            known = ", ".join(sorted({*own, *PREFILL_FIELDS}))
+            raise UserError(f"{FIELD}: unknown setting(s) {', '.join(unknown)}; known are {known}.")
+        given = {key: value for key, value in document.items() if value is not None}
+        fields = {key: given.pop(key) for key in PREFILL_FIELDS if key in given}
+        return cls(fields=fields, **given)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return {"artifact": self.artifact, **self.fields, "kernel": self.kernel, "one_copy": self.one_copy}
 
     @property
     def prefill(self) -> PrefillConfig:
         """What is in force, once `configure` has filled in the artifact's values."""
-        return PrefillConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(PrefillConfig)})
+        return PrefillConfig(**self.fields)
 
 
 def read(vllm_config: Any) -> Settings:
     """Raises UserError for a field that is missing or not understood."""
     document = getattr(vllm_config.model_config.hf_config, FIELD, None)
-    known = {field.name for field in dataclasses.fields(Settings)}
     if not isinstance(document, dict) or not isinstance(document.get("artifact"), str):
         raise UserError(f'Give vLLM the artifact: --hf-overrides \'{{"{FIELD}": {{"artifact": "DIR"}}, ...}}\'.')
-    if unknown := sorted(set(document) - known):
-        raise UserError(f"{FIELD}: unknown setting(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
-    return Settings(**document)
+    return Settings.of(document)
 
 
 def configure(vllm_config: Any) -> None:
@@ -90,15 +95,15 @@ def configure(vllm_config: Any) -> None:
     if settings.one_copy and vllm_config.device_config.device_type != "cpu":
         raise UserError("one_copy is for CPUs; elsewhere vLLM's own copy of gate and up is the one that is used.")
     artifact = artifacts.load(settings.artifact)
-    wanted = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
-    settings = Settings(**{**cfg.to_dict(defaults(artifact)), **wanted})
-    prefill = settings.prefill  # checks the values
+    prefill = in_force(artifact, settings.fields)
+    say_later_start(prefill, artifact, settings.fields)
+    settings = dataclasses.replace(settings, fields=cfg.to_dict(prefill))
     if settings.one_copy and prefill.sparsity == 0:
         raise UserError("one_copy does nothing at sparsity 0, which is vLLM's own model; leave it out.")
     check_shapes(artifact, vllm_config.model_config.hf_config)
     check_checkpoint(artifact, Path(vllm_config.model_config.model))
     model, parallel, scheduler = vllm_config.model_config, vllm_config.parallel_config, vllm_config.scheduler_config
-    setattr(model.hf_config, FIELD, dataclasses.asdict(settings))
+    setattr(model.hf_config, FIELD, settings.document)
     parallel.worker_extension_cls = "fastfill.vllm_plugin.models.WorkerExtension"
     if prefill.sparsity == 0:
         return  # all of it is vLLM's own code
@@ -109,10 +114,26 @@ def configure(vllm_config: Any) -> None:
     scheduler.scheduler_cls = "fastfill.vllm_plugin.scheduler.scheduler"
 
 
-def defaults(artifact: Artifact) -> PrefillConfig:
-    """What is in force if the user says nothing: the artifact's, from MIN_TOKENS on and with DENSE_TAIL."""
-    least = max(artifact.prefill.min_tokens, MIN_TOKENS)
-    return dataclasses.replace(artifact.prefill, min_tokens=least, dense_tail=DENSE_TAIL)
+def in_force(artifact: Artifact, fields: dict[str, Any]) -> PrefillConfig:
+    """The artifact's settings, with fields that the user gives (None: not given), from MIN_TOKENS on unless the user says
+    otherwise. Raises UserError for values out of range."""
+    prefill = artifact.prefill.with_(**fields)
+    if fields.get("min_tokens") is None and prefill.min_tokens < MIN_TOKENS:
+        return prefill.with_(min_tokens=MIN_TOKENS)
+    return prefill
+
+
+def say_later_start(prefill: PrefillConfig, artifact: Artifact, fields: dict[str, Any]) -> None:
+    """Log that prompts are sparse from a greater length on than the artifact says, if the user has not asked for it."""
+    from vllm.logger import init_logger
+
+    if "min_tokens" not in fields and prefill.min_tokens > artifact.prefill.min_tokens:
+        init_logger("vllm.fastfill").info(
+            "fastfill: prompts under %d tokens stay dense, not only those under the artifact's %d: vLLM's dense prefill is the "
+            "faster one there. The setting min_tokens changes it.",
+            prefill.min_tokens,
+            artifact.prefill.min_tokens,
+        )
 
 
 def choose_attention(attention: Any) -> None:
@@ -286,7 +307,6 @@ def overrides(model_type: str, artifact: str, **settings: Any) -> dict[str, Any]
     if model_type not in ours:
         raise UserError(f"Models of type {model_type!r} are not supported in vLLM; supported are: {', '.join(ours)}.")
     given = {key: value for key, value in settings.items() if value is not None}
-    if "sparsity" in given:
-        cfg.check_sparsity(given["sparsity"])
     document = {"artifact": str(artifacts.folder_of(artifact).resolve()), **given}
+    PrefillConfig().with_(**Settings.of(document).fields)  # what is wrong is told here, before vLLM starts
     return {"architectures": [ours[model_type]], FIELD: document}
