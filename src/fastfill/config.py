@@ -17,9 +17,9 @@ MAX_RATE = 1e30  # of learning rates and weights: fp32 ends at 3e38
 Config = TypeVar("Config", bound="PrefillConfig | CalibrationConfig")
 
 
-def _setting(default: Any, text: str) -> Any:
-    """A field with the words that every --help has of it."""
-    return field(default=default, metadata={"help": text})
+def _setting(default: Any, text: str, least: int = 0, most: int = MOST) -> Any:
+    """A field with the words that every --help has of it, and the range of a whole number."""
+    return field(default=default, metadata={"help": text, "range": (least, most)})
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,16 @@ class PrefillConfig:
     """
 
     sparsity: float = _setting(0.5, f"share of FFN neurons skipped, 0 to {MAX_SPARSITY}")
-    block_size: int = _setting(32, "tokens per selection")
+    block_size: int = _setting(32, "tokens per selection", least=1, most=2**20)
     dense_head: int = _setting(64, "first tokens of a sequence that stay dense")
-    min_tokens: int = _setting(256, "shorter prompts stay dense")
+    min_tokens: int = _setting(256, "shorter prompts stay dense", least=1)
     dense_tail: int = _setting(64, "last tokens of a prompt that stay dense")
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
-        for name, least in (("block_size", 1), ("dense_head", 0), ("min_tokens", 1), ("dense_tail", 0)):
-            check_integer(name, getattr(self, name), least, 2**20 if name == "block_size" else MOST)
+        for item in dataclasses.fields(self):
+            if type(item.default) is int:
+                check_integer(item.name, getattr(self, item.name), *item.metadata["range"])
 
     def with_(self, **fields: Any) -> PrefillConfig:
         """These settings with the given fields in place of their own; None leaves one as it is.
