@@ -444,7 +444,7 @@ def test_token_mixing_by_hand(model):
 
 
 def make_students(anatomy, artifact, kept, answer=0.0):
-    shape = (artifact.ranks["linear"], PREFILL.block_size, PREFILL.dense_head, CONFIG.gate_temperature, answer)
+    shape = (artifact.ranks["linear"], PREFILL.block_size, PREFILL.first_sparse, CONFIG.gate_temperature, answer)
     weights = [
         {k.removeprefix(f"layers.{i}."): v for k, v in artifact.tensors.items() if k.startswith(f"layers.{i}.")}
         for i in range(LAYERS)

@@ -1,6 +1,7 @@
 """Both readings against an independent, plain computation: whole logits, fp64 numpy, token by token."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 from fastfill import attach
 from fastfill.errors import UserError
 from fastfill.lab import perplexity
+from fastfill.lab.baselines import named
 from fastfill.lab.resume import Store
 
 CONTINUATION = 12
@@ -59,7 +61,9 @@ def plain(model, artifact, continuation=CONTINUATION, **settings):
     return sums, counts, alone
 
 
-@pytest.mark.parametrize("settings", [{}, {"block_size": 4}, {"predictor": "first-block"}, {"compensator": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"block_size": 4}, {"predictor": named("first-block")}, {"compensator": False}], ids=str
+)
 def test_both_readings_equal_a_plain_computation(settings):
     model = tiny_model(dtype=torch.float64)
     artifact = tiny_artifact(model)
@@ -108,6 +112,8 @@ def test_at_sparsity_zero_nothing_is_lost():
 
 class Table(nn.Module):
     """A model whose head gives back what it gets: hidden states are logits."""
+
+    config = SimpleNamespace()
 
     def get_output_embeddings(self):
         return nn.Identity()

@@ -62,10 +62,18 @@ class PrefillConfig:
         return dataclasses.replace(self, **{name: value for name, value in fields.items() if value is not None})
 
     @property
+    def first_sparse(self) -> int:
+        """The first position that can be sparse: `dense_head`, up to a whole block."""
+        return -(-self.dense_head // self.block_size) * self.block_size
+
+    def sparse_end(self, prompt: int) -> int:
+        """The position behind the last that can be sparse in a prompt of so many tokens: its tail, down to a whole block."""
+        return (prompt - self.dense_tail) // self.block_size * self.block_size
+
+    @property
     def shortest_prompt(self) -> int:
         """Tokens of the shortest prompt of which anything is sparse: one block between the dense head and the dense tail."""
-        first = -(-self.dense_head // self.block_size) * self.block_size
-        return max(self.min_tokens, first + self.block_size + self.dense_tail)
+        return max(self.min_tokens, self.first_sparse + self.block_size + self.dense_tail)
 
 
 PREFILL_FIELDS = tuple(field.name for field in dataclasses.fields(PrefillConfig))

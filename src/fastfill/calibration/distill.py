@@ -49,11 +49,11 @@ class Distiller:
         anatomy: Anatomy,
         students: list[StudentFFN],
         config: CalibrationConfig,
-        dense_head: int,
+        head: int,
         teacher: Teacher,
         team: Team = ALONE,
     ):
-        self.model, self.anatomy, self.students, self.config, self.head = model, anatomy, students, config, dense_head
+        self.model, self.anatomy, self.students, self.config, self.head = model, anatomy, students, config, head
         self.teacher, self.team = teacher, team
         self.step_done = 0
         self.losses: list[float] = []

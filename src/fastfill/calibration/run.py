@@ -72,8 +72,7 @@ def calibrate(
     Raises UserError if the model is not supported, the text is too short, or `out` cannot be written.
     """
     prefill, config = prefill or PrefillConfig(), config or CalibrationConfig()
-    head = -(-prefill.dense_head // prefill.block_size) * prefill.block_size
-    cfg.check_integer("sequence_length", config.sequence_length, head + prefill.block_size)
+    cfg.check_integer("sequence_length", config.sequence_length, prefill.first_sparse + prefill.block_size)
     out = Path(os.path.abspath(out))
     if out in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"{out} holds the folder you are in and cannot be replaced; name a folder of its own.")
@@ -216,7 +215,7 @@ def _fit_layers(job: Job) -> tuple[list[Weights], list[list[float]], Teacher]:
     teacher knows the text that was read here, unless a checkpoint made that needless."""
     anatomy, tokens, config, ranks, checkpoint = job.anatomy, job.tokens, job.config, job.ranks, job.checkpoint
     team = job.team
-    block, head = job.prefill.block_size, job.prefill.dense_head
+    block, head = job.prefill.block_size, job.prefill.first_sparse
     rows = tokens[: max(1, config.fit_tokens // tokens.shape[1])]
     uniform = allocate([1.0] * len(anatomy.ffns), job.prefill.sparsity, anatomy.intermediate)
     if len(rows) < team.size:
@@ -282,7 +281,7 @@ def _students(job: Job, weights: list[Weights], kept: list[int], answer: float =
     device = job.anatomy.ffns[0].gate.device
     for layer in weights:
         layer.update({key: value.to(device) for key, value in layer.items() if not value.requires_grad})
-    block, head, temperature = job.prefill.block_size, job.prefill.dense_head, job.config.gate_temperature
+    block, head, temperature = job.prefill.block_size, job.prefill.first_sparse, job.config.gate_temperature
     return [
         StudentFFN(ffn, w, k, job.ranks["linear"], block, head, temperature, answer)
         for ffn, w, k in zip(job.anatomy.ffns, weights, kept, strict=True)
@@ -295,7 +294,7 @@ def _distill(job: Job, weights: list[Weights], kept: list[int], teacher: Teacher
     if config.steps == 0 or min(kept) == job.anatomy.intermediate:  # nothing to train, or nothing skipped
         return []
     students = _students(job, weights, kept, config.answer)
-    trainer = Distiller(job.model, job.anatomy, students, config, job.prefill.dense_head, teacher, job.team)
+    trainer = Distiller(job.model, job.anatomy, students, config, job.prefill.first_sparse, teacher, job.team)
     trainer.config = config = dataclasses.replace(config, steps=_steps(job, trainer, begin))
     saved = checkpoint.tensors("distill")
     if saved is not None:

@@ -23,10 +23,10 @@ Weights = dict[str, torch.Tensor]
 class StudentFFN:
     """Stands in for one FFN's forward during distillation.
 
-    The dense head (the first `dense_head` tokens of the sequence) and what does not fill a block stay dense, and so does the
-    share `answer` at the sequence's end, which reads a sparse prompt as an answer does. The predictor gets its gradient
-    through a soft gate (straight-through, ours): forward 1 for kept and 0 for skipped neurons, backward the slope of
-    sigmoid((log score - log score of the K-th) / temperature).
+    The first `head` tokens of the sequence, whole blocks (`PrefillConfig.first_sparse`), and what does not fill a block stay
+    dense, and so does the share `answer` at the sequence's end, which reads a sparse prompt as an answer does. The predictor
+    gets its gradient through a soft gate (straight-through, ours): forward 1 for kept and 0 for skipped neurons, backward the
+    slope of sigmoid((log score - log score of the K-th) / temperature).
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class StudentFFN:
         answer: float = 0.0,
     ):
         self.ffn, self.weights, self.kept, self.linear_rank = ffn, weights, kept, linear_rank
-        self.block, self.head, self.temperature, self.answer = block, -(-head // block) * block, temperature, answer
+        self.block, self.head, self.temperature, self.answer = block, head, temperature, answer
 
     def stop(self, tokens: int) -> int:
         """Where the sparse part of a sequence of so many tokens ends. One block is sparse if any can be."""

@@ -168,7 +168,7 @@ def calibrate_levels(attachment: Attachment, sequences: torch.Tensor, gate_share
     """Thresholds per layer from sequences (S, T) read densely: `gate_share` of the gates fall below theirs, `input_share` of
     either input below theirs. The dense head is left out: no threshold applies to it."""
     found: list[Levels] = []
-    head = attachment.config.dense_head
+    head = attachment.config.first_sparse
 
     def look(part: FFN) -> Callable[..., None]:
         def before(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

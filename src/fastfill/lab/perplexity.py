@@ -175,8 +175,6 @@ def read_dense(attachment: Attachment, source: str, row: torch.Tensor, continuat
     model, config = attachment.model, attachment.config
     ids = row[None].to(model.device)
     tokens = ids.shape[1]
-    first = -(-config.dense_head // config.block_size) * config.block_size
-    last = (tokens - config.dense_tail) // config.block_size * config.block_size
     part = tokens - continuation
     if part < config.shortest_prompt:
         raise UserError(f"{source} has {tokens} tokens, too few for a sparse part and {continuation} after it.")
@@ -185,7 +183,7 @@ def read_dense(attachment: Attachment, source: str, row: torch.Tensor, continuat
         bare = model.base_model(input_ids=ids[:, part:], use_cache=False)[0][0, :-1]
     alone = _Sums()
     alone.add(model, bare, bare, ids[0, part + 1 :])
-    return Reading(ids, first, min(last, tokens - 1), part, hidden, alone.to_json())
+    return Reading(ids, config.first_sparse, min(config.sparse_end(tokens), tokens - 1), part, hidden, alone.to_json())
 
 
 @torch.no_grad()

@@ -52,6 +52,4 @@ def plan(metadata: Any, prompts: dict[int, int], tokens: int, config: PrefillCon
 
 def _sparse_part(start: int, stop: int, prompt: int, config: PrefillConfig) -> int:
     """How many of the positions [start, stop) lie in sparse blocks if the prompt is read as a whole."""
-    size = config.block_size
-    first, last = -(-config.dense_head // size) * size, (prompt - config.dense_tail) // size * size
-    return max(0, min(stop, last) - max(start, first))
+    return max(0, min(stop, config.sparse_end(prompt)) - max(start, config.first_sparse))
