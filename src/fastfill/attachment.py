@@ -65,6 +65,10 @@ class Attachment:
         return [ffn.module for ffn in self._anatomy.ffns]
 
     @property
+    def artifact(self) -> Artifact:
+        return self._artifact
+
+    @property
     def choices(self) -> dict[str, Any]:
         """What results depend on beside `config`."""
         first = self.ffns[0]

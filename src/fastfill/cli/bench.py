@@ -49,7 +49,7 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str, Any], int]:
-    """The document of `bench` without its peers, and the model's vocabulary. The model is gone afterwards."""
+    """The document of `bench` without other engines, and the model's vocabulary. The model is gone afterwards."""
     import torch
 
     from fastfill import config as cfg

@@ -1,11 +1,13 @@
-"""evaluate: quality, dense beside sparse, on held-out text."""
+"""evaluate: quality, dense beside sparse, on held-out text. The tasks and their options are those of `fastfill.lab.tasks`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastfill.cli.options import (
     Commands,
@@ -18,7 +20,11 @@ from fastfill.cli.options import (
     settings_of,
 )
 from fastfill.errors import UserError
+from fastfill.lab.tasks import TASKS, Task
+from fastfill.lab.tasks.base import flag
 from fastfill.terminal import say
+
+Field: TypeAlias = "dataclasses.Field[Any]"
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -29,95 +35,126 @@ def add_evaluate(commands: Commands) -> None:
         "Quality, dense beside sparse, on held-out text.",
         "fastfill evaluate default --artifact default --task perplexity --data held_out.jsonl --limit 8",
     )
+    evaluate.formatter_class = argparse.RawDescriptionHelpFormatter
+    about = "".join(f"  {name:12}{task.about}\n" for name, task in TASKS.items())
+    evaluate.epilog = f"tasks:\n{about}\noptions of a task: fastfill evaluate --task NAME --help\n{evaluate.epilog}"
     model_options(evaluate)
     attach_options(evaluate)
+    evaluate.add_argument("--engine", default="transformers", choices=["transformers", "vllm"], help="default: transformers")
+    evaluate.add_argument("--out", metavar="DIR", help="keep predictions here; the same command goes on after a kill")
+    evaluate.add_argument("--predictor", default="learned", help="learned, oracle, static, first-block, low-rank or random")
+    evaluate.add_argument("--no-compensator", action="store_true", help="leave the correction out")
+    evaluate.add_argument("--record", action="store_true", help="store the result in the artifact (config.json and README.md)")
+    group = evaluate.add_argument_group("options of all tasks")
+    actions: dict[str, argparse.Action] = {}
+    kinds: list[type[Task]] = [Task, *TASKS.values()]
+    for task in kinds:
+        for name, field in _fields(task).items():
+            if name not in actions:
+                actions[name] = _add_option(group, task, field)
+                actions[name].help = _help(field) if task is Task else argparse.SUPPRESS
     evaluate.add_argument(
         "--task",
         default="perplexity",
-        choices=["perplexity", "longbench", "ruler", "suite", "recall", "picks", "peers", "pareto"],
+        choices=TASKS,
+        action=_Chosen,
+        group=group,
+        actions=actions,
+        help="what is measured (default: perplexity)",
     )
-    evaluate.add_argument("--engine", default="transformers", choices=["transformers", "vllm"], help="default: transformers")
-    evaluate.add_argument(
-        "--data",
-        nargs="+",
-        metavar="FILE",
-        help="as for calibrate; longbench: .jsonl files or their folder; ruler: rows for qa; picks: default is the demo's",
-    )
-    evaluate.add_argument(
-        "--limit", type=int, help="at most this many documents, or examples of each dataset (ruler: 10, suite: 100)"
-    )
-    evaluate.add_argument("--out", metavar="DIR", help="keep predictions here; the same command goes on after a kill")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the examples and the intervals (default: 0)")
-    # These belong to some tasks, which have their defaults and refuse them for others: evaluate.tasks.OWNED.
-    evaluate.add_argument("--tokens", type=int, help="first tokens of each document that are read (default: 2048)")
-    evaluate.add_argument("--continuation", type=int, help="last tokens, read densely (default: 256)")
-    evaluate.add_argument(
-        "--datasets", metavar="NAMES", help="of longbench ('all' for all 21), ruler or both (suite), separated by commas"
-    )
-    evaluate.add_argument(
-        "--lengths", help="ruler, suite: tokens of prompt and answer; ranges too, as 1024-4096 (default: 1024,4096)"
-    )
-    evaluate.add_argument("--haystack", metavar="FILE", help="ruler, suite: text to hide things in (default: RULER's noise)")
-    evaluate.add_argument(
-        "--max-prompt-tokens", type=int, help="longbench, suite: cut prompts (default: to what the model holds)"
-    )
-    evaluate.add_argument("--max-new-tokens", type=int, help="shorten the answers (no longer comparable)")
-    evaluate.add_argument(
-        "--score",
-        choices=["both", "likelihood", "answers"],
-        help="longbench, ruler, suite: of the right answer its likelihood, of the written answer its score (default: both)",
-    )
-    evaluate.add_argument("--minutes", type=float, help="longbench, ruler, suite: stop in time; --out keeps what is done")
-    evaluate.add_argument("--no-chat", action="store_true", help="never use the chat template (base models)")
-    evaluate.add_argument("--predictor", default="learned", help="learned, oracle, static, first-block, low-rank or random")
-    evaluate.add_argument("--no-compensator", action="store_true", help="leave the correction out")
-    evaluate.add_argument(
-        "--calibration", nargs="+", metavar="FILE", help="peers: text for thresholds (default: the package's demo document)"
-    )
-    evaluate.add_argument("--sparsities", help="pareto: separated by commas (default: 0.1 to 0.8)")
-    evaluate.add_argument("--methods", help="pareto: predictors, separated by commas (default: learned,oracle,static)")
-    evaluate.add_argument("--prompt-tokens", type=int, help="pareto: of the TTFT (default: 2048)")
-    evaluate.add_argument("--repeats", type=int, help="pareto: TTFT measurements after one warm-up (default: 3)")
-    evaluate.add_argument("--record", action="store_true", help="store the result in the artifact (config.json and README.md)")
+
+
+class _Chosen(argparse.Action):
+    """--task NAME: from here on, --help shows the options of that task."""
+
+    def __init__(self, *words: Any, group: Any, actions: dict[str, argparse.Action], **more: Any):
+        super().__init__(*words, **more)
+        self.group, self.actions = group, actions
+
+    def __call__(self, _parser: Any, namespace: Any, name: Any, _option: Any = None) -> None:
+        setattr(namespace, self.dest, name)
+        fields = _fields(TASKS[name])
+        self.group.title, self.group.description = f"options of --task {name}", TASKS[name].about
+        for key, action in self.actions.items():
+            action.help = _help(fields[key]) if key in fields else argparse.SUPPRESS
+
+
+def _fields(task: type[Task]) -> dict[str, Field]:
+    return {field.name: field for field in dataclasses.fields(task)}
+
+
+def _flag(field: Field) -> str:
+    return flag(f"no_{field.name}" if field.default is True else field.name)
+
+
+def _add_option(group: Any, task: type[Task], field: Field) -> argparse.Action:
+    """The option of a field. One that is not given is not in the namespace."""
+    more = {key: field.metadata[key] for key in ("nargs", "metavar", "choices") if key in field.metadata}
+    if field.default is True:
+        more["action"] = "store_false"
+    elif "parse" not in field.metadata and "nargs" not in field.metadata:
+        hint = typing.get_type_hints(task)[field.name]
+        (more["type"],) = {*(typing.get_args(hint) or (hint,))} - {type(None)}
+    return group.add_argument(_flag(field), dest=field.name, default=argparse.SUPPRESS, **more)
+
+
+def _help(field: Field) -> str:
+    if field.default in (None, ()) or field.default is True:
+        return field.metadata["help"]
+    shown = field.default if isinstance(field.default, tuple) else (field.default,)
+    return f"{field.metadata['help']} (default: {','.join(map(str, shown))})"
+
+
+def task_of(arguments: argparse.Namespace) -> Task:
+    """The task with the options that were given. Raises UserError for those of other tasks, or values that do not fit."""
+    kind = TASKS[arguments.task]
+    own, known = _fields(kind), {name: field for task in TASKS.values() for name, field in _fields(task).items()}
+    given = {name: getattr(arguments, name) for name in known if hasattr(arguments, name)}
+    for name in given:
+        if name not in own:
+            owners = ", ".join(task.name for task in TASKS.values() if name in _fields(task))
+            raise UserError(f"{_flag(known[name])} is an option of --task {owners}; leave it out for --task {kind.name}.")
+        if "parse" in own[name].metadata:
+            given[name] = own[name].metadata["parse"](given[name])
+    return kind(**given)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import artifact as artifacts
-    from fastfill import config as cfg
-    from fastfill import machine
-    from fastfill.cli import show
-    from fastfill.lab import tasks
 
     folder = artifacts.folder_of(arguments.artifact)
     artifact = artifacts.load(folder)
-    task = tasks.prepare(arguments, artifact)
-    with _evaluated(arguments, artifact) as (attachment, loaded):
-        scores = task(attachment, loaded)
-        config = attachment.config
-    result = {
-        "task": arguments.task,
-        "engine": arguments.engine,
-        "model": loaded.name,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "predictor": arguments.predictor,
-        "compensator": not arguments.no_compensator,
-        **cfg.to_dict(config),
-        "kernel": attachment.choices["kernel"],
-        **scores,
-        "machine": machine.describe(),
-    }
-    shown = {
-        "perplexity": show.evaluation,
-        "recall": show.recall,
-        "picks": show.picks,
-        "peers": show.methods,
-        "pareto": show.pareto,
-    }
-    shown.get(arguments.task, show.tasks)(result)
+    task = task_of(arguments)
+    task.check(
+        engine=arguments.engine,
+        learned=arguments.predictor == "learned",
+        compensator=not arguments.no_compensator,
+        out=arguments.out,
+    )
+    if arguments.record:
+        _check_record(arguments, artifact)
+    items = task.read()  # before the model is loaded, so that a mistake is told at once
+    with _evaluated(arguments, artifact) as (engine, loaded):
+        found = task.run(engine, loaded.tokenizer, items, out=arguments.out)
+    result = {**found, "model": loaded.name, "compensator": not arguments.no_compensator}
+    task.show(result)
     if arguments.record:
         artifacts.record(artifact, folder, {k: v for k, v in result.items() if k not in ("machine",)})
         say(f"recorded in {folder}")
     return result
+
+
+def _check_record(arguments: argparse.Namespace, artifact: Any) -> None:
+    from fastfill import files
+    from fastfill.config import PrefillConfig
+
+    if arguments.task != "perplexity":
+        raise UserError("--record stores perplexities; use it with --task perplexity.")
+    changed = any(getattr(arguments, field.name, None) is not None for field in dataclasses.fields(PrefillConfig))
+    if changed or arguments.predictor != "learned" or arguments.no_compensator:
+        raise UserError("--record stores what the artifact scores as it is; leave out what changes that.")
+    if artifact.folder:
+        files.check_file(artifact.folder / "config.json")
 
 
 @contextmanager
@@ -131,8 +168,6 @@ def _evaluated(arguments: argparse.Namespace, artifact: Any) -> Iterator[tuple[A
         with attach_model(arguments, loaded.model, artifact, **extra) as attachment:
             yield attachment, loaded
         return
-    if arguments.task not in ("longbench", "ruler", "suite"):
-        raise UserError(f"--task {arguments.task} looks inside the model; it needs --engine transformers.")
     if arguments.predictor != "learned" or arguments.no_compensator:
         raise UserError("--predictor and --no-compensator need --engine transformers.")
     import transformers

@@ -8,7 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from fastfill.artifact import Artifact, documents
-from fastfill.schema import READINGS
+from fastfill.lab.tasks.perplexity import Perplexity
 from fastfill.tables import console, table
 from fastfill.terminal import text_of
 
@@ -46,202 +46,9 @@ def artifact(artifact: Artifact, folder: Path) -> None:
             f"nats, {record.get('seconds')} s"
         )
     if artifact.quality:
-        evaluation(artifact.quality)
+        Perplexity.show(artifact.quality)
     else:
         _say("quality not measured yet: fastfill evaluate MODEL --artifact DIR --data HELD_OUT --record")
-
-
-def evaluation(result: dict[str, Any]) -> None:
-    """Strict and continuation readings of `evaluate`."""
-    rows = []
-    for name, prefix in (("strict", ""), ("continuation", "cont_")):
-        rows.append([name, *(_cell(result.get(f"{prefix}{key}"), ".3f") for key in READINGS)])
-    title = f"{result.get('documents', '-')} documents, {_cell(result.get('sparsity'), '.0%')} sparsity, "
-    title += f"blocks of {result.get('block_size', '-')}, predictor {result.get('predictor', '-')}"
-    table(title, ["reading", "dense ppl", "sparse ppl", "ratio", "KL nats", "top-1"], rows)
-    if result.get("context_kept") is not None:
-        console().print(
-            f"without context the continuation has ppl {_cell(result.get('no_context_ppl'), '.2f')}: "
-            f"{result['context_kept']:.1%} of the context's worth is kept"
-        )
-    if len(result.get("curve", ())) > 1:
-        table(
-            "loss along the prompt (strict), nats",
-            ["positions", "dense", "sparse", "difference"],
-            [
-                [
-                    f"{point['from']} to {point['to'] - 1}",
-                    *(f"{value:.3f}" for value in (point["nll_dense"], point["nll_sparse"])),
-                    f"{point['nll_sparse'] - point['nll_dense']:+.3f}",
-                ]
-                for point in result["curve"]
-            ],
-        )
-    _read(result)
-
-
-def _read(result: dict[str, Any]) -> None:
-    counts = (result.get(f"{kind}_tokens", "-") for kind in ("sparse", "dense"))
-    console().print("{} tokens read sparsely, {} densely".format(*counts))
-
-
-def answers(result: dict[str, Any]) -> None:
-    """Scores and recovery of `evaluate --task longbench` and `ruler`."""
-
-    def cells(name: str, line: dict[str, Any], examples: int) -> list[str]:
-        recovery = "-" if line["recovery"] is None else f"{line['recovery']:.1%}"
-        interval = f"{line['interval'][0]:.1%} to {line['interval'][1]:.1%}" if line["interval"] else "-"
-        return [name, str(examples), f"{line['dense']:.2f}", f"{line['sparse']:.2f}", recovery, interval]
-
-    rows = [cells(line["dataset"], line, line["examples"]) for line in result["datasets"]]
-    if len(rows) > 1:
-        rows.append(cells("average", result["average"], result["examples"]))
-    title = f"{result['task']}, {result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, "
-    columns = ["dataset", "n", "dense", "sparse", "recovery", "95 % interval"]
-    table(title + f"predictor {result['predictor']}", columns, rows)
-    console().print(
-        f"{result['same_answers']} of {result['examples']} answers are the same; {result['cut_prompts']} prompts were cut"
-    )
-    _read(result)
-
-
-def tasks(result: dict[str, Any]) -> None:
-    """Results of `evaluate --task longbench`, `ruler` and `suite`: scores, sets at chance apart, likelihoods."""
-    lines = result["datasets"]
-    lost = [line for line in lines if line.get("at_chance")]
-    if "average" in result:
-        answers({**result, "datasets": [line for line in lines if not line.get("at_chance")]})
-        if (mean := result["average"].get("mean_recovery")) is not None and result["average"]["sets"] > 1:
-            low_high = result["average"]["mean_recovery_interval"]
-            console().print(
-                f"mean of the {result['average']['sets']} recoveries: {mean:.1%}"
-                + (f" ({low_high[0]:.1%} to {low_high[1]:.1%})" if low_high else "")
-            )
-    if lost:
-        table(
-            "\nat chance, and not in the average",
-            ["dataset", "n", "dense", "sparse", "chance"],
-            [
-                [line["dataset"], str(line["examples"]), *(f"{line[key]:.2f}" for key in ("dense", "sparse", "chance"))]
-                for line in lost
-            ],
-        )
-    if "likelihood" in result:
-        _likelihoods(result)
-    if result["examples"] < result["planned"]:
-        console().print(f"{result['examples']} of {result['planned']} examples are done")
-
-
-def _likelihoods(result: dict[str, Any]) -> None:
-    """The right answer's nats per token after the dense and after the sparse prompt."""
-    rows = [(line["dataset"], line["likelihood"]) for line in result["datasets"] if "likelihood" in line]
-    if len(rows) > 1:
-        rows.append(("average", result["likelihood"]))
-    table(
-        "\nthe right answer, nats per token",
-        ["dataset", "n", "dense", "loss", "95 % interval", "KL", "first"],
-        [
-            [
-                name,
-                str(line["examples"]),
-                f"{line['dense']:.3f}",
-                f"{line['loss']:+.3f}",
-                "{:+.3f} to {:+.3f}".format(*line["interval"]) if line["interval"] else "-",
-                f"{line['kl']:.3f}",
-                f"{line['first_token_agreement']:.0%}",
-            ]
-            for name, line in rows
-        ],
-    )
-    console().print("loss: sparse - dense; first: the same most likely first token")
-
-
-def recall(result: dict[str, Any]) -> None:
-    """Predictor against oracle, per layer."""
-    keys = ("held", "held_oracle", "recovery", "recall")
-    rows = [
-        [str(line["layer"]), str(line["kept"]), *(f"{line[key]:.1%}" for key in keys), f"{line['by_chance']:.1%}"]
-        for line in result["layers"]
-    ]
-    rows.append(["mean", "", *(f"{result[key]:.1%}" for key in keys), ""])
-    table(
-        f"importance held, {result['documents']} documents, {result['sparsity']:.0%} sparsity, predictor {result['predictor']}",
-        ["layer", "kept", "predictor", "oracle", "recovery", "ids in common", "by chance"],
-        rows,
-    )
-    _read(result)
-
-
-def picks(result: dict[str, Any]) -> None:
-    """Which neurons are picked, per layer."""
-    rows = []
-    for layer, kept in enumerate(result["kept"]):
-        chance = kept / result["neurons"]
-        shares = [result["overlap"][layer], chance, result["always"][layer], result["never"][layer]]
-        rows.append([str(layer), str(kept), *("-" if share is None else f"{share:.1%}" for share in shares)])
-    title = f"{result['document']}: {result['blocks']} blocks, {result['neurons']} neurons a layer, "
-    table(
-        title + f"predictor {result['predictor']}",
-        ["layer", "kept", "as the block before", "by chance", "picked by all blocks", "by none"],
-        rows,
-    )
-    _read(result)
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def methods(result: dict[str, Any]) -> None:
-    """`evaluate --task peers`: methods at equal arithmetic."""
-    table(
-        f"at equal FFN arithmetic, {result['documents']} documents of {result['prompt_tokens']} tokens, "
-        f"blocks of {result['block_size']}",
-        ["method", "comp.", "skipped", "FFN", "ppl", "KL", "ppl after", "KL after", "context"],
-        [
-            [
-                row["published_as"] or row["method"],
-                "yes" if row["compensator"] else "-",
-                f"{row['sparsity']:.0%}",
-                f"{row['ffn_flops']:.1%}",
-                _cell(row["ppl_ratio"], ".2f"),
-                _cell(row["kl"], ".3f"),
-                f"{row['cont_ppl_ratio']:.3f}",
-                f"{row['cont_kl']:.3f}",
-                _cell(row["context_kept"], ".0%"),
-            ]
-            for row in result["rows"]
-        ],
-    )
-    console().print(
-        "comp.: with our compensators. FFN: share of the dense prefill FFN's\n"
-        "multiply-adds. ppl: over dense, on sparsely read tokens and after them.\n"
-        "NAME-like: re-implemented from the description; notes are in the JSON.\n"
-        "Thresholds are from "
-        f"{', '.join(result['calibration'])}."
-    )
-
-
-def pareto(result: dict[str, Any]) -> None:
-    """Quality and time by sparsity."""
-    table(
-        f"{result['model']}, {result['documents']} documents; TTFT of {result['prompt_tokens']} tokens",
-        ["method", "sparsity", "FFN", "ppl", "KL", "ppl after", "context", "TTFT s", "speed-up"],
-        [
-            [
-                row["method"],
-                f"{row['sparsity']:.0%}",
-                f"{row['ffn_flops']:.0%}",
-                f"{row['ppl_ratio']:.2f}x",
-                f"{row['kl']:.3f}",
-                f"{row['cont_ppl_ratio']:.3f}x",
-                _cell(row["context_kept"], ".0%"),
-                _cell(row["ttft_s"], ".3f"),
-                _cell(row["speedup"], ".2f"),
-            ]
-            for row in result["rows"]
-        ],
-    )
 
 
 def bench(result: dict[str, Any]) -> None:
@@ -305,7 +112,7 @@ def bench(result: dict[str, Any]) -> None:
         f"MB: above the {result['model_mb']:,.0f} MB of weights and the {result['attached_mb']:,.0f} MB that attaching adds"
     )
     if result["compare"]:
-        peers(result)
+        engines(result)
 
 
 def _quartiles(row: dict[str, Any], kind: str) -> str:
@@ -313,7 +120,7 @@ def _quartiles(row: dict[str, Any], kind: str) -> str:
     return f"{low:.3f}-{high:.3f}"
 
 
-def peers(result: dict[str, Any]) -> None:
+def engines(result: dict[str, Any]) -> None:
     """Other engines on the same prompt lengths, and why some are missing."""
     ours = {row["prompt_tokens"]: row for row in result["rows"]}
     measured = [row for row in result["compare"] if "ttft_s" in row]

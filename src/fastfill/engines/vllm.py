@@ -133,6 +133,7 @@ class VllmRunner:
 
     def __init__(self, llm: Any, name: str, artifact: Artifact, config: PrefillConfig, kernel: str, shape: Any):
         self.llm, self.name, self.config, self.kernel, self.shape = llm, name, config, kernel, shape
+        self.artifact = artifact
         self.dtype = str(shape.dtype).removeprefix("torch.")
         self.kept = artifact.kept(config.sparsity)
         base, ranks = artifact.base_model, artifact.ranks

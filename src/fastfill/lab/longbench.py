@@ -19,13 +19,11 @@ from typing import Any
 import torch
 
 from fastfill import context, reading
-from fastfill.attachment import Attachment
 from fastfill.data import split_slice
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.lab import likelihood, metrics, runner
+from fastfill.lab import likelihood, metrics
 from fastfill.lab.example import Example
-from fastfill.lab.resume import Store
 
 Metric = Callable[[str, str, Sequence[str]], float]
 
@@ -264,32 +262,6 @@ def examples(
             "fastfill: warning: jieba is not installed; Chinese scores are by character and not LongBench's.", file=sys.stderr
         )
     return made
-
-
-def evaluate(
-    attachment: Attachment,
-    tokenizer: Any,
-    rows: Sequence[Row | dict[str, Any]],
-    *,
-    max_prompt_tokens: int | None = None,
-    max_new_tokens: int | None = None,
-    chat: bool = True,
-    score: str = runner.SCORES[0],
-    store: Store | None = None,
-    minutes: float | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """What `fastfill evaluate --task longbench` measures, from Python. rows: of `read`, or a file's JSON objects.
-
-    store: keeps finished examples (`resume.Store`), of the same rows and settings only. For the rest see `examples` and
-    `runner.run`. Raises UserError for a row that is none.
-    """
-    known = [row if isinstance(row, Row) else check(row, f"Row {i}", f"rows#{i}") for i, row in enumerate(rows)]
-    positions = context.positions(attachment.model.config) or context.UNLIMITED
-    limits = {"max_prompt_tokens": max_prompt_tokens, "max_new_tokens": max_new_tokens}
-    made = examples(tokenizer, known, positions, chat=chat, **limits)
-    result = runner.run(attachment, tokenizer, made, store or Store(None, {}), seed=seed, score=score, minutes=minutes)
-    return {**named_metrics(result, known), **limits, "chat": chat}
 
 
 def named_metrics(result: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment
 from fastfill.engines.transformers import TransformersRunner
-from fastfill.lab import peers, perplexity, speed
+from fastfill.lab import perplexity, published, speed
 from fastfill.lab.baselines import LEARNED
 from fastfill.lab.resume import Store
 from fastfill.progress import stage
@@ -33,14 +33,14 @@ def evaluate(
     store: Store | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """One row per method and sparsity: quality as `perplexity.evaluate` has it, `ffn_flops` as in `peers.evaluate`, and for the
-    learned predictor the TTFT of a prompt of `prompt_tokens` random tokens, median of `repeats`, beside the dense one.
+    """One row per method and sparsity: quality as `perplexity.evaluate` has it, `ffn_flops` as in `published.evaluate`, and
+    for the learned predictor the TTFT of a prompt of `prompt_tokens` random tokens, median of `repeats`, beside the dense one.
 
     documents: [(source, ids (T,))], all of one length. attachment: gives model and settings, and is detached.
     """
     store = store or Store(None, {})
-    again, texts = peers.Attacher(attachment, artifact), peers.Documents(documents, continuation)
-    cost = peers.Cost.of(attachment, len(documents[0][1]))
+    again, texts = published.Attacher(attachment, artifact), published.Documents(documents, continuation)
+    cost = published.Cost.of(attachment, len(documents[0][1]))
     vocabulary = attachment.model.config.vocab_size
     prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(seed))
     choices = [(method, sparsity) for sparsity in sparsities for method in methods]
@@ -80,7 +80,7 @@ def evaluate(
             )
     dense = [store.rows[key]["ttft_dense_s"] for key in times.values()]
     median = round(statistics.median(dense), 5) if dense else None
-    base = peers.dense_row(summary)
+    base = published.dense_row(summary)
     first = {key: base[key] for key in ("method", "sparsity", *KEYS, "ffn_flops")}
     first |= {"ttft_s": median, "ttft_dense_s": median, "speedup": 1.0 if dense else None}
     return {
