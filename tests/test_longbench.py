@@ -1,4 +1,4 @@
-"""LongBench's files, prompts, truncation and rules; then the whole task by the command, dense beside sparse."""
+"""LongBench's files, prompts, truncation and rules."""
 
 import json
 import string
@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_sentence, tiny_artifact, tiny_text
+from conftest import one_sentence, tiny_text
 
-from fastfill import attach, cli
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 from fastfill.lab import longbench, metrics
@@ -268,56 +267,6 @@ def test_the_reference_itself_scores_one(dataset, monkeypatch):
     assert longbench.score(row, "") == 0
 
 
-# --- the task -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_command_from_files_to_recovery_and_again(tmp_path, capsys, model_folder, artifact_folder, monkeypatch):
-    write(tmp_path / "hotpotqa.jsonl", [fields(index=i) for i in range(3)])
-    write(tmp_path / "lcc.jsonl", [fields("lcc", i) for i in range(2)])
-    write(tmp_path / "dureader.jsonl", [fields("dureader")])
-    command = ["evaluate", model_folder, "--artifact", artifact_folder, "--task", "longbench", "--data", tmp_path]
-    command += ["--dtype", "fp32", "--max-new-tokens", 4, "--out", tmp_path / "out", "--json"]
-    command = [str(word) for word in command]
-    assert cli.main(command) == 0
-    out = capsys.readouterr().out
-    result = json.loads(out.splitlines()[-1])
-    assert [(d["dataset"], d["examples"], d["metric"]) for d in result["datasets"]] == [
-        ("hotpotqa", 3, "qa_f1"),
-        ("lcc", 2, "code_similarity"),
-    ]
-    assert result["score"] == "both" and result["likelihood"]["examples"] == 5 and "the right answer" in out
-    assert result["sparse_tokens"] > 300 and result["dense_tokens"] > 0 and result["resumed"] == 0
-    assert result["sparsity"] == 0.5 and result["machine"] and result["calibrated_on"] == 0
-    assert max(map(len, out.splitlines()[:-1])) <= 80 and "recovery" in out and "95 % interval" in out
-    assert cli.main(command) == 0
-    again = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert again["resumed"] == 5 and {**again, "resumed": 0} == result
-    assert cli.main([*command, "--sparsity", "0.25"]) == 2
-    assert "other settings" in capsys.readouterr().err
-    assert cli.main([*command, "--datasets", "dureader", "--out", str(tmp_path / "zh")]) == 0
-    captured = capsys.readouterr()
-    by_character = metrics.chinese_splitter() == "characters"
-    assert json.loads(captured.out.splitlines()[-1])["chinese_words"] == metrics.chinese_splitter()
-    assert ("jieba" in captured.err) == by_character
-
-
-def test_from_python(model, tokenizer):
-    """Rows, a tokenizer and an attachment give what the command gives."""
-    rows = [fields(index=i) for i in range(3)] + [whole_prompt("lcc", _id=str(i)).fields for i in range(2)]
-    with attach(model, tiny_artifact(model)) as attachment:
-        result = longbench.evaluate(attachment, tokenizer, rows, max_prompt_tokens=60, max_new_tokens=3, score="both")
-        alone = longbench.evaluate(attachment, tokenizer, rows, max_prompt_tokens=60, max_new_tokens=3, score="likelihood")
-        with pytest.raises(UserError, match="Row 1 is not a JSON object"):
-            longbench.evaluate(attachment, tokenizer, [rows[0], "x"])
-    assert [(line["dataset"], line["metric"], line["examples"]) for line in result["datasets"]] == [
-        ("hotpotqa", "qa_f1", 3),
-        ("lcc", "code_similarity", 2),
-    ]
-    assert result["likelihood"] == alone["likelihood"] and result["likelihood"]["loss"] != 0
-    assert result["max_prompt_tokens"] == 60 and result["prompt_tokens"] <= 5 * 60 and result["sparse_tokens"] > 0
-    json.dumps(result)
-
-
 def test_minilongbenchs_rows_from_the_whole_file():
     """All 21 sets, no row twice, and every prompt ends as LongBench's does."""
     file = Path(__file__).parents[2] / "shared" / "data" / "minilongbench_part.jsonl"
@@ -331,26 +280,3 @@ def test_minilongbenchs_rows_from_the_whole_file():
         assert longbench.prompt_of(row).rstrip().endswith(end.rstrip().split("\n")[-1])
         assert longbench.score(row, row.fields["answers"][0]) > 0
     assert {row.dataset for row in longbench.read([str(file)])} == set(longbench.DEFAULT)
-
-
-def test_the_command_refuses_what_does_not_fit(tmp_path, capsys, model_folder, artifact_folder):
-    base = ["evaluate", str(model_folder), "--artifact", str(artifact_folder), "--task", "longbench"]
-    data = ["--data", str(write(tmp_path / "hotpotqa.jsonl", [fields()]))]
-    for more, words in [
-        ([], "needs --data"),
-        ([*data, "--record"], "--record stores perplexities"),
-        ([*data, "--limit", "0"], "--limit must be"),
-        ([*data, "--max-new-tokens", "0"], "--max-new-tokens must be"),
-        ([*data, "--datasets", "colours"], "no dataset 'colours'"),
-        ([*data, "--minutes", "0"], "--minutes must be"),
-        ([*data, "--minutes", "nan"], "--minutes must be"),
-        ([*data, "--lengths", "512"], "--lengths is an option of --task ruler, suite; leave it out for --task longbench"),
-        ([*data, "--tokens", "0"], "--tokens is an option of --task perplexity"),
-        ([*data, "--calibration", "x"], "--calibration is an option of --task peers"),
-        ([*data, "--task", "perplexity", "--no-chat"], "--no-chat is an option of --task longbench"),
-        ([*data, "--task", "recall", "--score", "both"], "--score is an option of --task longbench"),
-        ([*data, "--engine", "vllm", "--score", "both"], "--score both reads inside the model"),
-    ]:
-        assert cli.main([*base, *more]) == 2
-        err = capsys.readouterr().err
-        assert words in err and len(err.splitlines()) == 1

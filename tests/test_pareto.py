@@ -1,13 +1,11 @@
-"""Rows by sparsity against the same measurements taken one by one; the commands `peers` and `pareto`."""
-
-import json
+"""Rows by sparsity against the same measurements taken one by one."""
 
 import pytest
 import torch
-from conftest import tiny_artifact, tiny_model, tiny_text, token_ids
+from conftest import tiny_artifact, tiny_model, token_ids
 
-from fastfill import attach, cli
-from fastfill.lab import pareto, peers, perplexity, speed
+from fastfill import attach
+from fastfill.lab import pareto, perplexity, published, speed
 from fastfill.lab.baselines import named
 from fastfill.lab.resume import Store
 
@@ -21,7 +19,7 @@ def clock(monkeypatch):
     asked = []
 
     def ttft(runner, ids, repeats):
-        kept = 1 - peers.skipped(runner.attachment)
+        kept = 1 - published.skipped(runner.attachment)
         asked.append((runner.config.sparsity, ids.tolist(), repeats))
         return {"ttft_sparse_s": kept, "ttft_dense_s": 1.0 + runner.config.sparsity, "speedup": 1 / kept, "more": 0}
 
@@ -56,9 +54,9 @@ def test_rows_are_what_is_measured_one_by_one(clock, monkeypatch):
         *(("learned", 0.25), ("oracle", 0.25), ("learned", 0.75), ("oracle", 0.75))
     ]
     for row in rows:
-        with attach(model, artifact, sparsity=row["sparsity"], predictor=row["method"]) as attachment:
+        with attach(model, artifact, sparsity=row["sparsity"], predictor=named(row["method"])) as attachment:
             alone = perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION)
-            share = peers.Cost.of(attachment, 60).attached(attachment)
+            share = published.Cost.of(attachment, 60).attached(attachment)
         assert {key: row[key] for key in pareto.KEYS} == {key: alone[key] for key in pareto.KEYS}
         assert row["ffn_flops"] == pytest.approx(share, abs=1e-6)
     learned, oracle = rows[2:]
@@ -93,100 +91,3 @@ def test_the_real_clock():
     model = tiny_model()
     rows = run(model, tiny_artifact(model), sparsities=(0.5,), methods=("learned",))["rows"]
     assert rows[1]["ttft_s"] > 0 and rows[1]["speedup"] == pytest.approx(rows[1]["ttft_dense_s"] / rows[1]["ttft_s"], rel=0.02)
-
-
-# --- the commands -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def common(model_folder, artifact_folder, tmp_path):
-    file = tmp_path / "text.jsonl"
-    file.write_text("\n".join(json.dumps({"text": tiny_text(160, seed=s)}) for s in range(4)))
-    return [
-        *("evaluate", model_folder, "--artifact", artifact_folder, "--data", f"{file}[:2]", "--dtype", "fp32", "--json"),
-        *("--tokens", 64, "--continuation", 16),
-    ]
-
-
-@pytest.fixture
-def peers_command(common, tmp_path):
-    """`--calibration` is an option of this task alone."""
-    other = tmp_path / "other.jsonl"
-    other.write_text(json.dumps({"text": tiny_text(200, seed=9)}))
-    return [*common, "--task", "peers", "--calibration", other]
-
-
-def call(capsys, *arguments):
-    code = cli.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured
-
-
-def test_peers_by_the_command(capsys, peers_command, tmp_path):
-    for resumed in (0, 30):
-        code, captured = call(capsys, *peers_command, "--out", tmp_path / "run")
-        found = json.loads(captured.out.splitlines()[-1])
-        assert code == 0 and found["task"] == "peers" and found["resumed"] == resumed
-    assert found["calibration"] == ["other.jsonl#0"] and found["calibration_tokens"] == 3 * 64
-    assert found["sources"] == ["text.jsonl#0", "text.jsonl#1"] and found["prompt_tokens"] == 64
-    assert {"model", "dtype", "sparsity", "block_size", "machine"} <= found.keys()
-    wanted = {"method", "published_as", "sparsity", "ffn_flops", "compensator", "ppl_ratio", "kl", "top1_agreement"}
-    wanted |= {"cont_ppl_ratio", "cont_kl", "context_kept"}
-    assert all(wanted <= row.keys() for row in found["rows"]) and len(found["rows"]) == 16
-    assert all(name in captured.out for name in ("GRIFFIN-like", "CATS-like", "TEAL-like", "POP-like", "learned"))
-    assert max(len(line) for line in captured.out.splitlines()[:-1]) <= 80
-    code, captured = call(capsys, *peers_command, "--out", tmp_path / "run", "--seed", 1)
-    assert code == 2 and "other settings (seed was 0, is 1)" in captured.err
-
-
-def test_pareto_by_the_command(capsys, common):
-    code, captured = call(
-        capsys, *common, "--task", "pareto", "--sparsities", "0.2,0.6", "--methods", "learned,static", "--prompt-tokens", 64
-    )
-    found = json.loads(captured.out.splitlines()[-1])
-    assert code == 0 and (found["task"], found["prompt_tokens"], found["repeats"]) == ("pareto", 64, 3)
-    assert [row["method"] for row in found["rows"]] == ["dense", "learned", "static", "learned", "static"]
-    wanted = "method sparsity ppl_ratio kl cont_ppl_ratio context_kept ttft_s ttft_dense_s speedup ffn_flops"
-    assert all(set(wanted.split()) == row.keys() for row in found["rows"])
-    assert max(len(line) for line in captured.out.splitlines()[:-1]) <= 80
-
-
-@pytest.mark.parametrize(
-    "more, words",
-    [
-        (["--task", "peers", "--predictor", "oracle"], "compares all predictors"),
-        (["--task", "peers", "--no-compensator"], "compares all predictors"),
-        (["--task", "peers", "--calibration", "missing.txt"], "cannot be read"),
-        (["--task", "peers", "--sparsity", "0"], "a sparsity above 0"),
-        (["--task", "pareto", "--sparsities", "much"], "--sparsities must be numbers"),
-        (["--task", "pareto", "--sparsities", "0.99"], "sparsity must lie in"),
-        (["--task", "pareto", "--sparsities", "0.5,0.5"], "each once"),
-        (["--task", "pareto", "--methods", "psychic"], "the methods are learned, oracle"),
-        (["--task", "pareto", "--methods", ","], "the methods are"),
-        (["--task", "pareto", "--predictor", "oracle"], "--methods"),
-        (["--task", "pareto", "--prompt-tokens", "10"], "too short to be sparse"),
-        (["--task", "pareto", "--prompt-tokens", "512"], "more than the model holds"),
-        (["--task", "pareto", "--repeats", "0"], "--repeats"),
-        (["--task", "pareto", "--calibration", "other.jsonl"], "--calibration is an option of --task peers; leave it out"),
-        (["--tokens", "513"], "more than the 512 that the model holds"),
-        (["--record", "--sparsity", "0.3"], "--record stores what the artifact scores as it is"),
-        (["--record", "--dense-tail", "8"], "--record stores what the artifact scores as it is"),
-        (["--record", "--predictor", "static"], "--record stores what the artifact scores as it is"),
-        (["--record", "--no-compensator"], "--record stores what the artifact scores as it is"),
-    ],
-    ids=str,
-)
-def test_options_that_do_not_fit(capsys, common, more, words):
-    code, captured = call(capsys, *common, *more)
-    assert code == 2 and len(captured.err.splitlines()) == 1 and words in captured.err, captured.err
-
-
-def test_thresholds_from_the_evaluated_text_are_refused(capsys, peers_command):
-    code, captured = call(capsys, *peers_command[:-1], peers_command[5])
-    assert code == 2 and "text.jsonl#0 is evaluated on; thresholds must come from other text" in captured.err
-
-
-def test_the_demo_document_is_the_default_calibration(capsys, common):
-    """The tiny tokenizer knows none of its words, so it makes enough tokens of one kind: here only the name matters."""
-    code, captured = call(capsys, *common, "--task", "peers", "--limit", 1)
-    assert code == 0 and json.loads(captured.out.splitlines()[-1])["calibration"] == ["demo_document.txt"]

@@ -2,15 +2,14 @@
 
 import base64
 import itertools
-import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCK, INTERMEDIATE, LAYERS, logits, tiny_artifact, tiny_model, tiny_text, token_ids
+from conftest import INTERMEDIATE, LAYERS, logits, tiny_artifact, tiny_model, token_ids
 
-from fastfill import attach, cli
+from fastfill import attach
 from fastfill.errors import UserError
 from fastfill.lab import picks
 from fastfill.lab.baselines import named
@@ -128,33 +127,3 @@ def test_without_a_sparse_block_there_is_nothing_to_say(settings, tokens):
     model = tiny_model()
     with attach(model, tiny_artifact(model), **settings) as attachment, pytest.raises(UserError, match="stay dense"):
         picks.evaluate(attachment, ("short#0", token_ids(tokens)))
-
-
-def test_the_command(tmp_path, capsys, model_folder, artifact_folder):
-    file = tmp_path / "text.jsonl"
-    file.write_text("\n".join(json.dumps({"text": tiny_text(90, seed=s)}) for s in range(2)))
-    command = [
-        "evaluate",
-        str(model_folder),
-        "--artifact",
-        str(artifact_folder),
-        "--task",
-        "picks",
-        "--dtype",
-        "fp32",
-        "--json",
-    ]
-    assert cli.main([*command, "--data", str(file), "--tokens", "64"]) == 0
-    out = capsys.readouterr().out
-    result = json.loads(out.splitlines()[-1])
-    assert (result["task"], result["document"], result["tokens"], result["blocks"]) == ("picks", "text.jsonl#0", 64, 7)
-    assert {"model", "dtype", "sparsity", "block_size", "predictor", "machine"} <= result.keys()
-    assert max(map(len, out.splitlines()[:-1])) <= 80 and "by none" in out
-    # The package's own text; the model holds 512 tokens.
-    assert cli.main([*command, "--predictor", "static"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["document"], result["tokens"], result["overlap"]) == ("demo_document.txt", 512, [1.0] * LAYERS)
-    assert result["blocks"] == 512 // BLOCK - 1
-    for more in ("--limit", "1"), ("--out", str(tmp_path / "out")):
-        assert cli.main([*command, *more]) == 2
-        assert "reads one document" in capsys.readouterr().err

@@ -1,12 +1,10 @@
 """Predictor against oracle on the real forward, against a plain computation layer by layer."""
 
-import json
-
 import pytest
 import torch
-from conftest import BLOCK, INTERMEDIATE, LAYERS, logits, tiny_artifact, tiny_model, tiny_text, token_ids
+from conftest import BLOCK, INTERMEDIATE, LAYERS, logits, tiny_artifact, tiny_model, token_ids
 
-from fastfill import attach, cli, families
+from fastfill import attach, families
 from fastfill.errors import UserError
 from fastfill.lab import recall
 from fastfill.lab.baselines import named
@@ -97,15 +95,3 @@ def test_without_a_sparse_block_there_is_nothing_to_say(settings, tokens):
     model = tiny_model()
     with attach(model, tiny_artifact(model), **settings) as attachment, pytest.raises(UserError, match="all of them dense"):
         recall.evaluate(attachment, [("short#0", token_ids(tokens))])
-
-
-def test_the_command(tmp_path, capsys, model_folder, artifact_folder):
-    file = tmp_path / "text.jsonl"
-    file.write_text("\n".join(json.dumps({"text": tiny_text(90, seed=s)}) for s in range(3)))
-    command = ["evaluate", str(model_folder), "--artifact", str(artifact_folder), "--task", "recall", "--data", str(file)]
-    command += ["--tokens", "64", "--limit", "2", "--dtype", "fp32", "--json", "--out", str(tmp_path / "out")]
-    assert cli.main(command) == 0
-    out = capsys.readouterr().out
-    result = json.loads(out.splitlines()[-1])
-    assert len(result["layers"]) == LAYERS and result["documents"] == 2 and result["task"] == "recall"
-    assert max(map(len, out.splitlines()[:-1])) <= 80 and "by chance" in out

@@ -1,14 +1,12 @@
-"""The made tasks: solvable by reading, of the asked length, the same for the same seed; and the command."""
+"""The made tasks: solvable by reading, of the asked length, the same for the same seed."""
 
-import json
 import random
 import re
 
 import pytest
 import torch
-from conftest import one_sentence, tiny_text
+from conftest import one_sentence
 
-from fastfill import cli
 from fastfill.errors import UserError
 from fastfill.lab import ruler
 
@@ -171,60 +169,3 @@ def test_what_cannot_be_made_is_a_sentence(tokenizer, settings, words):
     with pytest.raises(UserError, match=words) as error:
         ruler.examples(tokenizer, 600, count=1, **settings)
     one_sentence(error)
-
-
-def test_the_command(tmp_path, capsys, model_folder, artifact_folder):
-    base = ["evaluate", str(model_folder), "--artifact", str(artifact_folder), "--task", "ruler", "--dtype", "fp32"]
-    rows = [
-        {"input": "w9 ?", "context": tiny_text(20, seed=i), "answers": [f"w{i + 20}"], "dataset": "hotpotqa", "_id": str(i)}
-        for i in range(3)
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    command = [*base, "--lengths", "256,400,256", "--datasets", "niah_single,qa", "--limit", "2", "--max-new-tokens", "3"]
-    command += ["--data", str(file), "--json", "--seed", "3"]
-    assert cli.main(command) == 0
-    out = capsys.readouterr().out
-    result = json.loads(out.splitlines()[-1])
-    names = [f"{task}@{length}" for length in (256, 400) for task in ("niah_single", "qa")]
-    assert [d["dataset"] for d in result["datasets"]] == names and result["seed"] == 3 and result["max_new_tokens"] == 3
-    assert result["sparse_tokens"] > 0 and max(map(len, out.splitlines()[:-1])) <= 80
-    for more, words in [
-        (["--lengths", "x"], "--lengths must be numbers"),
-        (["--lengths", "0"], "each length must be"),
-        (["--lengths", "512-256"], "from its shorter to its longer end"),
-        (["--lengths", "256-"], "--lengths must be numbers"),
-        (["--max-prompt-tokens", "99"], "--max-prompt-tokens is an option of --task longbench, suite"),
-        (["--haystack", str(tmp_path / "none")], "cannot be read"),
-        (["--lengths", "1024"], "holds 512 tokens"),
-    ]:
-        assert cli.main([*base, *more]) == 2
-        err = capsys.readouterr().err
-        assert words in err and len(err.splitlines()) == 1
-
-
-def test_the_suite_is_one_run_of_rows_and_needles(tmp_path, capsys, model_folder, artifact_folder):
-    base = ["evaluate", str(model_folder), "--artifact", str(artifact_folder), "--task", "suite", "--dtype", "fp32"]
-    rows = [
-        {"prompt": tiny_text(60, seed=i), "answers": [f"w{i + 20}"], "dataset": "lcc:made", "_id": str(i)} for i in range(3)
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    command = [*base, "--data", str(file), "--lengths", "300-450", "--limit", "2", "--max-new-tokens", "3", "--json"]
-    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
-    out = capsys.readouterr().out
-    result = json.loads(out.splitlines()[-1])
-    names = ["lcc:made", *(f"{task}@300-450" for task in (*ruler.NEEDLES, "vt"))]
-    assert [(line["dataset"], line["examples"]) for line in result["datasets"]] == [(name, 2) for name in names]
-    assert result["datasets"][0]["metric"] == "code_similarity" and result["likelihood"]["examples"] == 12
-    assert max(map(len, out.splitlines()[:-1])) <= 80
-    stored = [json.loads(line)["key"] for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
-    assert [key.split("@")[0] for key in stored[:7]] == ["lcc:made/0", *ruler.NEEDLES, "vt", "lcc:made/1"]  # in turn
-    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {**result, "resumed": 12}
-    assert cli.main([*base, "--data", str(file), "--lengths", "300", "--datasets", "vt", "--limit", "1", "--json"]) == 0
-    only = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [line["dataset"] for line in only["datasets"]] == ["vt@300"]
-    assert cli.main([*command, "--datasets", "lcc"]) == 0
-    only = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [line["dataset"] for line in only["datasets"]] == ["lcc:made"]

@@ -13,6 +13,7 @@ from conftest import tiny_artifact, tiny_model
 
 from fastfill import tables
 from fastfill.cli import show
+from fastfill.lab.tasks import TASKS
 
 NAME = "some-organisation/A-Model-With-A-Name-1.5B-Instruct"  # a line with it may not be wrapped
 COMMON = {
@@ -102,7 +103,7 @@ def _picks():
     }
 
 
-def _methods():
+def _peers():
     row = {"sparsity": 1.0, "ffn_flops": 1.0, "ppl_ratio": 34.12, "kl": 3.435, "cont_ppl_ratio": 1.234, "cont_kl": 0.36}
     row |= {"compensator": True, "context_kept": 0.34, "ttft_s": 123.456, "speedup": 1.22}
     nothing = {"ppl_ratio": None, "kl": None, "context_kept": None, "ttft_s": None, "speedup": None, "compensator": False}
@@ -112,12 +113,12 @@ def _methods():
 
 
 def _pareto():
-    result = _methods()
+    result = _peers()
     result["rows"] = [{**row, "method": "first-block", "ppl_ratio": 34.12, "kl": 3.435} for row in result["rows"]]
     return result
 
 
-def _tasks():
+def _suite():
     loss = {"examples": 100, "dense": 12.345, "loss": -0.1234, "interval": [-0.2345, 0.1234], "kl": 1.234}
     loss["first_token_agreement"] = 1.0
     names = ("passage_retrieval_en:made", "niah_multivalue@131072", "niah_multiquery@1024-4096")
@@ -127,40 +128,28 @@ def _tasks():
     return {**COMMON, "task": "suite", "datasets": lines, "average": average, "likelihood": loss, **counts}
 
 
-SAMPLES = {  # function of show -> its arguments
-    "artifact": _artifact,
-    "evaluation": lambda: (_quality(),),
-    "answers": lambda: (
-        {
-            **COMMON,
-            "task": "longbench",
-            "datasets": [_line("passage_retrieval_en:made"), _line("niah_multivalue@131072")],
-            "average": _line("average"),
-            "examples": 100_000,
-            "same_answers": 100_000,
-            "cut_prompts": 100_000,
-        },
-    ),
-    "tasks": lambda: (_tasks(),),
-    "recall": lambda: (_recall(),),
-    "picks": lambda: (_picks(),),
-    "bench": lambda: (_bench(),),
-    "peers": lambda: (_bench(),),
-    "methods": lambda: (_methods(),),
-    "pareto": lambda: (_pareto(),),
+SAMPLES = {  # function -> its arguments
+    show.artifact: _artifact,
+    show.bench: lambda: (_bench(),),
+    show.engines: lambda: (_bench(),),
+    TASKS["perplexity"].show: lambda: (_quality(),),
+    TASKS["suite"].show: lambda: (_suite(),),  # longbench's and ruler's too
+    TASKS["recall"].show: lambda: (_recall(),),
+    TASKS["picks"].show: lambda: (_picks(),),
+    TASKS["peers"].show: lambda: (_peers(),),
+    TASKS["pareto"].show: lambda: (_pareto(),),
 }
 
 
 def test_every_table_has_a_sample_here():
-    """A new function of `show` needs a line in SAMPLES."""
-    public = {name for name, found in inspect.getmembers(show, inspect.isfunction) if found.__module__ == show.__name__}
-    public = {name for name in public if not name.startswith("_")}
-    assert public - {"console", "table", "summary"} == SAMPLES.keys()
+    """A new function of `show`, or a new task, needs a line in SAMPLES."""
+    of_verbs = {found for name, found in inspect.getmembers(show, inspect.isfunction) if found.__module__ == show.__name__}
+    assert {found for found in of_verbs if found.__name__[0] != "_"} | {task.show for task in TASKS.values()} == SAMPLES.keys()
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_it_fits_80_columns_and_nothing_is_cut(capsys, name):
-    getattr(show, name)(*SAMPLES[name]())
+@pytest.mark.parametrize("function", SAMPLES, ids=lambda function: function.__qualname__)
+def test_it_fits_80_columns_and_nothing_is_cut(capsys, function):
+    function(*SAMPLES[function]())
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert len(lines) > 2 and max(map(len, lines)) <= 80, "\n".join(line for line in lines if len(line) > 80)
@@ -168,19 +157,19 @@ def test_it_fits_80_columns_and_nothing_is_cut(capsys, name):
 
 
 def test_sets_at_chance_have_a_table_of_their_own(capsys):
-    show.tasks(_tasks())
+    TASKS["suite"].show(_suite())
     first, second = capsys.readouterr().out.split("at chance, and not in the average")
     assert "passage_retrieval_en" not in first and second.count("passage_retrieval_en") == 2 and "12.34" in second
     assert "mean of the 2 recoveries: 98.8% (91.2% to 101.2%)" in first and "99000 of 100000 examples are done" in second
 
 
 def test_likelihoods_alone(capsys):
-    result = _tasks()
+    result = _suite()
     del result["average"]
     for line in result["datasets"]:
         for key in ("dense", "sparse", "recovery", "interval", "chance", "at_chance"):
             line.pop(key, None)
-    show.tasks(result)
+    TASKS["suite"].show(result)
     out = capsys.readouterr().out
     assert "recover" not in out and "-0.123" in out and "-0.234 to +0.123" in out
 

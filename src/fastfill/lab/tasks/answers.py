@@ -37,7 +37,8 @@ class AnswerTask(Task):
         if self.max_new_tokens is not None:
             check_integer("--max-new-tokens", self.max_new_tokens, 1)
         if self.minutes is not None and (not is_number(self.minutes) or not 0 < self.minutes < math.inf):
-            raise UserError(f"--minutes must be more than 0, not {self.minutes:g}.")
+            shown = f"{self.minutes:g}" if isinstance(self.minutes, (int, float)) else quoted(self.minutes)
+            raise UserError(f"--minutes must be more than 0, not {shown}.")
         if self.score not in (None, *SCORES):
             raise UserError(f"The score {quoted(self.score)} is not known; use one of {', '.join(SCORES)}.")
 

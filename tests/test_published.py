@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from fastfill import attach, families
 from fastfill.ffn import FFN
-from fastfill.lab import peers, perplexity
+from fastfill.lab import perplexity, published
 from fastfill.lab.baselines import named
 from fastfill.lab.resume import Store
 
@@ -43,7 +43,7 @@ CONFIG = SimpleNamespace(
 def test_worked_costs():
     """Multiply-adds of one layer, 3 tokens: FFN 3 x 4 x 6 x 3 = 216; queries and output 2 x 4 x 4 x 3 = 96, keys and values
     half of that; the tokens see 1, 2 and 3, each pair 4 for the score and 4 for the value: 48. In all 408."""
-    cost = peers.Cost(CONFIG, tokens=3, sparse=2)
+    cost = published.Cost(CONFIG, tokens=3, sparse=2)
     assert cost.ffn_share(0.5) == pytest.approx((2 * 0.5 + 1) / 3)
     assert cost.per_token(cost.ffn_share(0.37)) == pytest.approx(0.37)
     assert cost.whole_share(0.5) == pytest.approx((108 + 96 + 48 + 48) / 408)
@@ -56,13 +56,13 @@ def test_worked_costs():
 def test_cost_of_a_model():
     model = tiny_model()
     with attach(model, tiny_artifact(model)) as attachment:
-        cost = peers.Cost.of(attachment, 60)
-        assert peers.Cost.of(attachment, 15).sparse == 0
+        cost = published.Cost.of(attachment, 60)
+        assert published.Cost.of(attachment, 15).sparse == 0
     assert (cost.tokens, cost.sparse) == (60, 48) and cost.config is model.config
 
 
 @pytest.mark.parametrize("compensator", [True, False])
-@pytest.mark.parametrize("name", peers.BLOCKWISE)
+@pytest.mark.parametrize("name", published.BLOCKWISE)
 def test_blockwise_methods_cost_the_same_to_a_neuron(name, compensator):
     """In layers' FFNs of the prompt; the compensator is computed for its 60 tokens, all else for the 48 sparse ones."""
     model = tiny_model()
@@ -70,11 +70,11 @@ def test_blockwise_methods_cost_the_same_to_a_neuron(name, compensator):
     dense = 3 * HIDDEN * INTERMEDIATE
     budget = (48 * (0.5 + 4 * (HIDDEN + INTERMEDIATE) / dense) + 12 + 60 * 2 * HIDDEN * 4 / dense) / 60
     with attach(model, artifact) as ours:
-        cost = peers.Cost.of(ours, 60)
-        assert (cost.attached(ours), peers.skipped(ours)) == (pytest.approx(budget), 0.5)
+        cost = published.Cost.of(ours, 60)
+        assert (cost.attached(ours), published.skipped(ours)) == (pytest.approx(budget), 0.5)
     sparsity = cost.matched_sparsity(artifact, name, compensator, budget)
     with attach(model, artifact, predictor=named(name), compensator=compensator, sparsity=sparsity) as attachment:
-        share, without = cost.attached(attachment), peers.skipped(attachment)
+        share, without = cost.attached(attachment), published.skipped(attachment)
     neuron = 0.5 / (LAYERS * INTERMEDIATE) + 1e-9
     assert share == pytest.approx(budget, abs=neuron)
     price = 48 * {"learned": 4, "low-rank": 8}.get(name, 0) * (HIDDEN + INTERMEDIATE) + 60 * compensator * 2 * HIDDEN * 4
@@ -82,7 +82,7 @@ def test_blockwise_methods_cost_the_same_to_a_neuron(name, compensator):
 
 
 def test_what_cannot_be_matched_is_the_nearest_there_is():
-    artifact, cost = tiny_artifact(tiny_model()), peers.Cost(CONFIG, 60, 48)
+    artifact, cost = tiny_artifact(tiny_model()), published.Cost(CONFIG, 60, 48)
     assert cost.matched_sparsity(artifact, "oracle", False, 1.2) == 0
     assert cost.matched_sparsity(artifact, "low-rank", True, 0.1) == 0.95
 
@@ -90,7 +90,7 @@ def test_what_cannot_be_matched_is_the_nearest_there_is():
 def test_a_layer_that_keeps_all_asks_nobody():
     model = tiny_model()
     with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
-        assert (peers.Cost.of(attachment, 60).attached(attachment), peers.skipped(attachment)) == (1, 0)
+        assert (published.Cost.of(attachment, 60).attached(attachment), published.skipped(attachment)) == (1, 0)
 
 
 # --- thresholds ---------------------------------------------------------------------------------------------------------
@@ -98,8 +98,8 @@ def test_a_layer_that_keeps_all_asks_nobody():
 
 def test_worked_levels():
     values = torch.tensor([[-3.0, 1.0], [2.0, -4.0]])
-    assert [peers.level(values, share) for share in (0, 0.25, 0.5, 0.74, 0.75, 1)] == [1, 2, 3, 3, 4, math.inf]
-    assert peers.level(torch.ones(4), 0.5) == 1  # of equal values none is below
+    assert [published.level(values, share) for share in (0, 0.25, 0.5, 0.74, 0.75, 1)] == [1, 2, 3, 3, 4, math.inf]
+    assert published.level(torch.ones(4), 0.5) == 1  # of equal values none is below
 
 
 def test_levels_leave_out_the_wanted_share_of_the_calibration_text():
@@ -114,7 +114,7 @@ def test_levels_leave_out_the_wanted_share_of_the_calibration_text():
         hook.remove()
     with attach(model, tiny_artifact(model)) as attachment:
         before = states(model)
-        levels = peers.calibrate_levels(attachment, CALIBRATION, gate_share=0.6, input_share=0.3)
+        levels = published.calibrate_levels(attachment, CALIBRATION, gate_share=0.6, input_share=0.3)
         assert states(model) == before and not any(m._forward_pre_hooks for m in attachment.modules)
     assert len(levels) == LAYERS
     for index, (found, part) in enumerate(zip(levels, families.dissect(model).ffns, strict=True)):
@@ -139,7 +139,7 @@ def silu(z):
 
 def test_by_gate_is_a_plain_loop():
     ffn, x = tiny_ffn(), torch.randn(3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    out, used = peers.by_gate(x, ffn, peers.Levels(0.2, math.inf, math.inf))
+    out, used = published.by_gate(x, ffn, published.Levels(0.2, math.inf, math.inf))
     expected, macs = np.zeros((3, 4)), 0
     for t in range(3):
         for j in range(6):
@@ -154,7 +154,7 @@ def test_by_gate_is_a_plain_loop():
 
 def test_by_input_is_a_plain_loop():
     ffn, x = tiny_ffn(), torch.randn(3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    out, used = peers.by_input(x, ffn, peers.Levels(math.inf, 0.5, 0.3))
+    out, used = published.by_input(x, ffn, published.Levels(math.inf, 0.5, 0.3))
     expected, macs = np.zeros((3, 4)), 0
     for t in range(3):
         large = [i for i in range(4) if abs(float(x[t, i])) >= 0.5]
@@ -169,14 +169,14 @@ def test_by_input_is_a_plain_loop():
     np.testing.assert_allclose(out.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [peers.by_gate, peers.by_input])
+@pytest.mark.parametrize("rule", [published.by_gate, published.by_input])
 def test_thresholds_of_zero_are_dense(rule):
     model = tiny_model(dtype=torch.float64)
-    ids, tally = token_ids(1, 60), peers.Tally()
+    ids, tally = token_ids(1, 60), published.Tally()
     dense = logits(model, ids)
     with (
         attach(model, tiny_artifact(model)) as attachment,
-        peers.thresholded(attachment, rule, [peers.Levels(0, 0, 0)] * LAYERS, tally),
+        published.thresholded(attachment, rule, [published.Levels(0, 0, 0)] * LAYERS, tally),
     ):
         torch.testing.assert_close(logits(model, ids), dense, rtol=1e-9, atol=1e-9)
     assert tally.used == tally.dense == 48 * LAYERS * 3 * HIDDEN * INTERMEDIATE
@@ -185,10 +185,10 @@ def test_thresholds_of_zero_are_dense(rule):
 def test_thresholds_touch_sparse_tokens_only():
     """The whole forward against one in which every FFN module is exchanged by hand."""
     model = tiny_model(dtype=torch.float64)
-    ids, tally = token_ids(1, 60, seed=3), peers.Tally()
-    levels = [peers.Levels(0.1 * (i + 1), 0, 0) for i in range(LAYERS)]
+    ids, tally = token_ids(1, 60, seed=3), published.Tally()
+    levels = [published.Levels(0.1 * (i + 1), 0, 0) for i in range(LAYERS)]
     dense = logits(model, ids)
-    with attach(model, tiny_artifact(model)) as attachment, peers.thresholded(attachment, peers.by_gate, levels, tally):
+    with attach(model, tiny_artifact(model)) as attachment, published.thresholded(attachment, published.by_gate, levels, tally):
         found = logits(model, ids)
         with attachment.dense():
             assert torch.equal(logits(model, ids), dense)
@@ -220,7 +220,7 @@ def test_dropped_layers_keep_keys_values_and_the_last_token(family):
     short.load_state_dict({k: v for k, v in model.state_dict().items() if k in short.state_dict()})
     ids = token_ids(1, 40)
     with attach(model, tiny_artifact(model)) as attachment:
-        with torch.no_grad(), peers.dropped(attachment, LAYERS - 1):
+        with torch.no_grad(), published.dropped(attachment, LAYERS - 1):
             hidden = model.base_model(input_ids=ids, use_cache=False)[0]
             cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
         assert attachment.stats.sparse_tokens == 0
@@ -240,7 +240,7 @@ def test_dropped_layers_keep_keys_values_and_the_last_token(family):
     # The last token: as if it were decoded by the whole model from the cache of those before it.
     with attach(model, tiny_artifact(model)) as attachment, torch.no_grad():
         before = DynamicCache(config=model.config)
-        with peers.dropped(attachment, LAYERS - 1):
+        with published.dropped(attachment, LAYERS - 1):
             model.base_model(input_ids=ids[:, :-1], past_key_values=before, use_cache=True)
         # its own last token went through all layers: put back what a prompt token leaves
         for index in (1, 2):
@@ -254,19 +254,19 @@ def test_dropping_no_layer_is_dense():
     model = tiny_model(dtype=torch.float64)
     ids = token_ids(1, 40)
     dense = logits(model, ids)
-    with attach(model, tiny_artifact(model)) as attachment, peers.dropped(attachment, 0):
+    with attach(model, tiny_artifact(model)) as attachment, published.dropped(attachment, 0):
         assert torch.equal(logits(model, ids), dense)
 
 
 @contextmanager
 def contexts(attachment, which):
-    levels = [peers.Levels(0.1, 0.1, 0.1)] * LAYERS
+    levels = [published.Levels(0.1, 0.1, 0.1)] * LAYERS
     if which == "drop":
-        with peers.dropped(attachment, 2):
+        with published.dropped(attachment, 2):
             yield
     else:
-        rule = peers.by_gate if which == "gate" else peers.by_input
-        with peers.thresholded(attachment, rule, levels, peers.Tally()):
+        rule = published.by_gate if which == "gate" else published.by_input
+        with published.thresholded(attachment, rule, levels, published.Tally()):
             yield
 
 
@@ -295,7 +295,7 @@ def test_the_model_is_left_as_it_was(which, fails):
 
 def table(model, artifact, documents=DOCUMENTS, **more):
     attachment = attach(model, artifact)
-    return peers.evaluate(attachment, artifact, documents, CALIBRATION, continuation=CONTINUATION, **more)
+    return published.evaluate(attachment, artifact, documents, CALIBRATION, continuation=CONTINUATION, **more)
 
 
 def test_rows_are_what_perplexity_measures_at_equal_arithmetic(monkeypatch):
@@ -312,8 +312,8 @@ def test_rows_are_what_perplexity_measures_at_equal_arithmetic(monkeypatch):
     per_token = 0.5 + 2 * (HIDDEN + INTERMEDIATE) / (3 * HIDDEN * INTERMEDIATE)
     budget = (48 * per_token + 12 + 60 * 4 * HIDDEN / (3 * HIDDEN * INTERMEDIATE)) / 60
     assert ours["ffn_flops"] == pytest.approx(budget, abs=1e-6) and ours["sparsity"] == 0.5
-    cost = peers.Cost(model.config, 60, 48)
-    for name in peers.BLOCKWISE:
+    cost = published.Cost(model.config, 60, 48)
+    for name in published.BLOCKWISE:
         for compensator in (True, False):
             assert rows[name, compensator]["ffn_flops"] == pytest.approx(
                 ours["ffn_flops"], abs=0.8 / (LAYERS * INTERMEDIATE) + 1e-6
@@ -323,10 +323,10 @@ def test_rows_are_what_perplexity_measures_at_equal_arithmetic(monkeypatch):
         sparsity = 0.5 if name == "learned" else cost.matched_sparsity(artifact, name, compensator, budget)
         with attach(model, artifact, predictor=named(name), compensator=compensator, sparsity=sparsity) as attachment:
             alone = perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION)
-        assert {key: row[key] for key in peers.QUALITY} == {key: alone[key] for key in peers.QUALITY}
+        assert {key: row[key] for key in published.QUALITY} == {key: alone[key] for key in published.QUALITY}
         assert row["kl"] > 0.001
     # Thresholds hold on the text they come from and nearly on other text; the counts are of this text.
-    gate, threshold, drop = (rows[name, False] for name in (peers.CATS, peers.TEAL, peers.POP))
+    gate, threshold, drop = (rows[name, False] for name in (published.CATS, published.TEAL, published.POP))
     assert gate["ffn_flops"] == pytest.approx((48 * (1 / 3 + 2 / 3 * (1 - gate["sparsity"])) + 12) / 60, abs=2e-6)
     assert threshold["ffn_flops"] == pytest.approx((48 * (1 - threshold["sparsity"]) + 12) / 60, abs=2e-6)
     for row in (gate, threshold):
@@ -348,8 +348,8 @@ def test_a_context_is_entered_for_the_prompt_and_left_for_the_continuation():
     source, ids = DOCUMENTS[0]
     with attach(model, artifact) as attachment:
         dense = perplexity.read_dense(attachment, source, ids, CONTINUATION)
-        found = perplexity.read_sparse(attachment, dense, lambda: peers.dropped(attachment, 2))
-        with peers.dropped(attachment, 2):
+        found = perplexity.read_sparse(attachment, dense, lambda: published.dropped(attachment, 2))
+        with published.dropped(attachment, 2):
             strict = logits(model, ids[None])[0]
             cache = DynamicCache(config=model.config)
             logits(model, ids[None, :48], past_key_values=cache)
