@@ -16,12 +16,12 @@ from fastfill.cli.options import (
     command,
     load_model,
     model_options,
+    option_of,
     set_threads,
     settings_of,
 )
 from fastfill.errors import UserError
 from fastfill.lab.tasks import TASKS, Task
-from fastfill.lab.tasks.base import flag
 from fastfill.terminal import say
 
 Field: TypeAlias = "dataclasses.Field[Any]"
@@ -84,7 +84,7 @@ def _fields(task: type[Task]) -> dict[str, Field]:
 
 
 def _flag(field: Field) -> str:
-    return flag(f"no_{field.name}" if field.default is True else field.name)
+    return option_of(f"no_{field.name}" if field.default is True else field.name)
 
 
 def _add_option(group: Any, task: type[Task], field: Field) -> argparse.Action:
@@ -146,11 +146,10 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _check_record(arguments: argparse.Namespace, artifact: Any) -> None:
     from fastfill import files
-    from fastfill.config import PrefillConfig
 
     if arguments.task != "perplexity":
         raise UserError("--record stores perplexities; use it with --task perplexity.")
-    changed = any(getattr(arguments, field.name, None) is not None for field in dataclasses.fields(PrefillConfig))
+    changed = any(value is not None for value in settings_of(arguments).values())
     if changed or arguments.predictor != "learned" or arguments.no_compensator:
         raise UserError("--record stores what the artifact scores as it is; leave out what changes that.")
     if artifact.folder:

@@ -31,10 +31,6 @@ def files_option(help: str) -> Any:
     return option((), help, nargs="+", metavar="FILE")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def names(text: str) -> list[str]:
     """'a, b' -> ['a', 'b']."""
     return [name.strip() for name in text.split(",") if name.strip()]
