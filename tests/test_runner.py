@@ -15,6 +15,7 @@ from fastfill import attach
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 from fastfill.lab import metrics, resume, runner
+from fastfill.lab.baselines import named
 from fastfill.lab.resume import Store
 
 NEW = 6
@@ -240,7 +241,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(attached, tokenizer, tmp_path, m
     "change, word",
     [
         (lambda m: {"sparsity": 0.25}, "sparsity was 0.5, is 0.25|kept was"),
-        (lambda m: {"predictor": "static"}, "predictor was LearnedPredictor, is Static"),
+        (lambda m: {"predictor": named("static")}, "predictor was LearnedPredictor, is Static"),
         (lambda m: {"compensator": False}, "compensator was True, is False"),
         (lambda m: {"block_size": 4}, "block_size was 8, is 4"),
     ],

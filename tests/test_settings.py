@@ -11,7 +11,7 @@ from fastfill import attach, cli
 from fastfill.config import PrefillConfig
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
-from fastfill.lab.peers import Attacher
+from fastfill.lab.published import Attacher
 from fastfill.vllm_plugin import settings as vllm
 
 OTHER = {  # a value for each field that is neither the default nor PREFILL's
