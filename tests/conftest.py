@@ -30,7 +30,7 @@ import transformers
 from hypothesis import settings
 
 from fastfill import artifact as artifacts
-from fastfill import families, kernels
+from fastfill import families, kernels, partner
 from fastfill.config import PrefillConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -79,7 +79,8 @@ def tiny_model(family="llama", seed=0, dtype=torch.float32, **changes):
 
 def tiny_artifact(model, seed=0, prefill=PREFILL, ranks=(8, 4, 4), name="tiny"):
     """Random weights of order one, fp32, and layers of unequal importance, so that every layer keeps another count."""
-    base = artifacts.describe_model(families.dissect(model), name)
+    anatomy = families.dissect(model)
+    base = artifacts.describe_model(anatomy, name)
     ranks = dict(zip(("predictor", "linear", "silu"), ranks, strict=True))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -93,7 +94,7 @@ def tiny_artifact(model, seed=0, prefill=PREFILL, ranks=(8, 4, 4), name="tiny"):
             values = values.abs() + 0.1
         tensors[key] = values
     importance = [1.0 + 0.25 * layer for layer in range(base["layers"])]
-    return artifacts.Artifact(base, prefill, ranks, importance, tensors)
+    return artifacts.Artifact(base, prefill, ranks, importance, tensors, samples=partner.samples(anatomy))
 
 
 def token_ids(*shape, seed=0):

@@ -2,6 +2,7 @@
 shape."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -151,7 +152,7 @@ def test_other_weights_outside_the_ffns_are_noted(model, name):
     artifact = tiny_artifact(model)
     with torch.no_grad():
         model.model.get_submodule(name).weight.mul_(1.25)
-    with pytest.warns(UserWarning, match="its embeddings, attention or norms are not") as seen, attach(model, artifact):
+    with pytest.warns(UserWarning, match="embeddings, attention or norms are not those") as seen, attach(model, artifact):
         logits(model, IDS)
     assert len(seen) == 1
     one_sentence(seen[0].message)
@@ -167,8 +168,8 @@ def test_a_larger_vocabulary_is_noted(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("checkpoint", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_checkpoint_is_known_in_every_type(checkpoint, dtype):
-    """Weights down to 1e-8, of which fp16 rounds many away. What cannot be known again, because two roundings of the same
-    number meet in neither, is bf16 against fp16 of an fp32 checkpoint."""
+    """Weights down to 1e-8, of which fp16 rounds many away. Two roundings of the same number meet in neither: bf16 against fp16
+    of an fp32 checkpoint is noted."""
     model = tiny_model()
     with torch.no_grad():
         for weight in model.parameters():
@@ -181,20 +182,20 @@ def test_a_checkpoint_is_known_in_every_type(checkpoint, dtype):
     for learned, twin in loads.items():
         artifact = tiny_artifact(twin)
         if checkpoint == torch.float32 and {learned, dtype} == {torch.bfloat16, torch.float16}:
-            with pytest.raises(UserError, match="other weights"):
-                attach(loads[dtype], artifact)
+            with pytest.warns(UserWarning, match="requantised or rounded"):
+                attach(loads[dtype], artifact).detach()
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             attach(loads[dtype], artifact).detach()
-        with pytest.raises(UserError, match="other weights"):
+        with pytest.raises(UserError, match=r"% away from those .*allow_finetuned"):
             attach(other, artifact)
 
 
 def test_an_artifact_without_the_fingerprints_knows_what_it_knew(model, tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e-8  # 0 in fp16
-    artifact = tiny_artifact(model.bfloat16())
+    artifact = dataclasses.replace(tiny_artifact(model.bfloat16()), samples={})
     del artifact.base_model["fingerprints"]
     artifacts.save(artifact, tmp_path / "old")
     old = artifacts.load(tmp_path / "old")

@@ -82,7 +82,8 @@ def test_names_shapes_and_costs(model):
     # The shares are what the parts themselves count.
     assert flops["predictor"] * dense == pytest.approx(artifact.predictor(0, torch.zeros(1)).macs_per_token())
     assert flops["compensator"] * dense == pytest.approx(artifact.compensator(0, 1, torch.zeros(1)).macs_per_token())
-    assert artifact.bytes() == sum(4 * torch.Size(s).numel() for s in shapes.values())
+    samples = sum(runs.nbytes for runs in artifact.samples.values())
+    assert artifact.bytes() == sum(4 * torch.Size(s).numel() for s in shapes.values()) + samples
     assert artifact.kept(0.25) == schedule.allocate(artifact.layer_importance, 0.25, INTERMEDIATE)
 
 
@@ -128,7 +129,7 @@ DAMAGES = {
     "unknown rank": (lambda f: edit(f, lambda d: d["ranks"].update(extra=1)), "ranks has unknown key.*extra"),
     "missing key": (lambda f: edit(f, lambda d: d.pop("ranks")), "lacks ranks"),
     "no schema": (lambda f: edit(f, lambda d: d.pop("schema_version")), "schema_version"),
-    "newer schema": (lambda f: edit(f, lambda d: d.update(schema_version=3)), "schema version 3.*upgrade fastfill"),
+    "newer schema": (lambda f: edit(f, lambda d: d.update(schema_version=4)), "schema version 4.*upgrade fastfill"),
     "newer schema, other keys": (lambda f: edit(f, lambda d: d.update(schema_version=9, new=1)), "version 9.*upgrade"),
     "sparsity out of range": (lambda f: edit(f, lambda d: d["prefill"].update(sparsity=1.5)), "sparsity must lie in"),
     "size is a word": (lambda f: edit(f, lambda d: d["base_model"].update(layers="three")), "layers must be a whole number"),

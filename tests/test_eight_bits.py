@@ -39,13 +39,14 @@ def test_the_error_is_half_a_step():
 
 def test_saved_and_loaded(model, tmp_path):
     wide, eight = tiny_artifact(model), narrow(tiny_artifact(model))
-    for name, artifact, version in (("wide", wide, 1), ("eight", eight, 2)):
+    old = [dataclasses.replace(artifact, samples={}) for artifact in (wide, eight)]
+    for name, artifact, version in zip(("wide", "eight", "sampled"), (*old, eight), (1, 2, 3), strict=True):
         artifacts.save(artifact, tmp_path / name)
         assert json.loads((tmp_path / name / "config.json").read_text())["schema_version"] == version
         back = artifacts.load(tmp_path / name)
         assert back.tensors.keys() == artifact.tensors.keys()
         assert all(torch.equal(back.tensors[key], artifact.tensors[key]) for key in back.tensors)
-    assert eight.bytes() < 0.6 * wide.bytes()  # rows of 32 with a scale each, and vectors as they were; of fp32
+    assert old[1].bytes() < 0.6 * old[0].bytes()  # rows of 32 with a scale each, and vectors as they were; of fp32
 
 
 def test_it_computes_what_its_values_say(model):

@@ -85,7 +85,7 @@ def test_offloaded_weights_are_refused(model):
 
 
 def fingerprint(model):
-    return partner.fingerprint(families.dissect(model))
+    return partner.fingerprints(families.dissect(model))["bf16"]
 
 
 def test_fingerprint_depends_on_weights_and_shapes(model):

@@ -28,6 +28,8 @@ SHIPPED = {  # name -> folder in artifacts/
     "qwen2.5-coder-1.5b": "qwen2.5-coder-1.5b-instruct",
 }
 CONFIG, WEIGHTS, README = "config.json", "weights.safetensors", "README.md"
+SAMPLES = "base."  # before the names of `Artifact.samples` in the file
+MAX_SAMPLES = 64 << 20  # bytes of them; 28 layers of Qwen2.5-1.5B have 0.2 MB
 log = logging.getLogger(__name__)
 
 
@@ -37,7 +39,8 @@ class Artifact:
 
     base_model: name, model_type, sizes and fingerprint. ranks: inner widths of predictor and compensator.
     layer_importance: L weights for `schedule.allocate`. tensors: see `shapes`. calibration: the record of how it was
-    made. quality: what was measured (may be empty). folder: where it was loaded from. checksums: as they are in the file.
+    made. quality: what was measured (may be empty). samples: of the base model's weights (`partner.samples`), by which it is
+    known again; empty in older artifacts. folder: where it was loaded from. checksums: as they are in the file.
     """
 
     base_model: dict[str, Any]
@@ -47,6 +50,7 @@ class Artifact:
     tensors: dict[str, torch.Tensor]
     calibration: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
+    samples: partner.Samples = field(default_factory=dict)
     folder: Path | None = field(default=None, compare=False)
     checksums: dict[str, Any] = field(default_factory=dict, compare=False)
 
@@ -97,36 +101,13 @@ class Artifact:
         return {**shares, "total": sum(shares.values())}
 
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(t.nbytes for t in (*self.tensors.values(), *self.samples.values()))
 
-    def check_partner(self, anatomy: families.Anatomy) -> None:
-        """Raise UserError unless the model is the one this artifact was learned for."""
-        base = self.base_model
-        mine = (base["hidden_size"], base["intermediate_size"], base["layers"])
-        theirs = (anatomy.hidden, anatomy.intermediate, len(anatomy.ffns))
-        if mine != theirs:
-            raise UserError(wrong_partner(base["name"], f"shapes {mine} against {theirs}"))
-        if not same_weights(base, partner.fingerprints(anatomy)):
-            if anatomy.ffns[0].gate.dtype == torch.float16 and "fingerprints" not in base:
-                raise UserError("This artifact does not know its model in fp16, for it is too old; load it in bf16 or fp32.")
-            raise UserError(wrong_partner(base["name"], "same shapes, other weights"))
-
-    def notes(self, anatomy: families.Anatomy) -> list[str]:
-        """What a user should know who puts it on this model: one sentence each, for what differs outside the FFNs."""
-        known, found = self.base_model.get("fingerprints", {}), partner.fingerprints_outside(anatomy)
-        if any(known.get(f"outside_{name}") == value for name, value in found.items()):
-            return []
-        if anatomy.adapters:
-            return [
-                f"The model has adapters on {', '.join(anatomy.adapters)}; the artifact was learned without them: measure the "
-                "quality, or merge them (with peft: merge_and_unload()) and calibrate the merged model."
-            ]
-        if known:
-            return [
-                "The model's FFNs are those that the artifact was learned for, its embeddings, attention or norms are not: "
-                "measure the quality, or make an artifact for this model with `fastfill calibrate`."
-            ]
-        return []  # an older artifact: it cannot be told
+    def check_partner(self, anatomy: families.Anatomy, allow_finetuned: bool = False) -> list[str]:
+        """What to warn of, a sentence each, before this is put on the model. Raises UserError unless the model is the one it
+        was learned for, requantised or rounded, or fine-tuned where that is allowed: see `partner`."""
+        found = partner.check_model(self.base_model, self.samples, anatomy, allow_finetuned)
+        return found + partner.notes(self.base_model, self.samples, anatomy)
 
     def summary(self) -> dict[str, Any]:
         """What `fastfill inspect --json` prints."""
@@ -145,19 +126,6 @@ class Artifact:
             "calibration": self.calibration,
             "quality": self.quality,
         }
-
-
-def same_weights(base_model: dict[str, Any], found: dict[str, str]) -> bool:
-    """Whether FFNs of these `partner.fingerprints` are those of an artifact's `base_model`, under any rounding."""
-    known = {"bf16": base_model["fingerprint"], **base_model.get("fingerprints", {})}
-    return any(known.get(name) == value for name, value in found.items())
-
-
-def wrong_partner(name: str, why: str) -> str:
-    return (
-        f"This artifact belongs to another model ({name}; {why}); "
-        "load that model, or make an artifact for this one with `fastfill calibrate`."
-    )
 
 
 def shapes(base_model: dict[str, Any], ranks: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -200,8 +168,9 @@ def _finite(weight: torch.Tensor, name: str) -> torch.Tensor:
 def save(artifact: Artifact, folder: str | Path, readme: str | None = None) -> None:
     """Write the artifact folder. Raises UserError, and leaves what was there, if it is not one that `load` takes, or cannot be
     written."""
+    eight_bits = any(tensor.dtype == torch.int8 for tensor in artifact.tensors.values())
     document = {
-        "schema_version": 2 if any(tensor.dtype == torch.int8 for tensor in artifact.tensors.values()) else 1,
+        "schema_version": 3 if artifact.samples else 2 if eight_bits else 1,
         "base_model": artifact.base_model,
         "prefill": cfg.to_dict(artifact.prefill),
         "ranks": artifact.ranks,
@@ -214,10 +183,12 @@ def save(artifact: Artifact, folder: str | Path, readme: str | None = None) -> N
         found = files.parse_json(text)
         schema.check(found, CONFIG)
         _check_tensors(artifact.tensors, found, WEIGHTS)
+        _check_samples(artifact.samples, found, WEIGHTS)
     except (UserError, ValueError, TypeError) as error:  # what JSON cannot hold
         raise UserError(f"{folder} is not written, and what was there is untouched, since {error}") from error
-    document["checksums"] = _checksums(artifact.tensors, found)
-    tensors = {name: tensor.contiguous() for name, tensor in artifact.tensors.items()}
+    everything = _everything(artifact)
+    document["checksums"] = _checksums(everything, found)
+    tensors = {name: tensor.contiguous() for name, tensor in everything.items()}
     contents: dict[str, files.Content] = {CONFIG: _text(document), WEIGHTS: lambda file: save_file(tensors, file)}
     if readme is not None:
         contents[README] = readme
@@ -226,6 +197,11 @@ def save(artifact: Artifact, folder: str | Path, readme: str | None = None) -> N
 
 def _text(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def _everything(artifact: Artifact) -> dict[str, torch.Tensor]:
+    """The tensors of its file."""
+    return artifact.tensors | {SAMPLES + name: runs for name, runs in artifact.samples.items()}
 
 
 def _checksums(tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> dict[str, Any]:
@@ -253,11 +229,24 @@ def record(artifact: Artifact, folder: str | Path, quality: dict[str, Any]) -> N
     if not same:
         raise UserError(f"{folder} holds another artifact by now than the one that was measured; measure that one.")
     artifact.quality = document["quality"] = schema.plain(quality)
-    document.setdefault("checksums", _checksums(artifact.tensors, document))
+    document.setdefault("checksums", _checksums(_everything(artifact), document))
     schema.check(document, str(folder / CONFIG))
     files.write(folder / CONFIG, _text(document))
     files.write(folder / README, readme(artifact))
     del held
+
+
+def add_samples(folder: str | Path, model: Any) -> Artifact:
+    """Store samples of its model in an artifact that an older fastfill made, so that it knows the model requantised, too.
+
+    Raises UserError if the model is not exactly the one it was learned for, or the folder cannot be written.
+    """
+    folder = folder_of(folder)
+    artifact, anatomy = load(folder), families.dissect(model)
+    artifact.check_partner(anatomy)
+    artifact.samples = partner.samples(anatomy)
+    save(artifact, folder)
+    return artifact
 
 
 def folder_of(name: str | Path) -> Path:
@@ -296,8 +285,12 @@ def load(folder: str | Path) -> Artifact:
     values = sum(math.prod(shape) for shape in expected.values())
     weights_file = folder / WEIGHTS
     with files.reading(weights_file, "is truncated or damaged", "calibrate again or restore it"):
-        artifact.tensors = stored.read(weights_file, 8 * values + 1024 * len(expected) + (1 << 20))  # fp64 and a long header
+        # fp64, a long header and samples
+        everything = stored.read(weights_file, 8 * values + 1024 * len(expected) + (1 << 20) + MAX_SAMPLES)
+    artifact.samples = {name.removeprefix(SAMPLES): everything[name] for name in everything if name.startswith(SAMPLES)}
+    artifact.tensors = {name: tensor for name, tensor in everything.items() if not name.startswith(SAMPLES)}
     _check_tensors(artifact.tensors, document, str(weights_file))
+    _check_samples(artifact.samples, document, str(weights_file))
     _check_sums(artifact, document, folder)
     return artifact
 
@@ -311,7 +304,8 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Artifact]:
     prefill = schema.check(document, str(file))
     base, ranks, weights = (document[key] for key in ("base_model", "ranks", "layer_importance"))
     record, quality = (document[key] for key in schema.RECORDS)
-    return document, Artifact(base, prefill, ranks, weights, {}, record, quality, folder, document.get("checksums", {}))
+    sums = document.get("checksums", {})
+    return document, Artifact(base, prefill, ranks, weights, {}, record, quality, folder=folder, checksums=sums)
 
 
 def _check_tensors(tensors: dict[str, torch.Tensor], document: dict[str, Any], where: str) -> None:
@@ -335,6 +329,19 @@ def _check_tensors(tensors: dict[str, torch.Tensor], document: dict[str, Any], w
             raise UserError(f"{where}: {name} holds NaN or infinite values; calibrate again.")
 
 
+def _check_samples(samples: partner.Samples, document: dict[str, Any], where: str) -> None:
+    """Raise UserError unless there are samples of every FFN where the schema has them, and all are (layers, runs, entries)."""
+    expected = partner.run_shapes(document["base_model"]) if document["schema_version"] >= 3 else {}
+    inside = {name: tuple(runs.shape) for name, runs in samples.items() if not name.startswith(partner.OUTSIDE)}
+    odd = sorted(name for name in expected.keys() | inside.keys() if expected.get(name) != inside.get(name))
+    odd += [name for name, runs in samples.items() if name not in odd and (runs.dim() != 3 or runs.dtype not in stored.FLOATS)]
+    if odd or (samples and not expected):
+        name = printable((odd or sorted(samples))[0], 60)
+        raise UserError(f"{where} does not fit its config.json: the samples of the base model's {name}; calibrate again.")
+    if not all(bool(torch.isfinite(runs).all()) for runs in samples.values()):
+        raise UserError(f"{where}: samples of the base model's weights hold NaN or infinite values; calibrate again.")
+
+
 def _is_int8(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and tensor.dtype == torch.int8
 
@@ -346,7 +353,7 @@ def _check_sums(artifact: Artifact, document: dict[str, Any], folder: Path) -> N
         name = printable(str(folder), 200)
         log.warning("%s has no checksums: an older fastfill made it, and damage to it would not be seen.", name)
         return
-    found = _checksums(artifact.tensors, document)
+    found = _checksums(_everything(artifact), document)
     keys = found["tensors"].keys() | saved["tensors"].keys()
     odd = sorted(key for key in keys if found["tensors"].get(key) != saved["tensors"].get(key))
     if odd:

@@ -57,7 +57,8 @@ class Attachment:
         self._swaps = Swaps()
         self._attached = False
         self._open: set[object] = set()  # calls that are running now
-        self._known = True  # the weights are those that the artifact was learned for
+        self._before = partner.inside(anatomy)
+        self._known = True  # the weights are those of `_before`
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -98,8 +99,8 @@ class Attachment:
                 self._check_partner()
 
     def _check_partner(self) -> None:
-        """Warn once when the FFNs have become others than those that the artifact was learned for."""
-        if self._known and not artifacts.same_weights(self._artifact.base_model, partner.fingerprints(self._anatomy)):
+        """Warn once when the FFNs have become others than those that the artifact was put on."""
+        if self._known and not partner.same(self._before, partner.inside(self._anatomy)):
             self._known = False
             warnings.warn(
                 "The FFN weights have changed since the artifact was attached, and are followed; it was learned for those "
@@ -252,6 +253,7 @@ def attach(
     predictor: Maker | None = None,
     compensator: bool = True,
     kernel: str | Kernel = "auto",
+    allow_finetuned: bool = False,
     **fields: Any,
 ) -> Attachment:
     """Make a loaded `transformers` model read prompts with a sparse FFN.
@@ -261,15 +263,18 @@ def attach(
     (`fastfill.lab.baselines.named("oracle")`). compensator: False leaves the correction out. kernel: a name (see
     `fastfill.kernels`), or what `kernels.resolve` gave. Decode steps and short calls stay dense.
 
-    Raises UserError for a model or an artifact that does not fit, or a model that is attached already. Warns if what is outside
-    the FFNs (embeddings, attention, norms, unmerged adapters on them) is not what the artifact was learned with.
+    allow_finetuned: accept a model that was fine-tuned since (`fastfill.partner`).
+
+    Raises UserError for a model or an artifact that does not fit, or a model that is attached already. Warns if the FFNs were
+    requantised, or what is outside them (embeddings, attention, norms, unmerged adapters) is not what the artifact was learned
+    with.
     """
     with torch.inference_mode(False):
         if not isinstance(artifact, Artifact):
             artifact = artifacts.load(artifact)
     anatomy = families.dissect(model)
     check_detached(anatomy)
-    artifact.check_partner(anatomy)
+    notes = artifact.check_partner(anatomy, allow_finetuned)
     if not isinstance(prefill, PrefillConfig | None):
         raise UserError(f"prefill must be a fastfill.PrefillConfig, not {quoted(prefill)}; a field alone is sparsity=0.3, say.")
     config = (prefill or artifact.prefill).with_(**fields)
@@ -290,6 +295,6 @@ def attach(
     with _attaching:  # of two threads that got this far, one finds the other's artifact
         check_detached(anatomy)
         attachment._swap()
-    for note in artifact.notes(anatomy):
+    for note in notes:
         warnings.warn(note, stacklevel=2)
     return attachment

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from fastfill.errors import UserError, quoted
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # 2: matrices may be in eight bits; 3: samples of the base model's weights
 MAX_SPARSITY = 0.95
 MOST = 2**31 - 1  # of whole numbers, where nothing else is said: tokens and ids are 32 bits wide in places
 MAX_SEED = 2**32 - 1  # multiplied by 10,007 it still fits 64 bits, which is what generators take

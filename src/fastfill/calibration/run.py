@@ -14,7 +14,7 @@ import torch
 
 from fastfill import artifact as artifacts
 from fastfill import config as cfg
-from fastfill import context, data, families, machine
+from fastfill import context, data, families, machine, partner
 from fastfill import tensors as stored
 from fastfill.artifact import Artifact
 from fastfill.attachment import check_detached
@@ -136,7 +136,7 @@ def calibrate(
         for i, layer in enumerate(weights)
         for key, value in layer.items()
     }
-    result = Artifact(base_model, prefill, ranks, importances, tensors, record)
+    result = Artifact(base_model, prefill, ranks, importances, tensors, record, samples=partner.samples(anatomy))
     if config.max_loss is not None and team.rank == 0:
         result = _within(model, result, aside, config)
     result = dataclasses.replace(result, tensors=stored.narrow(result.tensors))

@@ -194,7 +194,7 @@ class SparsePrefill:
     def _take_weights(self, checkpoint: Checkpoint) -> None:
         """Check the weights, and keep what the sparse kernel reads: vLLM may repack and drop its own right after this."""
         artifact = artifacts.load(self._settings.artifact)
-        checkpoint.check(artifact)
+        checkpoint.check(artifact, self._settings.allow_finetuned)
         parts = [_parts(layer.mlp) for layer in self.model.layers]
         self.model_bytes = sum(p.numel() * p.element_size() for p in self.parameters())  # type: ignore[attr-defined]
         if not self._layers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +39,14 @@ class Settings:
     """artifact: its folder. fields: of `PrefillConfig`, in place of the artifact's. kernel: see `fastfill.kernels`.
 
     one_copy: keep one copy of the FFN weights, the sparse kernel's, and compute dense tokens with it too.
+    allow_finetuned: serve a model that was fine-tuned since the artifact was learned (`fastfill.partner`).
     """
 
     artifact: str
     fields: dict[str, Any]
     kernel: str = "auto"
     one_copy: bool = False
+    allow_finetuned: bool = False
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Settings:
@@ -59,7 +61,8 @@ class Settings:
 
     @property
     def document(self) -> dict[str, Any]:
-        return {"artifact": self.artifact, **self.fields, "kernel": self.kernel, "one_copy": self.one_copy}
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "fields"}
+        return {**own, **self.fields}
 
     @property
     def prefill(self) -> PrefillConfig:
@@ -90,8 +93,9 @@ def configure(vllm_config: Any) -> None:
             kernels.choose(settings.kernel, torch.empty(0, dtype=vllm_config.model_config.dtype))
         except ValueError as error:
             raise UserError(str(error)) from error
-    if settings.one_copy not in (True, False):
-        raise UserError(f"one_copy must be true or false, not {settings.one_copy!r}.")
+    for name in ("one_copy", "allow_finetuned"):
+        if getattr(settings, name) not in (True, False):
+            raise UserError(f"{name} must be true or false, not {getattr(settings, name)!r}.")
     if settings.one_copy and vllm_config.device_config.device_type != "cpu":
         raise UserError("one_copy is for CPUs; elsewhere vLLM's own copy of gate and up is the one that is used.")
     artifact = artifacts.load(settings.artifact)
@@ -101,7 +105,7 @@ def configure(vllm_config: Any) -> None:
     if settings.one_copy and prefill.sparsity == 0:
         raise UserError("one_copy does nothing at sparsity 0, which is vLLM's own model; leave it out.")
     check_shapes(artifact, vllm_config.model_config.hf_config)
-    check_checkpoint(artifact, Path(vllm_config.model_config.model))
+    check_checkpoint(artifact, Path(vllm_config.model_config.model), settings.allow_finetuned)
     model, parallel, scheduler = vllm_config.model_config, vllm_config.parallel_config, vllm_config.scheduler_config
     setattr(model.hf_config, FIELD, settings.document)
     parallel.worker_extension_cls = "fastfill.vllm_plugin.models.WorkerExtension"
@@ -249,12 +253,12 @@ def check_shapes(artifact: Artifact, model: Any) -> None:
     mine = (base["hidden_size"], base["intermediate_size"], base["layers"])
     theirs = (model.hidden_size, model.intermediate_size, model.num_hidden_layers)
     if mine != theirs:
-        raise UserError(artifacts.wrong_partner(base["name"], f"shapes {mine} against {theirs}"))
+        raise UserError(partner.wrong_partner(base["name"], f"shapes {mine} against {theirs}"))
 
 
-def check_checkpoint(artifact: Artifact, folder: Path) -> None:
-    """Raise UserError if the weights in a local folder are not those the artifact was made for. Reads 24 rows a layer; a
-    checkpoint that is not a folder of safetensors is checked when it is loaded."""
+def check_checkpoint(artifact: Artifact, folder: Path, allow_finetuned: bool = False) -> None:
+    """Raise UserError if the weights in a local folder are not those the artifact was made for, by the rule in `partner`. Reads
+    some rows a layer; a checkpoint that is not a folder of safetensors is checked when it is loaded."""
     base = artifact.base_model
     try:
         with ExitStack() as stack:
@@ -264,12 +268,10 @@ def check_checkpoint(artifact: Artifact, folder: Path) -> None:
             ]
             if not all(name in rows.files for layer in names for name in layer):
                 return
-            samples: Iterator[list[torch.Tensor]] = ([rows.sample(name) for name in layer] for layer in names)
-            found = partner.fingerprints_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
+            samples = [[rows.sample(name) for name in layer] for layer in names]
     except (OSError, SafetensorError, KeyError, ValueError):
         return  # vLLM's loader will say what is wrong with the files
-    if not artifacts.same_weights(base, found):
-        raise UserError(artifacts.wrong_partner(base["name"], "same shapes, other weights"))
+    partner.check(base, artifact.samples, samples, allow_finetuned)  # what it notes is said when the weights are loaded
 
 
 class _Rows:
@@ -283,9 +285,9 @@ class _Rows:
             file = stack.enter_context(safe_open(folder / name, framework="pt"))
             self.files |= dict.fromkeys(file.keys(), file)
 
-    def sample(self, name: str) -> torch.Tensor:
-        rows = self.files[name].get_slice(name)
-        return torch.cat([rows[i : i + 1] for i in partner.sampled_rows(rows.get_shape()[0])])
+    def sample(self, name: str) -> partner.Sample:
+        weight = self.files[name].get_slice(name)
+        return partner.take(tuple(weight.get_shape()), lambda row, columns: weight[row : row + 1, columns][0])
 
 
 def wants_sparse(extra_args: dict[str, Any] | None) -> bool:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 
 import torch
 
-from fastfill import artifact as artifacts
 from fastfill import partner
 from fastfill.artifact import Artifact
 from fastfill.errors import UserError
 
 # Names of an FFN's weights in Hugging Face's format, and in that of Mistral's own `consolidated` files.
 ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+log = logging.getLogger("vllm.fastfill")
 _NAME = re.compile(rf"(?:^|\.)layers\.(\d+)\.(?:mlp|feed_forward)\.({'|'.join(ROLES)})\.weight$")
 
 
 class Checkpoint:
-    """Hands on (name, tensor) of all weights, and keeps what the fingerprint needs of the FFNs'.
+    """Hands on (name, tensor) of all weights, and keeps samples of the FFNs'.
 
-    A checkpoint's own dtype is the one the artifact knows: rounded to another by the loader (`--dtype half`), the weights
-    would have another fingerprint. And here they are whole, however many ranks share them.
+    They are judged before the loader rounds them (`--dtype half`), and while they are whole, however many ranks share them.
     """
 
     def __init__(self, weights: Iterable[tuple[str, torch.Tensor]]):
         self._weights = weights
-        self._samples: dict[tuple[int, str], torch.Tensor] = {}
+        self._samples: dict[tuple[int, str], partner.Sample] = {}
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in self._weights:
@@ -34,8 +34,9 @@ class Checkpoint:
                 self._samples[int(found[1]), ROLES[found[2]]] = partner.sample(weight)
             yield name, weight
 
-    def check(self, artifact: Artifact) -> None:
-        """Raise UserError unless all that went by are the weights the artifact was made for."""
+    def check(self, artifact: Artifact, allow_finetuned: bool = False) -> None:
+        """Raise UserError unless all that went by are the weights the artifact was made for, by the rule in `partner`. Logs
+        what is to be noted."""
         base = artifact.base_model
         names = [[(index, role) for role in ("gate", "up", "down")] for index in range(base["layers"])]
         if missing := [name for layer in names for name in layer if name not in self._samples]:
@@ -45,6 +46,5 @@ class Checkpoint:
                 "missing in all); serve a complete checkpoint in Hugging Face's format."
             )
         samples = ([self._samples[name] for name in layer] for layer in names)
-        found = partner.fingerprints_of(base["hidden_size"], base["intermediate_size"], base["layers"], samples)
-        if not artifacts.same_weights(base, found):
-            raise UserError(artifacts.wrong_partner(base["name"], "same shapes, other weights"))
+        for note in partner.check(base, artifact.samples, samples, allow_finetuned):
+            log.warning("fastfill: %s", note)
