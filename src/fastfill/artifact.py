@@ -101,7 +101,8 @@ class Artifact:
         return {**shares, "total": sum(shares.values())}
 
     def bytes(self) -> int:
-        return sum(t.nbytes for t in (*self.tensors.values(), *self.samples.values()))
+        """Of what was learned."""
+        return sum(t.nbytes for t in self.tensors.values())
 
     def check_partner(self, anatomy: families.Anatomy, allow_finetuned: bool = False) -> list[str]:
         """What to warn of, a sentence each, before this is put on the model. Raises UserError unless the model is the one it
