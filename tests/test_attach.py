@@ -206,7 +206,9 @@ def positions(mask):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing_for_real_tokens(family, side):
-    model = tiny_model(family, dtype=torch.float64)
+    # Gemma 2 has eager attention alone: its softmax is in fp32, and where padding sees nothing NaN in fp64. Logits are up to 4.
+    dtype, close = (torch.float32, {"rtol": 0, "atol": 4e-5}) if family == "gemma2" else (torch.float64, EXACT)
+    model = tiny_model(family, dtype=dtype)
     lengths = (45, 38, 12)  # the last is shorter than min_tokens: dense
     rows = [token_ids(n, seed=n) for n in lengths]
     ids, mask = (
@@ -220,7 +222,7 @@ def test_padding_changes_nothing_for_real_tokens(family, side):
         assert counted == (32 + 24, 13 + 14 + 12)
         assert (attachment.stats.sparse_tokens, attachment.stats.dense_tokens) == (2 * counted[0], 2 * counted[1])
     for row, m, expected in zip(out, mask, alone, strict=True):
-        torch.testing.assert_close(row[m.bool()], expected, **EXACT)
+        torch.testing.assert_close(row[m.bool()], expected, **close)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

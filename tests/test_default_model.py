@@ -54,7 +54,7 @@ def bare(loaded, ids):
     ranks = {"predictor": 64, "linear": 0, "silu": 0}
     base = artifacts.describe_model(anatomy, loaded.name)
     tensors = {name: torch.zeros(shape) for name, shape in artifacts.shapes(base, ranks).items()}
-    hidden, calls = capture.embed(loaded.model, anatomy, ids[:, :128])
+    hidden, calls = capture.embed(anatomy, ids[:, :128])
     for layer, inputs, activations in capture.stream_ffns(anatomy, hidden, calls):
         for name, value in statistics(inputs.flatten(0, 1), activations.flatten(0, 1), anatomy.ffns[layer]).items():
             tensors[f"layers.{layer}.stats.{name}"] = value

@@ -1,9 +1,10 @@
 import copy
+import math
 
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS, tiny_artifact, tiny_model
+from conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS, logits, tiny_artifact, tiny_model, token_ids
 from torch import nn
 
 from fastfill import attach, families, partner
@@ -18,9 +19,16 @@ def test_dissect_finds_the_parts(family):
     assert (anatomy.model_type, anatomy.base) == (family, model.base_model)
     for layer, ffn, attention in zip(model.model.layers, anatomy.ffns, anatomy.attentions, strict=True):
         assert ffn.module is layer.mlp and attention is layer.self_attn
-        assert ffn.gate.data_ptr() == layer.mlp.gate_proj.weight.data_ptr()
-        assert ffn.up.data_ptr() == layer.mlp.up_proj.weight.data_ptr()
-        assert ffn.down.data_ptr() == layer.mlp.down_proj.weight.data_ptr()
+        gate, up = halves(layer.mlp)
+        for now in (ffn, ffn.now()):
+            assert now.gate.data_ptr() == gate.data_ptr() and torch.equal(now.gate, gate)
+            assert now.up.data_ptr() == up.data_ptr() and torch.equal(now.up, up)
+            assert now.down.data_ptr() == layer.mlp.down_proj.weight.data_ptr()
+
+
+def halves(mlp):
+    """gate and up, fused or not."""
+    return mlp.gate_up_proj.weight.chunk(2) if hasattr(mlp, "gate_up_proj") else (mlp.gate_proj.weight, mlp.up_proj.weight)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -28,9 +36,28 @@ def test_the_ffn_is_the_documented_formula(family):
     ffn = families.dissect(tiny_model(family, dtype=torch.float64)).ffns[1]
     x = torch.randn(5, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     z = x @ ffn.gate.T
-    y = (z / (1 + (-z).exp()) * (x @ ffn.up.T)) @ ffn.down.T
+    gelu = z / 2 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh())
+    bent = gelu if family.startswith("gemma") else z / (1 + (-z).exp())
+    y = (bent * (x @ ffn.up.T)) @ ffn.down.T
     # fp64: a few hundred additions of order one; 1e-13 is 450 eps.
     torch.testing.assert_close(ffn.module(x), y, rtol=0, atol=1e-13 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_gives_the_models_own_logits(family):
+    """To the last bit, scales and caps included; those of `conftest.SPECIAL` move the logits by more than a half."""
+    model, ids = tiny_model(family), token_ids(2, 40)
+    anatomy = families.dissect(model)
+    with torch.no_grad():
+        found = anatomy.head(anatomy.base(input_ids=ids)[0])
+    assert torch.equal(found, logits(model, ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_norms_are_all_that_normalise(family):
+    """By their names; the classes are called RMSNorm in all of these."""
+    model = tiny_model(family)
+    assert families.dissect(model).norms == [part for part in model.modules() if type(part).__name__.endswith("RMSNorm")]
 
 
 def test_unknown_family_is_refused_with_the_list():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import HIDDEN, PREFILL, logits, one_sentence, tiny_artifact, tiny_model, token_ids
+from conftest import FAMILIES, HIDDEN, PREFILL, logits, one_sentence, tiny_artifact, tiny_model, token_ids
 from torch.utils.checkpoint import checkpoint
 
 from fastfill import attach
@@ -34,10 +34,13 @@ def exact():
     return tiny_model(dtype=torch.float64).train()
 
 
-@pytest.mark.parametrize("wanted", ["gate_proj", "up_proj", "down_proj", "x"])
-def test_the_gradient_is_that_of_the_sparse_forward(exact, wanted):
+WEIGHTS = {"llama": ("gate_proj", "up_proj", "down_proj", "x"), "phi3": ("gate_up_proj", "x"), "gemma2": ("gate_proj", "x")}
+
+
+@pytest.mark.parametrize(("family", "wanted"), [(family, name) for family, names in WEIGHTS.items() for name in names])
+def test_the_gradient_is_that_of_the_sparse_forward(family, wanted):
     """Of one FFN, against central differences; the static predictor's selection does not depend on what is moved."""
-    generator = torch.Generator().manual_seed(3)
+    exact, generator = tiny_model(family, dtype=torch.float64), torch.Generator().manual_seed(3)
     mlp, x = exact.model.layers[1].mlp, torch.randn(2, 45, HIDDEN, dtype=torch.float64, generator=generator)
     moved = x.requires_grad_() if wanted == "x" else getattr(mlp, wanted).weight
     way, weight = (torch.randn(t.shape, dtype=t.dtype, generator=generator) for t in (moved, x))
@@ -64,16 +67,20 @@ def test_the_gradient_is_that_of_the_sparse_forward(exact, wanted):
     assert found == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-7)
 
 
-def test_every_parameter_learns(model):
-    model.train()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_learns(family):
+    """Also where all was frozen when the artifact was attached."""
+    model = tiny_model(family).train().requires_grad_(False)
     with attach(model, tiny_artifact(model)) as attachment:
+        model.requires_grad_(True)
         loss_of(model).backward()
         assert attachment.stats.sparse_tokens == 64
     assert all(weight.grad is not None and bool(weight.grad.any()) for weight in model.parameters())
 
 
-def test_steps_of_an_optimizer_are_followed(model):
-    model.train()
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_steps_of_an_optimizer_are_followed(family):
+    model = tiny_model(family).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with attach(model, tiny_artifact(model)):
         losses = []

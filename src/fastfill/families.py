@@ -27,6 +27,7 @@ class Family:
     up: str = "up_proj"
     down: str = "down_proj"
     gate_up: str | None = None
+    norm: str = "norm"  # in the names of all that normalises
     activation: str = "hidden_act"  # in the model's config
     scale: str | None = None
     cap: str | None = None
@@ -38,6 +39,11 @@ FAMILIES = {
     "mistral": Family(),
     "qwen2": Family(),  # Qwen2, Qwen2.5
     "qwen3": Family(),
+    "phi3": Family(gate_up="gate_up_proj"),  # Phi-3, Phi-3.5 and Phi-4-mini
+    "gemma2": Family(activation="hidden_activation", cap="final_logit_softcapping"),
+    "gemma3_text": Family(activation="hidden_activation", cap="final_logit_softcapping"),
+    "olmo2": Family(),
+    "granite": Family(scale="logits_scaling"),
 }
 # An activation in a model's config -> its name in `ffn.ACTIVATIONS`.
 ACTIVATIONS = {
@@ -141,11 +147,12 @@ class ModuleFFN(FFN):
                         f"{first.device}; give an FFN's weights one type and one device."
                     )
         parts: dict[str, Any] = {}
-        for role in ("gate", "up"):
-            linear, part = self._rows(role), self._part(role)
-            whole = family.gate_up is None
-            parts[role] = linear.weight if whole else linear.weight[part]
-            parts[f"{role}_bias"] = linear.bias if whole or linear.bias is None else linear.bias[part]
+        with torch.inference_mode(False), torch.enable_grad():  # a part learns as the whole does, whoever asks for it
+            for role in ("gate", "up"):
+                linear, part = self._rows(role), self._part(role)
+                whole = family.gate_up is None
+                parts[role] = linear.weight if whole else linear.weight[part]
+                parts[f"{role}_bias"] = linear.bias if whole or linear.bias is None else linear.bias[part]
         return FFN(**parts, down=self.linear_down.weight, down_bias=self.linear_down.bias, activation=self.activation)
 
 
@@ -173,6 +180,7 @@ class Anatomy:
     base: nn.Module
     layers: list[nn.Module]
     attentions: list[nn.Module]
+    norms: list[nn.Module]
     ffns: list[ModuleFFN]
     hidden: int
     intermediate: int
@@ -224,7 +232,8 @@ def dissect(model: Any) -> Anatomy:
     if any(ffn.shape != shape for ffn in ffns):
         raise UserError("The layers' FFNs differ in width; only models with one intermediate size are supported.")
     attentions = [getattr(layer, family.attention) for layer in layers]
-    return Anatomy(base, layers, attentions, ffns, shape[1], shape[0], model_type, Head(model))
+    norms = [module for name, module in base.named_modules() if family.norm in name.rpartition(".")[2]]
+    return Anatomy(base, layers, attentions, norms, ffns, shape[1], shape[0], model_type, Head(model))
 
 
 def _is_adapter(module: nn.Module) -> bool:

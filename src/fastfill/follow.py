@@ -98,4 +98,4 @@ def _stamps(ffn: FFN) -> list[Any]:
 def _stamp(weight: torch.Tensor) -> tuple[Any, ...]:
     """Differs after nearly every way to change a weight: not after writing through `.data`."""
     version = None if weight.is_inference() else weight._version
-    return weight.data_ptr(), weight.stride(), version, weight.dtype, weight.device
+    return weight.data_ptr(), weight.stride(), version, weight.dtype, weight.device, weight.requires_grad

@@ -17,17 +17,22 @@ Calls = list[tuple[torch.Tensor, dict[str, Any]]]
 
 
 @torch.no_grad()
-def embed(model: Any, anatomy: Anatomy, tokens: torch.Tensor) -> tuple[torch.Tensor, Calls]:
-    """What the first layer reads of tokens (S, T), (S, T, H), and how the model calls its layers for one sequence."""
-    with layer_calls(anatomy) as calls:
-        anatomy.base(input_ids=tokens[:1].to(anatomy.ffns[0].gate.device), use_cache=False)
-    first = calls[0][0]
-    embedding = model.get_input_embeddings()
-    hidden = torch.cat([embedding(row[None].to(first.device)) for row in tokens])
-    # Some families scale or norm the embeddings; then the first layer's input is taken as it came.
-    if not torch.equal(hidden[:1], first):
-        raise RuntimeError("this model changes its embeddings before the first layer; capture does not know how")
-    return hidden, calls
+def embed(anatomy: Anatomy, tokens: torch.Tensor) -> tuple[torch.Tensor, Calls]:
+    """What the first layer reads of tokens (S, T), (S, T, H), and how the model calls its layers for one sequence.
+
+    By the model itself, whose layers pass on what they read: some families scale their embeddings.
+    """
+    inputs, calls = [], Calls()
+    with swapped((layer, _pass_on) for layer in anatomy.layers):
+        for row in tokens:
+            with layer_calls(anatomy) as calls:
+                anatomy.base(input_ids=row[None].to(anatomy.ffns[0].gate.device), use_cache=False)
+            inputs.append(calls[0][0])
+    return torch.cat(inputs), calls
+
+
+def _pass_on(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    return hidden_states
 
 
 @torch.no_grad()

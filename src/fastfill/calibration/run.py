@@ -230,7 +230,7 @@ def _fit_layers(job: Job) -> tuple[list[Weights], list[list[float]], Teacher]:
     usable = (tokens.shape[1] - head) // block * block
     mine = rows[team.share(len(rows))]
     ticks = config.fit_epochs * -(-len(rows) * usable // config.fit_batch)
-    hidden, calls = capture.embed(job.model, anatomy, mine)
+    hidden, calls = capture.embed(anatomy, mine)
     with stage("predictors", ticks * len(anatomy.ffns)) as bar:
         for layer, inputs, activations in capture.stream_ffns(anatomy, hidden, calls, slice(head, head + usable)):
             ffn, kept, found = anatomy.ffns[layer], uniform[layer], done[layer]

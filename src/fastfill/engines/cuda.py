@@ -95,8 +95,7 @@ class CudaRunner(TransformersRunner):
 @contextmanager
 def compiled(attachment: Attachment, sparse: bool, backend: str = "inductor") -> Iterator[None]:
     """Norms by torch.compile while the block runs, and for dense runs the FFNs too, as the model has them."""
-    base = families.dissect(attachment.model).base
-    modules = [module for module in base.modules() if "RMSNorm" in type(module).__name__]
+    modules = list(families.dissect(attachment.model).norms)
     if not sparse:
         attachment.detach()
         modules += attachment.modules
