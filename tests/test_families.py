@@ -75,7 +75,7 @@ def test_other_activation_is_refused():
 
 
 def test_bias_is_refused():
-    with pytest.raises(UserError, match=r"Layer 0: gate_proj has a bias"):
+    with pytest.raises(UserError, match=r"Layer 0: down_proj has a bias"):
         families.dissect(tiny_model(mlp_bias=True))
 
 
