@@ -26,6 +26,7 @@ DEFAULT_ARTIFACT = "smollm2-135m-instruct"
 SHIPPED = {  # name -> folder in artifacts/
     "smollm2-135m": DEFAULT_ARTIFACT,
     "qwen2.5-coder-1.5b": "qwen2.5-coder-1.5b-instruct",
+    "qwen2.5-coder-0.5b": "qwen2.5-coder-0.5b-instruct",
 }
 CONFIG, WEIGHTS, README = "config.json", "weights.safetensors", "README.md"
 SAMPLES = "base."  # before the names of `Artifact.samples` in the file
