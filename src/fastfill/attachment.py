@@ -275,6 +275,8 @@ def attach(
     anatomy = families.dissect(model)
     check_detached(anatomy)
     notes = artifact.check_partner(anatomy, allow_finetuned)
+    if predictor is not None and not callable(predictor):
+        raise UserError(f"predictor must be made by fastfill.lab.baselines.named(...), not {quoted(predictor)}.")
     if not isinstance(prefill, PrefillConfig | None):
         raise UserError(f"prefill must be a fastfill.PrefillConfig, not {quoted(prefill)}; a field alone is sparsity=0.3, say.")
     config = (prefill or artifact.prefill).with_(**fields)
