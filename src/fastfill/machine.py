@@ -22,8 +22,8 @@ def cpu_model() -> str:
 
 def describe() -> dict[str, Any]:
     """Processor, threads and versions, for every result that is kept."""
-    versions = {}
-    for package in ("fastfill", "torch", "transformers"):
+    versions = {"torch": str(torch.__version__)}  # says the build, 2.6.0+cu124, where the package's name does not
+    for package in ("fastfill", "transformers"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
