@@ -40,7 +40,8 @@ struct Matrix {
   }
 };
 
-bool check(const char *isa, bool bf16, int h, int f, std::vector<int> tokens, std::vector<int> kept, int threads) {
+bool check(const char *isa, bool bf16, int h, int f, std::vector<int> tokens, std::vector<int> kept, int threads,
+           bool biases = false) {
   std::vector<int64_t> rows{0}, offsets{0};
   std::vector<int64_t> ids;
   for (size_t n = 0; n < tokens.size(); n++) {
@@ -50,11 +51,13 @@ bool check(const char *isa, bool bf16, int h, int f, std::vector<int> tokens, st
   }
   const size_t t = rows.back();
   Matrix x(t * h, bf16, 1), gate(f * h, bf16, 0.25f), up(f * h, bf16, 0.25f), down(f * h, bf16, 0.25f), init(t * h, bf16, 1);
+  Matrix gate_bias(f, bf16, 1), up_bias(f, bf16, 1);
   Exact<char> out(t * h * (bf16 ? 2 : 4));
   Exact<int64_t> exact_ids(ids.size());
   if (!ids.empty()) std::memcpy(exact_ids.p, ids.data(), ids.size() * 8);
   fastfill_call c{};
   c.x = x.bytes.p, c.gate = gate.bytes.p, c.up = up.bytes.p, c.down_t = down.bytes.p, c.init = init.bytes.p;
+  if (biases) c.gate_bias = gate_bias.bytes.p, c.up_bias = up_bias.bytes.p;
   c.out = out.p, c.ids = exact_ids.p, c.rows = rows.data(), c.id_offsets = offsets.data();
   c.x_stride = c.gate_stride = c.up_stride = c.down_stride = c.init_stride = c.out_stride = h;
   c.hidden = h, c.neurons = f, c.n_blocks = (int64_t)tokens.size();
@@ -68,7 +71,7 @@ bool check(const char *isa, bool bf16, int h, int f, std::vector<int> tokens, st
     for (int64_t row = rows[n]; row < rows[n + 1]; row++) {
       for (int i = 0; i < h; i++) y[i] = init.f[row * h + i];
       for (int64_t k = offsets[n]; k < offsets[n + 1]; k++) {
-        double g = 0, u = 0;
+        double g = biases ? gate_bias.f[ids[k]] : 0, u = biases ? up_bias.f[ids[k]] : 0;
         for (int i = 0; i < h; i++) {
           g += (double)x.f[row * h + i] * gate.f[ids[k] * h + i];
           u += (double)x.f[row * h + i] * up.f[ids[k] * h + i];
@@ -178,7 +181,8 @@ int main() {
     for (bool bf16 : {false, true}) {
       good &= check(isa, bf16, 33, 77, {1, 0, 16, 37}, {77, 5, 0, 13}, 2);
       good &= check(isa, bf16, 64, 130, {16, 16, 32, 3, 40}, {65, 65, 1, 130, 64}, 3);
-      good &= check(isa, bf16, 1, 1, {1}, {1}, 1);
+      good &= check(isa, bf16, 64, 130, {16, 16, 32, 3, 40}, {65, 65, 1, 130, 64}, 3, true);
+      good &= check(isa, bf16, 1, 1, {1}, {1}, 1, true);
       good &= check(isa, bf16, 70, 1100, {8, 8, 8, 8, 8, 600}, {500, 501, 502, 503, 504, 9}, 2);
       good &= check(isa, bf16, 128, 40, {20, 20, 20, 20, 20}, {20, 21, 22, 23, 24}, 2);  // rows of 512 bytes: packed
       good &= check(isa, bf16, 512, 60, {20, 20, 20, 20, 20}, {20, 21, 22, 23, 24}, 2);

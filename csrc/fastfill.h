@@ -9,14 +9,16 @@
 #define FASTFILL_API extern "C" __attribute__((visibility("default")))
 #endif
 
+constexpr int32_t FASTFILL_INTERFACE = 2;  // to be raised with every change here; kernels/cpu.py refuses any other
+
 enum : int32_t { FASTFILL_F32 = 0, FASTFILL_BF16 = 1 };
 enum : int32_t { FASTFILL_SILU = 0, FASTFILL_GELU = 1, FASTFILL_GELU_TANH = 2, FASTFILL_RELU = 3 };
 enum : int32_t { FASTFILL_OK = 0, FASTFILL_BAD_RANGE = 1, FASTFILL_BAD_ORDER = 2, FASTFILL_NO_MEMORY = 3, FASTFILL_BAD_ISA = 4 };
 
-// y = init + (act(x @ gate[ids].T) * (x @ up[ids].T)) @ down_t[ids] per block. All row strides count elements; the
-// stride along H is 1 everywhere. Block n has tokens rows[n]..rows[n+1] and ids[id_offsets[n]..id_offsets[n+1]].
+// y = init + (act(x @ gate[ids].T + gate_bias[ids]) * (x @ up[ids].T + up_bias[ids])) @ down_t[ids] per block. All row
+// strides count elements; the stride along H, and of the biases, is 1 everywhere. Block n has tokens rows[n]..rows[n+1] and ids[id_offsets[n]..id_offsets[n+1]].
 struct fastfill_call {
-  const void *x, *gate, *up, *down_t, *init;  // init may be null
+  const void *x, *gate, *up, *down_t, *gate_bias, *up_bias, *init;  // biases, of all neurons, and init may be null
   void *out;
   const void *ids;
   const int64_t *rows, *id_offsets;  // n_blocks + 1 each
@@ -48,6 +50,7 @@ struct fastfill_top_k_call {
   const char *isa;
 };
 
+FASTFILL_API int32_t fastfill_interface();                       // FASTFILL_INTERFACE, as the library was built
 FASTFILL_API int32_t fastfill_sparse_ffn(fastfill_call *call);
 FASTFILL_API int32_t fastfill_block_scores(const fastfill_low_rank_call *call);
 FASTFILL_API int32_t fastfill_compensate(const fastfill_low_rank_call *call);

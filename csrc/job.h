@@ -16,7 +16,7 @@ struct Block {           // tokens that share one selection; long blocks are cut
 };
 
 struct Job {
-  const char *x, *gate, *up, *down_t, *init;
+  const char *x, *gate, *up, *down_t, *gate_bias, *up_bias, *init;
   char *out;
   int64_t x_stride, gate_stride, up_stride, down_stride, init_stride, out_stride;  // bytes
   int32_t hidden, neurons, activation, threads;

@@ -91,7 +91,7 @@ struct Ffn {
   static constexpr int kMost = NN > N1 ? NN : N1;
   static_assert(NN % P == 0 && N1 % P == 0, "a tile of neurons holds whole units");
 
-  // ---- first half: h = act(x @ gate.T) * (x @ up.T) -------------------------------------------------------------
+  // ---- first half: h = act(x @ gate.T + gate_bias) * (x @ up.T + up_bias) -------------------------------------------------------------
 
   static size_t units(const Job &j) { return (j.hidden + P - 1) / P; }
   // One packed neuron: its gate row, then its up row; 64 bytes more so that rows do not share cache sets.
@@ -121,13 +121,17 @@ struct Ffn {
     }
   }
 
+  struct Start {  // where the sums of a tile's neurons start: at their biases, or at zero
+    float g[kMost] = {}, u[kMost] = {};
+  };
+
   // NT neurons by NV vectors of tokens; `up` is the way from a neuron's gate row to its up row.
   template <int NT, int NV>
-  static void gate_up_tile(const char *const *rows, uintptr_t up, size_t nu, const uint32_t *xp, int valid, int act,
-                           uint32_t *h, size_t h_stride) {
+  static void gate_up_tile(const char *const *rows, uintptr_t up, const Start &start, size_t nu, const uint32_t *xp,
+                           int valid, int act, uint32_t *h, size_t h_stride) {
     Vec g[NT][NV], u[NT][NV];
     for (int r = 0; r < NT; r++)
-      for (int v = 0; v < NV; v++) g[r][v] = u[r][v] = S::zero();
+      for (int v = 0; v < NV; v++) g[r][v] = S::all(start.g[r]), u[r][v] = S::all(start.u[r]);
     uintptr_t p[NT];
     for (int r = 0; r < NT; r++) p[r] = (uintptr_t)rows[r];
     for (uintptr_t i = 0; i < nu * 4; i += 4) {
@@ -201,22 +205,25 @@ struct Ffn {
         const int width = smaller(V * L, b.padded - t0);
         for (int i = from; i < to; i += nt) {
           const char *rows[kMost];
+          Start start;
           const int valid = smaller(nt, to - i);
           for (int r = 0; r < nt; r++) {
             const int at = i + smaller(r, valid - 1);
             const int32_t f = b.ids[at];
             rows[r] = direct ? j.gate + f * j.gate_stride
                              : f < f0 ? side + (at - from) * stride : scratch + (f - f0) * stride;
+            if (j.gate_bias) S::unpack(j.gate_bias + (size_t)f * S::kInBytes, 1, start.g + r);
+            if (j.up_bias) S::unpack(j.up_bias + (size_t)f * S::kInBytes, 1, start.u + r);
           }
           next_gate.advance(lines);
           next_up.advance(lines);
           uint32_t *h = j.h + b.h_at + (size_t)(i / P) * b.padded + t0;
           if (b.padded == L)
-            gate_up_tile<N1, 1>(rows, up, nu, xp, valid, j.activation, h, b.padded);
+            gate_up_tile<N1, 1>(rows, up, start, nu, xp, valid, j.activation, h, b.padded);
           else if (width == V * L)
-            gate_up_tile<NN, V>(rows, up, nu, xp, valid, j.activation, h, b.padded);
+            gate_up_tile<NN, V>(rows, up, start, nu, xp, valid, j.activation, h, b.padded);
           else
-            gate_up_narrow<V - 1>(width / L, rows, up, nu, xp, valid, j.activation, h, b.padded);
+            gate_up_narrow<V - 1>(width / L, rows, up, start, nu, xp, valid, j.activation, h, b.padded);
         }
         xp += nu * width;
       }
@@ -224,13 +231,13 @@ struct Ffn {
   }
 
   template <int NV>
-  static void gate_up_narrow(int nv, const char *const *rows, uintptr_t up, size_t nu, const uint32_t *xp, int valid,
-                             int act, uint32_t *h, size_t h_stride) {
+  static void gate_up_narrow(int nv, const char *const *rows, uintptr_t up, const Start &start, size_t nu,
+                             const uint32_t *xp, int valid, int act, uint32_t *h, size_t h_stride) {
     if constexpr (NV > 0) {
       if (nv == NV)
-        gate_up_tile<NN, NV>(rows, up, nu, xp, valid, act, h, h_stride);
+        gate_up_tile<NN, NV>(rows, up, start, nu, xp, valid, act, h, h_stride);
       else
-        gate_up_narrow<NV - 1>(nv, rows, up, nu, xp, valid, act, h, h_stride);
+        gate_up_narrow<NV - 1>(nv, rows, up, start, nu, xp, valid, act, h, h_stride);
     }
   }
 

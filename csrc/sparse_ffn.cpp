@@ -119,6 +119,7 @@ int32_t run(fastfill_call *call) {
   j.gate = static_cast<const char *>(call->gate), j.gate_stride = call->gate_stride * element;
   j.up = static_cast<const char *>(call->up), j.up_stride = call->up_stride * element;
   j.down_t = static_cast<const char *>(call->down_t), j.down_stride = call->down_stride * element;
+  j.gate_bias = static_cast<const char *>(call->gate_bias), j.up_bias = static_cast<const char *>(call->up_bias);
   j.init = static_cast<const char *>(call->init), j.init_stride = call->init_stride * element;
   j.out = static_cast<char *>(call->out), j.out_stride = call->out_stride * element;
   j.hidden = (int32_t)call->hidden, j.neurons = (int32_t)call->neurons, j.activation = call->activation;
@@ -168,6 +169,8 @@ int32_t run(fastfill_call *call) {
 
 }  // namespace
 }  // namespace fastfill
+
+FASTFILL_API int32_t fastfill_interface() { return FASTFILL_INTERFACE; }
 
 FASTFILL_API int32_t fastfill_sparse_ffn(fastfill_call *call) {
   try {

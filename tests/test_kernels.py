@@ -26,6 +26,8 @@ ACTS = {
     "relu": torch.relu,
 }
 
+BIASES = ("gate_bias", "up_bias")
+
 native = pytest.mark.skipif(not ISAS, reason=cpu.status() if not ISAS else "")
 
 
@@ -37,7 +39,7 @@ def kernel(request, monkeypatch):
     return name
 
 
-def problem(lengths, kept, hidden, neurons, dtype, seed=0, init=True):
+def problem(lengths, kept, hidden, neurons, dtype, seed=0, init=True, biases=False):
     """Random tensors with g, u and y of order one, and one random selection per block."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -46,7 +48,7 @@ def problem(lengths, kept, hidden, neurons, dtype, seed=0, init=True):
 
     tokens = sum(lengths)
     scale = hidden**-0.5 if hidden else 1.0
-    return {
+    p = {
         "x": randn(tokens, hidden).to(dtype),
         "gate": (randn(neurons, hidden) * scale).to(dtype),
         "up": (randn(neurons, hidden) * scale).to(dtype),
@@ -56,13 +58,15 @@ def problem(lengths, kept, hidden, neurons, dtype, seed=0, init=True):
         "id_offsets": torch.tensor([0, *kept]).cumsum(0),
         "init": randn(tokens, hidden).to(dtype) if init else None,
     }
+    return p | {name: randn(neurons).to(dtype) for name in BIASES if biases}
 
 
 def reference(p: dict, activation: str, rounds_between: bool) -> tuple[Tensor, Tensor]:
     """The op in fp64, and a bound for the error of each output element. With s = unit roundoff of the dtype
     (2^-24 fp32, 2^-9 bf16) and u = 2^-24 of the fp32 sums:
 
-    - g and v = x @ up.T are sums of H products: |dg| <= H u (|x| @ |gate|.T), likewise dv (Higham, gamma_n, n u << 1).
+    - g and v = x @ up.T are sums of H products: |dg| <= H u (|x| @ |gate|.T), likewise dv (Higham, gamma_n, n u << 1). A
+      bias is one summand more: (H + 1) u (|x| @ |gate|.T + |bias|).
     - h = act(g) v; the four activations have |act'| <= 1.13 and are computed to 16 u relative:
       |dh| <= 1.13 |dg| |v| + |act(g)| |dv| + 16 u |h|. A kernel that rounds g, v, act(g) to the dtype in between
       (torch in bf16) adds s (1.13 |g v| + 2 |h|).
@@ -77,15 +81,16 @@ def reference(p: dict, activation: str, rounds_between: bool) -> tuple[Tensor, T
     x, gate, up, down = (p[name].double() for name in ("x", "gate", "up", "down_t"))
     s = torch.finfo(p["x"].dtype).eps / 2
     u = 2.0**-24
-    hidden = x.shape[1]
+    b_gate, b_up = (p[name].double() if p.get(name) is not None else gate.new_zeros(len(gate)) for name in BIASES)
+    terms = x.shape[1] + any(p.get(name) is not None for name in BIASES)
     y = torch.zeros_like(x) if p["init"] is None else p["init"].double()
     bound = torch.zeros_like(x)
     for n in range(len(p["rows"]) - 1):
         t = slice(int(p["rows"][n]), int(p["rows"][n + 1]))
         i = p["ids"][int(p["id_offsets"][n]) : int(p["id_offsets"][n + 1])].long()
         xb, d, init = x[t], down[i], y[t].clone()
-        g, v = xb @ gate[i].T, xb @ up[i].T
-        dg, dv = (hidden * u * (xb.abs() @ w[i].abs().T) for w in (gate, up))
+        g, v = (xb @ w[i].T + b[i] for w, b in ((gate, b_gate), (up, b_up)))
+        dg, dv = (terms * u * (xb.abs() @ w[i].abs().T + b[i].abs()) for w, b in ((gate, b_gate), (up, b_up)))
         a = ACTS[activation](g)
         h = a * v
         dh = 1.13 * dg * v.abs() + a.abs() * dv + dg * dv + 16 * u * h.abs()
@@ -147,7 +152,8 @@ def problems(draw):
     lengths = draw(st.lists(st.integers(0, 70), min_size=n, max_size=n))
     kept = draw(st.lists(st.one_of(st.integers(0, neurons), st.just(neurons)), min_size=n, max_size=n))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    return problem(lengths, kept, draw(st.integers(1, 140)), neurons, dtype, draw(st.integers(0, 9)), draw(st.booleans()))
+    p = problem(lengths, kept, draw(st.integers(1, 140)), neurons, dtype, draw(st.integers(0, 9)), draw(st.booleans()), True)
+    return p | {name: None for name in BIASES if draw(st.booleans())}
 
 
 @settings(max_examples=120, deadline=None)
@@ -182,6 +188,25 @@ def test_mutants(kernel, kept, dtype):
     assert excess(y, p, kernel=kernel) > 1
     swapped = torch.cat([p["ids"][kept:], p["ids"][:kept]])
     assert excess(run(p, kernel=kernel, ids=swapped), p, kernel=kernel) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"H{s[2]}-F{s[3]}-N{len(s[0])}")
+def test_biases(kernel, shape, dtype):
+    """Of gate and up, together and alone; no bias is a bias of zero, and where a bias is forgotten or of the next neuron the
+    bound sees it."""
+    p = problem(*shape, dtype, biases=True)
+    assert excess(run(p, kernel=kernel), p, kernel=kernel) <= 1
+    for name in BIASES:
+        alone = p | {name: None}
+        assert excess(run(alone, kernel=kernel), alone, kernel=kernel) <= 1
+        zero = run(p, kernel=kernel, **{name: torch.zeros_like(p[name])})
+        assert torch.equal(zero, run(alone, kernel=kernel))
+        if sum(shape[0]) * shape[3] > 100:
+            assert excess(run(alone, kernel=kernel), p, kernel=kernel) > 1
+            assert excess(run(p, kernel=kernel, **{name: p[name].roll(1)}), p, kernel=kernel) > 1
+    apart = {name: torch.stack([p[name]] * 2, 1)[:, 0] for name in BIASES}
+    assert torch.equal(run(p, kernel=kernel, **apart), run(p, kernel=kernel))
 
 
 def test_equal_blocks_form(kernel):
@@ -390,6 +415,10 @@ def test_bad_input_is_refused(kernel):
         (dict(x=p["x"][:, :7]), r"gate must be \(F, 7\)"),
         (dict(up=p["up"][:19]), "up must be"),
         (dict(init=p["init"][:5]), "init must be"),
+        (dict(gate_bias=p["x"][0]), r"gate_bias must be \(20,\) like the rows of gate"),
+        (dict(up_bias=p["gate"][:, :1]), r"up_bias must be \(20,\)"),
+        (dict(up_bias=p["gate"][:, 0].bfloat16()), "up_bias is torch.bfloat16"),
+        (dict(gate_bias=p["gate"][:, 0].to("meta")), "gate_bias is torch.float32 on meta"),
         (dict(out=p["init"].double()), "out is torch.float64"),
         (dict(activation="tanh"), "there are silu, gelu"),
     ]
@@ -497,11 +526,22 @@ def test_without_library(monkeypatch):
         run(p, kernel="native")
 
 
-def test_gradients_take_the_torch_path():
-    p = problem([16], [30], 48, 100, torch.float32)
-    p["x"].requires_grad_()
+def test_a_library_of_another_interface_is_refused(monkeypatch):
+    class Older:  # the first interface had no number
+        def __init__(self, _):
+            pass
+
+    monkeypatch.setattr(cpu.ctypes, "CDLL", Older)
+    monkeypatch.setattr(cpu, "_library_file", lambda: Path("_native.so"))
+    assert "interface 1, not 2): install fastfill again" in cpu._load.__wrapped__()
+
+
+@pytest.mark.parametrize("name", ["x", "up_bias"])
+def test_gradients_take_the_torch_path(name):
+    p = problem([16], [30], 48, 100, torch.float32, biases=True)
+    p[name].requires_grad_()
     run(p).sum().backward()
-    assert p["x"].grad is not None
+    assert p[name].grad is not None
     if ISAS:
         with pytest.raises(ValueError, match="no gradient"):
             run(p, kernel="native")
@@ -509,8 +549,9 @@ def test_gradients_take_the_torch_path():
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in KERNELS}))
 def test_custom_op(name):
-    p = problem([16, 9], [30, 31], 48, 100, torch.float32)
-    args = (p["x"], p["gate"], p["up"], p["down_t"], p["ids"], p["rows"], p["id_offsets"], "silu", p["init"], name)
+    p = problem([16, 9], [30, 31], 48, 100, torch.float32, biases=True)
+    args = (p["x"], p["gate"], p["up"], p["down_t"], p["ids"], p["rows"], p["id_offsets"], "silu")
+    args = (*args, p["gate_bias"], p["up_bias"], p["init"], name)
     torch.library.opcheck(kernels._op, args)
     graphs = []
 

@@ -11,7 +11,7 @@ import torch
 from conftest import PREFILL, tiny_artifact, tiny_model, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import ACTS, excess, problem, problems, reference, run
+from test_kernels import ACTS, BIASES, excess, problem, problems, reference, run
 from test_kernels_scores import compensate_excess, mutants, scores_excess
 from test_kernels_scores import problem as low_rank_problem
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,10 +95,14 @@ def test_sweep(p, narrow_ids):
 @every_dtype
 @pytest.mark.parametrize("kept", [20, 150])
 def test_mutants(kept, dtype):
-    """The bound sees one wrong id, one neuron dropped, and a neighbour's selection."""
-    p = problem([32, 32], [kept, kept], 64, 300, dtype)
+    """The bound sees one wrong id, one neuron dropped, a neighbour's selection, and a bias that is forgotten or of another
+    neuron."""
+    p = problem([32, 32], [kept, kept], 64, 300, dtype, biases=True)
     ids = p["ids"]
     assert error(p) <= 1
+    for name in BIASES:
+        assert error(p, **{name: None}) > 1
+        assert error(p, **{name: p[name].roll(1)}) > 1
     off = ids.clone()
     at = next(i for i in range(kept - 1) if off[i] + 1 < off[i + 1])
     off[at] += 1
@@ -354,15 +358,18 @@ def build(kernel, pointers, integers, constants, warps, stages):
 def size(tile):
     return {"TOKENS": tile.tokens, "COLUMNS": tile.columns, "DEPTH": tile.depth, "PRECISION": "ieee", "PADDING": gpu.PAD}
 
+NO_BIASES = dict(gate_bias=None, up_bias=None)
 p, i32, f32 = "*" + dtype, "*i32", "*fp32"
 for longest in (32, 64, 128):
     ups, downs = gpu.candidates(arch, TORCH[dtype], longest)
     if len(sys.argv) > 3:
         ups, downs = ups[:1], downs[:1]
     for t in ups:
-        build(gpu._up_half, dict(x=p, gate=p, up=p, h=p, ids=i32, tiles=i32, groups=i32),
-              {"x_stride", "gate_stride", "up_stride", "hidden", "neurons"},
-              size(t) | dict(GROUPS=16, ACTIVATION="silu", WHOLE=True), t.warps, t.stages)
+        for biases in ({}, dict(gate_bias=p, up_bias=p)):
+            t = gpu.biased(t) if biases else t
+            build(gpu._up_half, dict(x=p, gate=p, up=p, h=p, ids=i32, tiles=i32, groups=i32) | biases,
+                  {"x_stride", "gate_stride", "up_stride", "hidden", "neurons"},
+                  size(t) | dict(GROUPS=16, ACTIVATION="silu", WHOLE=True) | ({} if biases else NO_BIASES), t.warps, t.stages)
     for t in downs:
         build(gpu._down_half, dict(h=p, down_t=p, init=p, out=p, ids=i32, tiles=i32),
               {"n_tiles", "down_stride", "init_stride", "out_stride", "hidden", "neurons"},

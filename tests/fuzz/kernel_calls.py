@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_kernels import ACTS, KERNELS, excess, problem
+from test_kernels import ACTS, BIASES, KERNELS, excess, problem
 
 from fastfill import kernels
 from fuzz import bed
 
-NAMES = ("x", "gate", "up", "down_t", "ids", "rows", "id_offsets", "init")
+NAMES = ("x", "gate", "up", "down_t", "ids", "rows", "id_offsets", *BIASES, "init")
 NUMBERS = (0, -1, 1, 2**31 - 1, -(2**31), 2**62)
 
 
@@ -29,8 +29,9 @@ def world(_: Path) -> bed.World:
         kept = [rng.randrange(neurons + 1) for _ in range(blocks)]
         dtype = rng.choice((torch.float32, torch.bfloat16))
         given: dict[str, Any] = problem(
-            lengths or [0], kept or [0], hidden, neurons, dtype, rng.randrange(2**31), rng.random() < 0.7
+            lengths or [0], kept or [0], hidden, neurons, dtype, rng.randrange(2**31), rng.random() < 0.7, True
         )
+        given |= {name: None for name in BIASES if rng.random() < 0.5}
         activation = rng.choice(sorted(ACTS))
         what = "well formed"
         if rng.random() < 0.3:
@@ -67,7 +68,7 @@ def _whole(given: dict[str, Any]) -> dict[str, Any]:
 
 def _strided(rng: random.Random, given: dict[str, Any]) -> str:
     """The same values lying otherwise in memory."""
-    name = rng.choice(("x", "gate", "up", "down_t", "ids"))
+    name = rng.choice([name for name in ("x", "gate", "up", "down_t", "ids", *BIASES) if given[name] is not None])
     tensor, kind = given[name], rng.choice(("rows apart", "columns apart", "shifted", "transposed"))
     if tensor.dim() == 1 and kind in ("rows apart", "transposed"):
         kind = "shifted"
@@ -91,7 +92,8 @@ def _strided(rng: random.Random, given: dict[str, Any]) -> str:
 def _spoil(rng: random.Random, given: dict[str, Any]) -> str:
     """One argument made another: still a right call, or one that must be refused."""
     kind = rng.choice(("out", "out is init", "int32", "number", "shape", "type", "no rows", "order", "overlap", "expanded"))
-    x, ids, name = given["x"], given["ids"], rng.choice(NAMES[:-1])
+    x, ids = given["x"], given["ids"]
+    name = rng.choice([name for name in NAMES[:-1] if given[name] is not None])
     tensor = given[name]
     if kind == "out":
         given["out"] = torch.full_like(x, float("nan"))

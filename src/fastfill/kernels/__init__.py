@@ -238,13 +238,16 @@ def sparse_ffn(
     rows: Tensor | None = None,
     id_offsets: Tensor | None = None,
     activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
     init: Tensor | None = None,
     out: Tensor | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """FFN of ``N`` blocks of tokens, each with the neurons it keeps: per block
 
-    ``y = init + (act(x @ gate[ids].T) * (x @ up[ids].T)) @ down_t[ids]``, sums in fp32, result in the dtype of ``x``.
+    ``y = init + (act(x @ gate[ids].T + gate_bias[ids]) * (x @ up[ids].T + up_bias[ids])) @ down_t[ids]``, sums in fp32,
+    result in the dtype of ``x``.
 
     Args:
         x: ``(T, H)``, the tokens of all blocks one after the other.
@@ -254,6 +257,7 @@ def sparse_ffn(
             tokens.
         id_offsets: ``(N + 1,)`` int64 or int32 on the CPU, cumulative boundaries of the blocks in 1-D ``ids``.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
+        gate_bias, up_bias: ``(F,)`` in the dtype of ``x``, or None.
         init: ``(T, H)`` added to the result (the compensator's output), or None.
         out: ``(T, H)`` to write into, each element in a place of its own; may be ``init`` itself, must not overlap anything
             else that is read. None: a new tensor.
@@ -271,17 +275,17 @@ def sparse_ffn(
     call of the same layout has run.
     """
     if torch.compiler.is_compiling():  # one opaque node in the graph
-        y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, init, kernel)
+        y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, kernel)
         return y if out is None else out.copy_(y)
-    tensors = [t for t in (x, gate, up, down_t, init, out) if t is not None]
+    tensors = [t for t in (x, gate, up, down_t, gate_bias, up_bias, init, out) if t is not None]
     name = choose(kernel, x, grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    bounds, offsets = contract.check(x, gate, up, down_t, ids, rows, id_offsets, activation, init, out)
+    bounds, offsets = contract.check(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, out)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat = ids.reshape(-1)
     if name != "native" and (CHECK_IDS_ON_GPU or not ids.is_cuda):  # native checks them itself
         _check_ids(flat, offsets, gate.shape[0])
-    _ops(name).sparse_ffn(x, gate, up, down_t, flat, bounds, offsets, activation, init, out)
+    _ops(name).sparse_ffn(x, gate, up, down_t, flat, bounds, offsets, activation, gate_bias, up_bias, init, out)
     return out
 
 
@@ -295,17 +299,20 @@ def _op(
     rows: Tensor | None,
     id_offsets: Tensor | None,
     activation: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
     init: Tensor | None,
     kernel: str,
 ) -> Tensor:
     """`sparse_ffn` as a torch operator: no gradient, a new output."""
     return sparse_ffn(
-        x, gate, up, down_t, ids, rows=rows, id_offsets=id_offsets, activation=activation, init=init, kernel=kernel
-    )
+        x, gate, up, down_t, ids, rows=rows, id_offsets=id_offsets, activation=activation,
+        gate_bias=gate_bias, up_bias=up_bias, init=init, kernel=kernel,
+    )  # fmt: skip
 
 
 @_op.register_fake
-def _(x, gate, up, down_t, ids, rows, id_offsets, activation, init, kernel):
+def _(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, kernel):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -318,6 +325,10 @@ class Weights(Protocol):
     def up(self) -> Tensor: ...
     @property
     def activation(self) -> str: ...
+    @property
+    def gate_bias(self) -> Tensor | None: ...
+    @property
+    def up_bias(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -361,9 +372,11 @@ class Kernel:
             rows=rows,
             id_offsets=id_offsets,
             activation=ffn.activation,
+            gate_bias=ffn.gate_bias,
+            up_bias=ffn.up_bias,
             init=init,
             out=init,
-            kernel=self._for(x, ffn.gate, ffn.up, down_t, init),
+            kernel=self._for(x, ffn.gate, ffn.up, down_t, ffn.gate_bias, ffn.up_bias, init),
         )
 
 

@@ -67,6 +67,8 @@ def check(
     rows: Tensor | None,
     id_offsets: Tensor | None,
     activation: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
     init: Tensor | None,
     out: Tensor | None,
 ) -> tuple[list[int], list[int]]:
@@ -80,10 +82,14 @@ def check(
     for label, w in (("gate", gate), ("up", up), ("down_t", down_t)):
         if w.dim() != 2 or w.shape[1] != hidden or w.shape != gate.shape:
             raise ValueError(f"{label} must be (F, {hidden}) like gate, not {list(w.shape)} (gate: {list(gate.shape)})")
+    biases = {"gate_bias": gate_bias, "up_bias": up_bias}
+    for label, t in biases.items():
+        if t is not None and t.shape != gate.shape[:1]:
+            raise ValueError(f"{label} must be ({gate.shape[0]},) like the rows of gate, not {list(t.shape)}")
     for label, t in (("init", init), ("out", out)):
         if t is not None and t.shape != x.shape:
             raise ValueError(f"{label} must be {list(x.shape)} like x, not {list(t.shape)}")
-    for label, t in (("gate", gate), ("up", up), ("down_t", down_t), ("init", init), ("out", out)):
+    for label, t in (("gate", gate), ("up", up), ("down_t", down_t), *biases.items(), ("init", init), ("out", out)):
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             raise ValueError(f"{label} is {t.dtype} on {t.device}, but x is {x.dtype} on {x.device}")
     for label, w in (("gate", gate), ("up", up), ("down_t", down_t)):
@@ -107,9 +113,10 @@ def check(
         raise ValueError(f"{n_tokens} tokens do not make {n} equal blocks: give rows")
     else:
         bounds = [i * (n_tokens // n) for i in range(n + 1)]
-    check_memory(x=x, gate=gate, up=up, down_t=down_t, ids=ids, init=init, out=out)
+    check_memory(x=x, gate=gate, up=up, down_t=down_t, ids=ids, init=init, out=out, **biases)
     if out is not None:
-        check_out(out, init, {"x": x, "gate": gate, "up": up, "down_t": down_t, "ids": ids})
+        read = {"x": x, "gate": gate, "up": up, "down_t": down_t, "ids": ids, **biases}
+        check_out(out, init, {label: t for label, t in read.items() if t is not None})
     return bounds, offsets
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastfill.errors import UserError
 
+INTERFACE = 2  # FASTFILL_INTERFACE of csrc/fastfill.h
 ISA_VARIABLE = "FASTFILL_ISA"  # environment variable: name of the instruction set to run, for tests
 
 _ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/fastfill.h
@@ -27,7 +28,7 @@ class _Call(ctypes.Structure):
     """`fastfill_call` of csrc/fastfill.h, field by field."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "gate", "up", "down_t", "init", "out", "ids")),
+        *((name, c_void_p) for name in ("x", "gate", "up", "down_t", "gate_bias", "up_bias", "init", "out", "ids")),
         ("rows", POINTER(c_int64)),
         ("id_offsets", POINTER(c_int64)),
         *((f"{name}_stride", c_int64) for name in ("x", "gate", "up", "down", "init", "out")),
@@ -101,6 +102,9 @@ def _load() -> ctypes.CDLL | str:
         return "the native library was not built (no C++ compiler at install time): the slower torch path runs"
     try:
         lib = ctypes.CDLL(str(file))
+        built = lib.fastfill_interface() if hasattr(lib, "fastfill_interface") else 1
+        if built != INTERFACE:
+            return f"the native library is of another fastfill (interface {built}, not {INTERFACE}): install fastfill again"
         lib.fastfill_sparse_ffn.argtypes = [POINTER(_Call)]
         lib.fastfill_block_scores.argtypes = [POINTER(_LowRankCall)]
         lib.fastfill_compensate.argtypes = [POINTER(_LowRankCall)]
@@ -187,6 +191,8 @@ def sparse_ffn(
     rows: list[int],
     id_offsets: list[int],
     activation: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
     init: Tensor | None,
     out: Tensor,
 ) -> None:
@@ -194,6 +200,7 @@ def sparse_ffn(
     lib = _library()
     ids = ids.contiguous()
     x = _unit_rows(x)
+    gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
     init = None if init is None else _unit_rows(init)
     target = out if out.stride(1) == 1 or out.shape[1] == 1 else torch.empty(out.shape, dtype=out.dtype)
     n = len(rows)
@@ -202,6 +209,8 @@ def sparse_ffn(
         gate=gate.data_ptr(),
         up=up.data_ptr(),
         down_t=down_t.data_ptr(),
+        gate_bias=None if gate_bias is None else gate_bias.data_ptr(),
+        up_bias=None if up_bias is None else up_bias.data_ptr(),
         init=None if init is None else init.data_ptr(),
         out=target.data_ptr(),
         ids=ids.data_ptr(),

@@ -1,15 +1,15 @@
 """The ops in Triton, for CUDA. Imported on first use only: nothing else of the package needs Triton.
 
-The sparse FFN is two launches for all blocks of a prompt. `_up_half` computes ``h = act(x @ gate[ids].T) * (x @ up[ids].T)``
-and keeps only the chosen columns; `_down_half` computes ``init + h @ down_t[ids]``. Both read rows of the weights where
-they lie, by their ids. Programs that run side by side have the same tile of (sorted) ids of different blocks, so that rows
-which blocks share come from L2 and the weights are read from memory about once and not once per block.
+The sparse FFN is two launches for all blocks of a prompt. `_up_half` computes the chosen columns alone of
+``h = act(x @ gate.T + gate_bias) * (x @ up.T + up_bias)``; `_down_half` computes ``init + h @ down_t[ids]``. Both read rows
+of the weights where they lie, by their ids. Programs that run side by side have the same tile of (sorted) ids of different
+blocks, so that rows which blocks share come from L2 and the weights are read from memory about once and not once per block.
 
 Nothing here waits for the device. Where blocks begin and end comes from the CPU and is copied ahead, once per layout
 (`_layout`); ids stay on the device and are not checked: an id outside [0, F) is read as the nearest one inside.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -104,6 +104,12 @@ def tiles_for(arch: int, dtype: torch.dtype, longest: int) -> tuple[Tile, Tile]:
     return _tuned.get((arch, dtype, ups[0].tokens), (ups[0], downs[0]))
 
 
+def biased(tile: Tile) -> Tile:
+    """The tile of `_up_half` for an FFN with biases: 4 warps of 128 tokens have no register left for them (A100: 254 of 255
+    taken)."""
+    return replace(tile, warps=8) if tile.tokens == 128 else tile
+
+
 def arch_of(device: torch.device) -> int:
     """Compute capability as one number, 90 for 9.0; 0 in the interpreter."""
     if INTERPRETED:
@@ -133,8 +139,15 @@ def _activate(g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _neuron(ids, n, kept, neurons):
+    """The n-th of a block's ids; beyond the last of them the last, and outside [0, F) the nearest inside."""
+    neuron = tl.load(ids + tl.minimum(n, kept - 1)).to(tl.int64)
+    return tl.minimum(tl.maximum(neuron, 0), neurons - 1)
+
+
+@triton.jit
 def _up_half(
-    x, gate, up, h, ids, tiles, groups, x_stride, gate_stride, up_stride, hidden, neurons,
+    x, gate, up, gate_bias, up_bias, h, ids, tiles, groups, x_stride, gate_stride, up_stride, hidden, neurons,
     GROUPS: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, PADDING: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -152,8 +165,7 @@ def _up_half(
     m, k = tl.arange(0, TOKENS), tl.arange(0, DEPTH)
     n = inside // count * COLUMNS + tl.arange(0, COLUMNS)
     # Beyond the block's tokens and neurons the last one is read again: no mask in the loop, and nothing foreign is touched.
-    neuron = tl.load(ids + first + tl.minimum(n, kept - 1)).to(tl.int64)
-    neuron = tl.minimum(tl.maximum(neuron, 0), neurons - 1)
+    neuron = _neuron(ids + first, n, kept, neurons)
     x += (row + tl.minimum(m, length - 1)).to(tl.int64)[:, None] * x_stride + k[None, :]
     gate += neuron[None, :] * gate_stride + k[:, None]
     up += neuron[None, :] * up_stride + k[:, None]
@@ -172,6 +184,10 @@ def _up_half(
         x += DEPTH
         gate += DEPTH
         up += DEPTH
+    if gate_bias is not None:  # behind the loop: before it, the largest tile spills
+        g += tl.load(gate_bias + _neuron(ids + first, n, kept, neurons)).to(tl.float32)[None, :]
+    if up_bias is not None:
+        u += tl.load(up_bias + _neuron(ids + first, n, kept, neurons)).to(tl.float32)[None, :]
     out = tl.where((n < kept)[None, :], _activate(g, ACTIVATION) * u, 0.0)  # the padding is multiplied in `_down_half`
     mask = (m < length)[:, None] & (n < wide)[None, :]
     tl.store(h + m.to(tl.int64)[:, None] * wide + n[None, :], out.to(h.dtype.element_ty), mask=mask)
@@ -201,8 +217,7 @@ def _down_half(
     down_t += n[None, :]
     y = tl.zeros((TOKENS, COLUMNS), tl.float32)
     for at in range(0, wide, DEPTH):
-        neuron = tl.load(ids + first + tl.minimum(at + k, kept - 1)).to(tl.int64)
-        neuron = tl.minimum(tl.maximum(neuron, 0), neurons - 1)
+        neuron = _neuron(ids + first, at + k, kept, neurons)
         a = tl.load(h + at)
         if WHOLE:
             b = tl.load(down_t + neuron[:, None] * down_stride)
@@ -280,6 +295,8 @@ def sparse_ffn(
     rows: list[int],
     id_offsets: list[int],
     activation: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
     init: Tensor | None,
     out: Tensor,
 ) -> None:
@@ -289,10 +306,13 @@ def sparse_ffn(
         return
     neurons = gate.shape[0]
     x, init = _unit_rows(x), None if init is None else _unit_rows(init)
+    gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
     inner = torch.float32 if INTERPRETED else x.dtype  # the interpreter cuts bits off where it should round to bf16
     target = out if out.stride(1) == 1 and out.dtype == inner else torch.empty_like(x, dtype=inner)
     longest = max(b - a for a, b in pairwise(rows))
     first, second = tiles_for(arch_of(x.device), x.dtype, longest)
+    if gate_bias is not None or up_bias is not None:
+        first = biased(first)
     group = _group(x.device, first, hidden * x.element_size())
     layout = _layout(tuple(rows), tuple(id_offsets), first, group, x.device)
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -302,7 +322,8 @@ def sparse_ffn(
     with torch.cuda.device_of(x):
         if layout.programs:
             _up_half[(layout.programs,)](
-                x, gate, up, h, ids, layout.tiles, layout.groups, x.stride(0), gate.stride(0), up.stride(0), hidden, neurons,
+                x, gate, up, gate_bias, up_bias, h, ids, layout.tiles, layout.groups,
+                x.stride(0), gate.stride(0), up.stride(0), hidden, neurons,
                 GROUPS=layout.groups.shape[1], ACTIVATION=activation, WHOLE=hidden % first.depth == 0, **_sizes(first),
             )  # fmt: skip
         _down_half[(n_tiles * -(-hidden // second.columns),)](

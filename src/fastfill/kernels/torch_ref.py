@@ -29,10 +29,13 @@ def sparse_ffn(
     rows: list[int],
     id_offsets: list[int],
     activation: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
     init: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Write ``init + (act(x @ gate[ids].T) * (x @ up[ids].T)) @ down_t[ids]`` into ``out``, block by block.
+    """Write ``init + (act(x @ gate[ids].T + gate_bias[ids]) * (x @ up[ids].T + up_bias[ids])) @ down_t[ids]`` into ``out``,
+    block by block.
 
     Shapes as in `fastfill.kernels.sparse_ffn`; here ``ids`` is 1-D and ``rows``, ``id_offsets`` are lists of ``N + 1``.
     """
@@ -41,11 +44,12 @@ def sparse_ffn(
         tokens = slice(rows[n], rows[n + 1])
         kept = ids[id_offsets[n] : id_offsets[n + 1]]
         xb = x[tokens]
-        gate_k, up_k, down_k = gate, up, down_t
+        gate_k, up_k, down_k, b, c = gate, up, down_t, gate_bias, up_bias
         if len(kept) < len(gate):
             # index_select copies whole rows: 13.5 ms where gate[kept] takes 25 (576 x 1536, 31 blocks of 64, half).
             gate_k, up_k, down_k = (weight.index_select(0, kept) for weight in (gate, up, down_t))
-        y = (act(F.linear(xb, gate_k)) * F.linear(xb, up_k)) @ down_k
+            b, c = (None if bias is None else bias.index_select(0, kept) for bias in (gate_bias, up_bias))
+        y = (act(F.linear(xb, gate_k, b)) * F.linear(xb, up_k, c)) @ down_k
         out[tokens] = y if init is None else y + init[tokens]
 
 
