@@ -198,7 +198,7 @@ time.sleep(60)
             break
         time.sleep(0.05)
     else:
-        pytest.fail("the child of a peer that was ended still runs")
+        pytest.fail("the child of an engine that was ended still runs")
 
 
 def test_the_first_prompt_of_each_length_is_warm_up(monkeypatch):
@@ -211,7 +211,7 @@ def test_the_first_prompt_of_each_length_is_warm_up(monkeypatch):
     assert compare._answer("1.0", "bfloat16", JOB, read)["ttft_s"] == {"20": [1.0, 2.0], "45": [3.0, 5.0]}
 
 
-def test_peers_see_our_device_only(monkeypatch):
+def test_other_engines_see_our_device_only(monkeypatch):
     def visible(device, before=""):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
         return compare._environment(compare.Job(**{**vars(JOB), "device": device}))["CUDA_VISIBLE_DEVICES"]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import LAYERS, one_sentence, tiny_artifact, tiny_text
 
-from fastfill import attach, cli
+from fastfill import attach, cli, models
 from fastfill.errors import UserError
 from fastfill.lab import metrics, ruler, tasks
 from fastfill.lab.tasks import TASKS, Task
@@ -43,6 +43,17 @@ KEYS = {  # of the document that is stored, which others read
     | READ,
     "peers": TABLE | DOCUMENTS | {"calibration", "calibration_tokens"},
     "pareto": TABLE | DOCUMENTS | {"repeats"},
+}
+SHARED = {"fastfill", "task", "model", "artifact", "dtype", "device", "sparsity", "block_size", "dense_head", "min_tokens"}
+SHARED |= {"dense_tail", "kept", "kernel", "predictor", "compensator", "items"}
+SETTINGS = {  # beside SHARED: what two runs of a task must share to be one; another set would refuse runs of before
+    "perplexity": {"continuation"},
+    "longbench": {"score", "chinese_words"},
+    "ruler": {"score"},
+    "suite": {"score"},
+    "recall": set(),
+    "peers": {"continuation", "calibration", "seed"},
+    "pareto": {"continuation", "prompt_tokens", "repeats", "seed", "cpu", "threads"},
 }
 NEEDLES = [f"{task}@300-450" for task in (*ruler.NEEDLES, "vt")]
 
@@ -149,10 +160,12 @@ def test_the_command_and_python_measure_the_same(name, folder, base, capsys, mod
     result = json.loads(document)
     assert result.keys() == HEAD | KEYS[name] and result["task"] == name and max(map(len, table)) <= 80
     assert result.get("resumed", 0) == 0 and result.get("sparse_tokens", 1) > 0
+    assert result.get("max_prompt_tokens") == getattr(task, "max_prompt_tokens", None)
     with attach(model, tiny_artifact(model)) as attached:
         found = task.run(attached, tokenizer)
         assert untimed({**found, "model": result["model"]}) == untimed(result)
         if items:  # a run of the command goes on from Python, and tells the same in a table
+            assert json.loads((folder / "out" / "settings.json").read_text()).keys() == SHARED | SETTINGS[name]
             again = task.run(attached, tokenizer, out="out")
             assert again == {**result, "resumed": items, "model": "tiny"}
             again["model"] = result["model"]
@@ -185,13 +198,23 @@ def test_what_tasks_say(folder, base, capsys):
         assert [line["dataset"] for line in result["datasets"]] == names
     result, captured = measured("longbench", *short, "--max-prompt-tokens", "15")
     assert result["sparse_tokens"] == 0 and "all prompts stayed dense, as those under 16 tokens do" in captured.err
-    assert measured("picks")[0]["document"] == "demo_document.txt"
+    whole, bare = (measured("longbench", *short, "--datasets", "hotpotqa", *more)[0] for more in ([], ["--no-chat"]))
+    assert (whole["chat"], bare["chat"]) == (True, False) and whole["prompt_tokens"] == bare["prompt_tokens"] + 3
+    sets = ["--datasets", "niah_single,vt"]
+    made = [measured("ruler", *short[2:], "--lengths", "300", *sets, "--seed", seed, "--out", f"made{seed}") for seed in "01"]
+    assert [result["seed"] for result, _ in made] == [0, 1]
+    first, second = (json.loads((folder / f"made{seed}" / "settings.json").read_text())["items"] for seed in "01")
+    assert first != second
+    result, _ = measured("picks")
+    assert (result["document"], result["tokens"]) == ("demo_document.txt", 512)  # all that the model holds
     common = ["--data", "text.jsonl", "--limit", "1", "--tokens", "64", "--continuation", "16"]
     result, captured = measured("peers", *common)
     assert result["calibration"] == ["demo_document.txt"] and len(result["rows"]) == 16
     assert all(name in captured.out for name in ("GRIFFIN-like", "CATS-like", "TEAL-like", "POP-like", "learned"))
-    result, _ = measured("pareto", *common, "--sparsities", "0.5", "--methods", "static", "--prompt-tokens", "64")
-    assert [line["method"] for line in result["rows"]] == ["dense", "static"] and result["repeats"] == 3
+    plain = ["--sparsities", "0.5", "--methods", "static", "--prompt-tokens", "64"]
+    found = [measured("pareto", *common, *plain, *more)[0] for more in ([], ["--no-compensator"])]
+    assert [result["compensator"] for result in found] == [True, False] and found[0]["repeats"] == 3
+    assert [line["method"] for line in found[0]["rows"]] == ["dense", "static"] and found[0]["rows"][1] != found[1]["rows"][1]
 
 
 def test_items_may_be_given(folder, model, tokenizer):
@@ -285,7 +308,9 @@ TEXT = "--data text.jsonl --tokens 64 --continuation 16"
         ("pareto --repeats 0", "--repeats must be"),
     ],
 )
-def test_options_that_do_not_fit(capsys, folder, base, words, sentence):
+def test_options_that_do_not_fit(capsys, monkeypatch, folder, base, words, sentence):
+    if not any(word in sentence for word in ("model holds", "512 tokens", "too short", "above 0", "--engine vllm")):
+        monkeypatch.setattr(models, "load", lambda *_: pytest.fail("it could be told before the model was loaded"))
     assert cli.main([*base, "--task", *words.split()]) == 2
     err = capsys.readouterr().err
     assert sentence in err and len(err.splitlines()) == 1

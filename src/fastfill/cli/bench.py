@@ -114,7 +114,7 @@ def _compare(arguments: argparse.Namespace, result: dict[str, Any], vocabulary: 
     from fastfill.lab import compare
 
     gc.collect()
-    torch.cuda.empty_cache()  # a peer on the same GPU finds its memory free; does nothing without one
+    torch.cuda.empty_cache()  # another engine on the same GPU finds its memory free; does nothing without one
     gguf = models.gguf_file(arguments.model)
     return compare.compare(
         compare.Job(

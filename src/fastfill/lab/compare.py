@@ -3,7 +3,7 @@
 Each runs in a process of its own, one after the other, with as many threads as we had, so that no two thread pools
 compete. What is not installed or fails is listed with its reason. The inside of such a process is
 
-    python -m fastfill.lab.compare PEER ANSWER
+    python -m fastfill.lab.compare MODULE ANSWER
 
 with a `Job` as JSON on stdin; it writes what it measured to the file ANSWER.
 """
@@ -51,17 +51,17 @@ class Job:
 
 
 class _Skipped(Exception):
-    """Why a peer was not measured, as half a sentence."""
+    """Why an engine was not measured, as half a sentence."""
 
 
 def compare(job: Job) -> list[dict[str, Any]]:
-    """{"name", "version", "weights", "prompt_tokens", "ttft_s"} (medians) for every peer and length, and {"name", "version",
-    "skipped"} with the reason for a peer that is missing or fails. weights: the precision, or the GGUF file."""
+    """{"name", "version", "weights", "prompt_tokens", "ttft_s"} (medians) for every engine and length, and {"name", "version",
+    "skipped"} with the reason for one that is missing or fails. weights: the precision, or the GGUF file."""
     from fastfill.progress import stage
 
     rows = []
-    with stage("other engines", len(PEERS)) as bar:
-        for name, measure in PEERS.items():
+    with stage("other engines", len(OTHERS)) as bar:
+        for name, measure in OTHERS.items():
             bar.step(0, name)
             try:
                 found = measure(job)
@@ -127,7 +127,7 @@ def _llama_bench(job: Job) -> dict[str, Any]:
     }
 
 
-PEERS: dict[str, Callable[[Job], dict[str, Any]]] = {
+OTHERS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "vLLM": _vllm,
     "llama-cpp-python": _llama_cpp,
     "llama-bench": _llama_bench,
@@ -240,8 +240,8 @@ def _inside_llama_cpp(job: Job) -> dict[str, Any]:
 
 
 def main() -> None:
-    peer, answer = sys.argv[1:]
-    inside = {"vllm": _inside_vllm, "llama_cpp": _inside_llama_cpp}[peer]
+    module, answer = sys.argv[1:]
+    inside = {"vllm": _inside_vllm, "llama_cpp": _inside_llama_cpp}[module]
     Path(answer).write_text(json.dumps(inside(Job(**json.load(sys.stdin)))))
 
 
