@@ -12,6 +12,7 @@ from conftest import BLOCK, logits, tiny_artifact, tiny_model, token_ids
 
 from fastfill import attach
 from fastfill.engines import transformers as engine
+from fastfill.engines.transformers import TransformersEngine
 from fastfill.lab import likelihood, metrics, runner
 from fastfill.lab.example import Example
 
@@ -26,6 +27,10 @@ def example(*golds, tokens=T, new=6, seed=0):
 
 def gold(length, seed=1):
     return token_ids(length, seed=seed)
+
+
+def read(attachment, tokenizer, *rest):
+    return runner.answer(TransformersEngine(attachment, "tiny"), tokenizer, *rest)
 
 
 def forced(model, prompt, answer, off=0):
@@ -43,7 +48,7 @@ def forced(model, prompt, answer, off=0):
 def test_without_sparsity_it_is_a_plain_forwards_log_softmax(tokenizer, family, length):
     model, answer = tiny_model(family, dtype=torch.float64), gold(length)
     with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
-        row = runner.answer(attachment, tokenizer, example(answer), "likelihood")
+        row = read(attachment, tokenizer, example(answer), "likelihood")
     want = -forced(model, example().ids, answer)
     # Sums of fewer than 100 terms per value, each to 2**-53, through three layers of order one: far below 1e-10.
     assert row["nll_dense"] == pytest.approx(want, rel=1e-10)
@@ -57,7 +62,7 @@ def test_in_fp32_too(tokenizer):
     """Three layers of fp32 sums of at most 96 terms: errors of some 1e-6 of values of order one, 1e-4 is generous."""
     model, answer = tiny_model(), gold(20)
     with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
-        row = runner.answer(attachment, tokenizer, example(answer), "likelihood")
+        row = read(attachment, tokenizer, example(answer), "likelihood")
     assert row["nll_dense"] == pytest.approx(-forced(model, example().ids, answer), rel=1e-4)
 
 
@@ -70,7 +75,7 @@ def test_a_sparse_prompt_then_token_by_token_as_decoding(exact_model, tokenizer,
     model, answer = exact_model, gold(length)
     prompt = example().ids
     with attach(model, tiny_artifact(model)) as attachment:
-        row = runner.answer(attachment, tokenizer, example(answer), "likelihood")
+        row = read(attachment, tokenizer, example(answer), "likelihood")
         assert (row["sparse_tokens"], row["dense_tokens"]) == (4 * BLOCK, T - 4 * BLOCK + length - 1)
         with torch.no_grad():
             out = model(input_ids=prompt, use_cache=True)
@@ -89,9 +94,9 @@ def test_of_several_answers_the_one_most_likely_after_the_dense_prompt(exact_mod
     with attach(model, tiny_artifact(model)) as attachment:
         for seed in range(20):
             one = example(gold(3, seed=50 + seed), gold(3, seed=90 + seed), seed=seed)
-            row = runner.answer(attachment, tokenizer, one, "likelihood")
+            row = read(attachment, tokenizer, one, "likelihood")
             dense = [-forced(plain, one.ids, answer) for answer in one.golds]
-            rows = [runner.answer(attachment, tokenizer, example(answer, seed=seed), "likelihood") for answer in one.golds]
+            rows = [read(attachment, tokenizer, example(answer, seed=seed), "likelihood") for answer in one.golds]
             best = dense.index(min(dense))
             assert row["gold"] == tokenizer.decode(one.golds[best]) and row["nll_dense"] == pytest.approx(dense[best], rel=1e-9)
             assert row["nll_sparse"] == rows[best]["nll_sparse"]
@@ -103,9 +108,11 @@ def test_of_several_answers_the_one_most_likely_after_the_dense_prompt(exact_mod
 def test_scoring_leaves_the_written_answer_as_it_was(exact_model, tokenizer):
     model = exact_model
     with attach(model, tiny_artifact(model)) as attachment:
-        both = runner.answer(attachment, tokenizer, example(gold(7), gold(40, seed=3)))
-        texts = runner.answer(attachment, tokenizer, example(gold(7), gold(40, seed=3)), "answers")
-        alone = runner.answer(attachment, tokenizer, example(gold(7), gold(40, seed=3)), "likelihood")
+        both = read(attachment, tokenizer, example(gold(7), gold(40, seed=3)))
+        texts = read(attachment, tokenizer, example(gold(7), gold(40, seed=3)), "answers")
+        alone = runner.answer(
+            TransformersEngine(attachment, "tiny"), tokenizer, example(gold(7), gold(40, seed=3)), "likelihood"
+        )
         sparse = tokenizer.decode(engine.generate(model, example().ids, 6), skip_special_tokens=True)
     dense = tokenizer.decode(engine.generate(model, example().ids, 6), skip_special_tokens=True)
     assert (both["dense"], both["sparse"]) == (texts["dense"], texts["sparse"]) == (dense, sparse)
@@ -127,7 +134,7 @@ def test_logits_are_only_taken_where_they_are_needed(model, tokenizer):
     rows = []
     model.get_output_embeddings().register_forward_hook(lambda _module, inputs, _out: rows.append(inputs[0].shape[:-1].numel()))
     with attach(model, tiny_artifact(model)) as attachment:
-        runner.answer(attachment, tokenizer, example(gold(2 * likelihood.CHUNK + 1), tokens=300))
+        read(attachment, tokenizer, example(gold(2 * likelihood.CHUNK + 1), tokens=300))
     assert max(rows) == likelihood.CHUNK
     assert sum(rows) == 2 * 6 + 3 * (2 * likelihood.CHUNK + 1)  # written twice; chosen, compared with both
 
@@ -138,7 +145,7 @@ def test_logits_are_only_taken_where_they_are_needed(model, tokenizer):
 def test_sums_by_hand():
     """Two tokens, three words. First: dense (1/2, 1/4, 1/4), sparse (1/4, 1/2, 1/4), right is word 0. Then both the same."""
     head = torch.nn.Identity()
-    model = SimpleNamespace(get_output_embeddings=lambda: head, device="cpu")
+    model = SimpleNamespace(get_output_embeddings=lambda: head, device="cpu", config=None)
     dense = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]], dtype=torch.float64).log()
     sparse = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.7, 0.1]], dtype=torch.float64).log()
     answer = torch.tensor([0, 2])

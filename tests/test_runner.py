@@ -13,6 +13,7 @@ from conftest import BLOCK, one_sentence, snapshot, tiny_artifact, tiny_model, t
 
 from fastfill import attach
 from fastfill.engines import transformers as engine
+from fastfill.engines.transformers import TransformersEngine
 from fastfill.errors import UserError
 from fastfill.lab import metrics, resume, runner
 from fastfill.lab.baselines import named
@@ -39,7 +40,7 @@ def examples(count=4, tokens=45):
 def attached(model):
     artifact = tiny_artifact(model)
     with attach(model, artifact) as attachment:
-        yield attachment, artifact
+        yield TransformersEngine(attachment, "tiny"), artifact
 
 
 def settings(attached, made, **more):
@@ -62,7 +63,7 @@ def test_dense_is_dense_and_sparse_is_a_sparse_prefill_with_dense_decode(attache
 
 def test_at_sparsity_zero_everything_is_recovered(model, tokenizer):
     with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
-        result = runner.run(attachment, tokenizer, examples(), Store(None, {}))
+        result = runner.run(TransformersEngine(attachment, "tiny"), tokenizer, examples(), Store(None, {}))
     assert result["same_answers"] == result["examples"] == 4 and result["sparse_tokens"] == 0
     assert all(line["dense"] == line["sparse"] for line in result["datasets"])
 
@@ -171,14 +172,15 @@ def test_sets_are_listed_as_they_came_whatever_is_read_first(attached, tokenizer
 
 def test_without_sparsity_the_likelihood_is_the_same_to_the_bit(model, tokenizer):
     with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
-        result = runner.run(attachment, tokenizer, with_golds(), Store(None, {}), score="likelihood")
+        made = TransformersEngine(attachment, "tiny")
+        result = runner.run(made, tokenizer, with_golds(), Store(None, {}), score="likelihood")
     found = result["likelihood"]
     assert (found["loss"], found["interval"], found["kl"], found["first_token_agreement"]) == (0, [0, 0], 0, 1)
 
 
 def test_an_engine_without_hidden_states_writes_answers_alone(attached, tokenizer):
     attachment, _ = attached
-    engine_like = SimpleNamespace(model=attachment.model, dense=attachment.dense, stats=attachment.stats)
+    engine_like = SimpleNamespace(generate=attachment.generate, dense=attachment.dense, stats=attachment.stats)
     made = with_golds(2)
     for score in ("both", "likelihood"):
         with pytest.raises(UserError, match="needs --engine transformers"):
@@ -249,9 +251,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(attached, tokenizer, tmp_path, m
 def test_other_settings_are_refused(model, tmp_path, change, word):
     artifact, made = tiny_artifact(model), examples()
     with attach(model, artifact) as attachment:
-        Store(tmp_path, settings((attachment, artifact), made))
+        Store(tmp_path, settings((TransformersEngine(attachment, "tiny"), artifact), made))
     with attach(model, artifact, **change(model)) as attachment, pytest.raises(UserError, match=word) as error:
-        Store(tmp_path, settings((attachment, artifact), made))
+        Store(tmp_path, settings((TransformersEngine(attachment, "tiny"), artifact), made))
     assert "give another --out" in one_sentence(error)
 
 

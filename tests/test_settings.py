@@ -29,7 +29,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "MODEL", "--artifact", "ARTIFACT", "--data", "TEXT"),
     "serve": ("serve", "MODEL", "--artifact", "ARTIFACT"),
 }
-SINKS = ("attachment.attach", "calibration.calibrate", "engines.transformers.bench", "engines.vllm.bench", "engines.vllm.serve")
+SINKS = ("attachment.attach", "calibration.calibrate", "engines.transformers.load", "engines.vllm.load", "engines.vllm.serve")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -85,8 +85,8 @@ def test_a_method_is_measured_with_all_settings_of_the_attachment(model):
 
 def test_engines_take_every_field(model_folder, artifact_folder):
     artifact, whole = artifacts.load(artifact_folder), PrefillConfig(**OTHER)
-    with engine.bench(str(model_folder), artifact, dtype="fp32", device="cpu", kernel="torch", **OTHER) as runner:
-        assert runner.config == whole
+    with engine.load(str(model_folder), artifact, dtype="fp32", device="cpu", kernel="torch", **OTHER) as made:
+        assert made.config == whole
     document = vllm.overrides("llama", artifact_folder, **OTHER, kernel=None)["fastfill"]
     assert document == {"artifact": str(artifact_folder), **OTHER}
     assert vllm.Settings.of(document).prefill == whole == vllm.in_force(artifact, OTHER)

@@ -8,10 +8,10 @@ from conftest import BLOCK, LAYERS, logits, one_sentence, tiny_artifact, tiny_mo
 
 from fastfill import attach
 from fastfill.engines import transformers as engine
+from fastfill.engines.transformers import TransformersEngine
 from fastfill.errors import UserError
 from fastfill.lab import demo, picks, side_by_side
 from fastfill.lab.side_by_side import Comparison, Run, State
-from fastfill.models import LoadedModel
 
 DOCUMENT, QUESTION, NEW = tiny_text(90), "w9 w10", 6
 SECONDS = 60  # no wait is longer; without a bug all are short
@@ -20,7 +20,7 @@ SECONDS = 60  # no wait is longer; without a bug all are short
 @pytest.fixture
 def comparison(model):
     with attach(model, tiny_artifact(model)) as attachment:
-        made = Comparison(attachment, LoadedModel(model, tiny_tokenizer(), "tiny"), NEW)
+        made = Comparison(TransformersEngine(attachment, "tiny", tiny_tokenizer()), NEW)
         yield made
         made.close()
 
@@ -54,8 +54,8 @@ def test_each_token_is_received_as_soon_as_it_is_there(model):
 
 
 def test_both_answers_and_the_picks(model, comparison):
-    attachment, tokenizer = comparison.attachment, comparison.loaded.tokenizer
-    ids = demo.prompt(comparison.loaded, DOCUMENT, QUESTION, NEW)
+    attachment, tokenizer = comparison.engine.attachment, comparison.engine.tokenizer
+    ids = demo.prompt(comparison.engine, DOCUMENT, QUESTION, NEW)
     states = list(comparison.ask(DOCUMENT, QUESTION).states())
     end = states[-1]
     with attachment.dense():
@@ -106,7 +106,7 @@ def test_a_second_question_waits(model, comparison):
 
 def test_stop_in_the_middle_of_the_prefill(model, comparison):
     layers = []
-    hooks = [module.register_forward_hook(lambda *_: layers.append(1)) for module in comparison.attachment.modules]
+    hooks = [module.register_forward_hook(lambda *_: layers.append(1)) for module in comparison.engine.attachment.modules]
     gate = Gate(model)
     run = comparison.ask(DOCUMENT, QUESTION)
     assert gate.reached.wait(SECONDS)
@@ -150,7 +150,7 @@ def test_an_error_in_the_model_is_raised_where_it_is_read(model, comparison, mon
             last(comparison.ask(DOCUMENT, QUESTION))
     assert last(comparison.ask(DOCUMENT, QUESTION)).status == "Done."
     before = logits(model, token_ids(1, 40))
-    comparison.attachment.detach()
+    comparison.engine.attachment.detach()
     assert not torch.equal(before, logits(model, token_ids(1, 40)))  # the answers above were still sparse
 
 
@@ -171,7 +171,7 @@ def test_too_long_says_how_many_tokens(comparison):
 def test_what_stays_dense_says_so(model):
     for settings, words in ({"min_tokens": 400}, "under 400 tokens"), ({"sparsity": 0.0}, "the sparsity is 0"):
         with attach(model, tiny_artifact(model), **settings) as attachment:
-            made = Comparison(attachment, LoadedModel(model, tiny_tokenizer(), "tiny"), NEW)
+            made = Comparison(TransformersEngine(attachment, "tiny", tiny_tokenizer()), NEW)
             end = last(made.ask(DOCUMENT, QUESTION))
             made.close()
         assert end.status.startswith("Done. Both runs were dense") and words in end.status
@@ -181,7 +181,7 @@ def test_what_stays_dense_says_so(model):
 def test_an_empty_question_gets_one(comparison):
     end = last(comparison.ask(DOCUMENT, ""))
     assert isinstance(end, State) and end.status == "Done."
-    expected = demo.prompt(comparison.loaded, DOCUMENT, "What is this document about?", NEW)
+    expected = demo.prompt(comparison.engine, DOCUMENT, "What is this document about?", NEW)
     assert end.prompt_tokens == expected.shape[1]
 
 
@@ -195,7 +195,7 @@ def test_a_huge_document_is_refused_before_it_is_tokenized(comparison, monkeypat
 def test_so_many_may_wait():
     model = tiny_model()
     with attach(model, tiny_artifact(model)) as attachment:
-        made = Comparison(attachment, LoadedModel(model, tiny_tokenizer(), "tiny"), NEW)
+        made = Comparison(TransformersEngine(attachment, "tiny", tiny_tokenizer()), NEW)
         gate = Gate(model)
         runs = [made.ask(DOCUMENT, QUESTION) for _ in range(side_by_side.MOST_RUNS)]
         assert gate.reached.wait(SECONDS)
@@ -213,7 +213,7 @@ def test_so_many_may_wait():
 def test_close_ends_what_runs_and_what_waits():
     model = tiny_model()
     with attach(model, tiny_artifact(model)) as attachment:
-        made = Comparison(attachment, LoadedModel(model, tiny_tokenizer(), "tiny"), NEW)
+        made = Comparison(TransformersEngine(attachment, "tiny", tiny_tokenizer()), NEW)
         gate = Gate(model)
         runs = [made.ask(DOCUMENT, QUESTION), made.ask(DOCUMENT, QUESTION)]
         assert gate.reached.wait(SECONDS)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -9,17 +10,20 @@ import torch
 from conftest import HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, logits, tiny_artifact, tiny_config, tiny_model, token_ids
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastfill import attach, engines, models
+from fastfill import attach, clocks, engines, models
 from fastfill.cli import show
-from fastfill.engines import PARTS, Prefill, profile
+from fastfill.cost import Cost
+from fastfill.engines import Prefill
 from fastfill.engines import transformers as engine
-from fastfill.engines.transformers import TransformersRunner
+from fastfill.engines.transformers import TransformersEngine
 from fastfill.errors import UserError
-from fastfill.lab import flops, speed
+from fastfill.lab import flops, profile, speed
+from fastfill.lab.profile import PARTS
 
-FIELDS = {"prompt_tokens", "ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_dense_s", "ffn_sparse_s", "ffn_share", "ceiling",
-          "ffn_ratio", "sparse_tokens", "dense_tokens", "ttft_dense_quartiles_s", "ttft_sparse_quartiles_s",
-          "flops_dense", "flops_sparse", "ffn_flops_ratio", "split_dense", "split_sparse",
+FIELDS = {*(f"{key}_{mode}{unit}" for mode in speed.MODES for key, unit in (("ttft", "_s"), ("ttft", "_quartiles_s"),
+                                                                             ("ffn", "_s"), ("split", ""))),
+          "prompt_tokens", "sparse_tokens", "dense_tokens", "speedup", "ratio_quartiles", "clear", "rounds",
+          "ffn_share", "ceiling", "ffn_ratio", "flops_dense", "flops_sparse", "ffn_flops_ratio",
           "peak_dense_mb", "peak_sparse_mb"}  # fmt: skip
 
 
@@ -31,21 +35,23 @@ def attachment(model):
 
 def test_rows_have_all_fields_and_count_tokens(attachment):
     ticks = []
-    runner = TransformersRunner(attachment, "tiny")
-    row = speed.measure(runner, token_ids(1, 45), 2, lambda: ticks.append(1))
-    # a warm-up and two timed runs, two profiled ones, one for the memory; dense and sparse
-    assert row.keys() == FIELDS and len(ticks) == speed.prefills(2) == 2 * (3 + 2 + 1)
+    engine = TransformersEngine(attachment, "tiny")
+    row = speed.measure(engine, token_ids(1, 45), 2, ticks.append)
+    # a warm-up and two timed runs and two profiled ones in three modes, two for the memory; more rounds where it is noisy
+    assert row.keys() == FIELDS and sum(ticks) == speed.prefills(2) == 3 * (3 + 2) + 2
+    assert ticks.count(0) == 3 * (row["rounds"] - 2)
     assert (row["prompt_tokens"], row["sparse_tokens"], row["dense_tokens"]) == (45, 32, 13)
-    assert attachment.stats.sparse_calls == attachment.stats.dense_calls == 6
-    rows = speed.bench(runner, [20, 33], 1)
-    assert [(r["prompt_tokens"], r["sparse_tokens"]) for r in rows] == [(20, 8), (33, 24)]
-    assert speed.prefills(1) == 8 and speed.prefills(9) == 2 * (10 + speed.SPLITS + 1)
+    stats = attachment.stats
+    assert (stats.sparse_calls, stats.dense_calls) == (row["rounds"] + 4, 2 * (row["rounds"] + 3) + 1)
+    rows = speed.bench(engine, [20, 33, 9], 1)
+    assert [(r["prompt_tokens"], r["sparse_tokens"]) for r in rows] == [(20, 8), (33, 24), (9, 0)]
+    assert [r["speedup"] is None for r in rows] == [r["ceiling"] is None for r in rows] == [False, False, True]
 
 
 def test_measuring_changes_nothing(attachment):
     model, ids = attachment.model, token_ids(1, 45)
     before, parts = logits(model, ids), [(f.predictor, f.compensator) for f in attachment.ffns]
-    speed.measure(TransformersRunner(attachment, "tiny"), ids, 1)
+    speed.measure(TransformersEngine(attachment, "tiny"), ids, 1)
     assert torch.equal(logits(model, ids), before)
     assert [(f.predictor, f.compensator) for f in attachment.ffns] == parts
     attachment.detach()
@@ -53,57 +59,93 @@ def test_measuring_changes_nothing(attachment):
 
 
 class GivenTimes:
-    """A runner with known times. Dense: TTFT 4 s; profiled 4.4 s, of which 3.3 s in the FFNs. Sparse: 2.5 s and 2.75 s."""
+    """An engine with known times. A profiled dense run takes 4.4 s, of which 3.3 s in the FFNs; a sparse one 2.75 s."""
 
-    def __init__(self, kept, times=((4.0, 2.5),)):
-        self.kept, self.overhead = kept, (0, 0)
-        self.shape = SimpleNamespace(intermediate_size=INTERMEDIATE)
+    def __init__(self, times=((4.0, 2.5),), skipped=0.5, sparse_tokens=30, scales=(1.0,)):
+        kept = (round(INTERMEDIATE * (1 - skipped)),) * LAYERS
+        self.cost = Cost(HIDDEN, INTERMEDIATE, kept, 0, 0)
         self.times = itertools.chain.from_iterable(itertools.cycle(times))
-        self.calls = []
+        self.scales = itertools.cycle(scales)
+        self.sparse_tokens = sparse_tokens
+        self.mode, self.calls = "sparse", []
 
-    def prefill(self, ids, sparse):
-        self.calls.append(sparse)
-        return Prefill(next(self.times), 30 if sparse else 0)
+    @contextmanager
+    def dense(self, mode="dense"):
+        self.mode = mode
+        yield
+        self.mode = "sparse"
 
-    def split(self, ids, sparse):
-        dense = {"attention": 0.6, "ffn": 3.3, "predictor": 0.0, "compensator": 0.0, "rest": 0.5}
-        thin = {"attention": 0.6, "ffn": 1.2, "predictor": 0.3, "compensator": 0.15, "rest": 0.5}
-        return thin if sparse else dense
+    def all_neurons(self):
+        return self.dense("all_neurons")
+
+    @contextmanager
+    def clocks(self):
+        self.scale, seconds = next(self.scales), {}
+        yield seconds
+        ffn = {"sparse": (1.65, 0.3, 0.15), "dense": (3.3, 0.0, 0.0), "all_neurons": (2.2, 0.0, 0.0)}[self.mode]
+        seconds.update(zip(PARTS, (self.scale * part for part in (0.6, *ffn)), strict=False))
+        self.scale = None
+
+    scale = None
+
+    def prefill(self, ids):
+        self.calls.append(self.mode)
+        if self.scale:
+            return Prefill(self.scale * (2.75 if self.mode == "sparse" else 4.4), 0)
+        return Prefill(next(self.times), self.sparse_tokens if self.mode == "sparse" else 0)
 
 
-@pytest.mark.parametrize("skipped", [0.5, 0.25, 0.0])
+@pytest.mark.parametrize("skipped", [0.5, 0.25])
 def test_formulas_on_given_numbers(skipped):
-    runner = GivenTimes([round(INTERMEDIATE * (1 - skipped))] * LAYERS)
-    row = speed.ttft(runner, token_ids(1, 45), 3) | speed.split(runner, token_ids(1, 45), 2)
-    assert row["ttft_dense_s"] == 4.0 and row["ttft_sparse_s"] == 2.5 and row["speedup"] == 1.6
+    engine, ids = GivenTimes(((4.0, 3.2, 2.5),), skipped), token_ids(1, 45)
+    row = speed.ttft(engine, ids, 3, modes=speed.MODES)
+    assert engine.calls == list(speed.MODES) * 4
+    row |= speed.split(engine, ids, 2, row["sparse_tokens"], modes=speed.MODES)
+    assert [row[f"ttft_{mode}_s"] for mode in speed.MODES] == [4.0, 3.2, 2.5] and row["speedup"] == 1.6
     assert (row["sparse_tokens"], row["dense_tokens"]) == (30, 15)
     assert row["ttft_dense_quartiles_s"] == [4.0, 4.0, 4.0]
     # the FFN's share is that of the profiled run's own TTFT, 3.3 of 4.4 s
-    assert row["ffn_dense_s"] == 3.3 and row["ffn_sparse_s"] == 1.65 and row["ffn_ratio"] == 0.5
-    assert row["ffn_share"] == 0.75 and row["ceiling"] == pytest.approx(1 / (1 - skipped * 0.75), abs=1e-4)
-    assert runner.calls == [False, True] * 4
+    assert [row[f"ffn_{mode}_s"] for mode in speed.MODES] == [3.3, 2.2, 1.65] and row["ffn_ratio"] == 0.5
+    assert row["split_sparse"] == {"attention": 0.6, "ffn": 1.2, "predictor": 0.3, "compensator": 0.15, "rest": 0.5}
+    # 30 of 45 tokens skip neurons, and those are all that the ceiling can gain from
+    assert row["ffn_share"] == 0.75 and row["ceiling"] == pytest.approx(1 / (1 - 30 / 45 * skipped * 0.75), abs=1e-4)
 
 
-def test_the_first_run_of_each_kind_is_warm_up():
-    runner = GivenTimes([48] * LAYERS, [(100.0, 200.0), (1.0, 2.0), (3.0, 4.0), (5.0, 6.0)])
-    row = speed.ttft(runner, token_ids(1, 45), 3)
-    assert (row["ttft_dense_s"], row["ttft_sparse_s"]) == (3.0, 4.0)
-    assert row["ttft_dense_quartiles_s"] == [2.0, 3.0, 4.0]
+def test_where_all_is_dense_there_is_no_speedup_and_no_ceiling():
+    engine, ids = GivenTimes(((4.0, 3.0),), sparse_tokens=0), token_ids(1, 45)
+    row = speed.ttft(engine, ids, 3) | speed.split(engine, ids, 1, 0)
+    assert [row[key] for key in ("speedup", "ratio_quartiles", "clear", "ceiling")] == [None] * 4
+    assert row["ttft_dense_s"] == 4.0 and row["rounds"] == 3  # whatever the noise: there is no effect
+
+
+def test_the_first_run_of_each_mode_is_warm_up():
+    engine = GivenTimes([(100.0, 200.0), (2.0, 1.0), (4.0, 2.0), (6.0, 3.0)])
+    row = speed.ttft(engine, token_ids(1, 45), 3)
+    assert (row["ttft_dense_s"], row["ttft_sparse_s"], row["rounds"]) == (4.0, 2.0, 3)
+    assert row["ttft_dense_quartiles_s"] == [3.0, 4.0, 5.0] and row["ratio_quartiles"] == [2.0, 2.0, 2.0]
+
+
+def test_rounds_go_on_until_the_noise_is_less_than_the_gain():
+    """Ratios 1.5 and 1.0: median 1.25 and interquartile range 0.25, no less than the gain. With 1.5 twice more: 1.5, 0.125."""
+    times = [(9.0, 9.0), (1.5, 1.0), (1.0, 1.0), (1.5, 1.0), (1.5, 1.0), (1.5, 1.0)]
+    row = speed.ttft(GivenTimes(times), token_ids(1, 45), 2)
+    assert not speed.is_clear([1.5, 1.0]) and speed.is_clear([1.5, 1.0, 1.5])
+    assert (row["rounds"], row["clear"]) == (3, True) and row["ratio_quartiles"] == [1.25, 1.5, 1.5]
+
+
+def test_noise_that_stays_is_told():
+    times = [(9.0, 9.0), *((1.5, 1.0), (1.0, 2.0), (1.0, 1.0)) * 3]
+    ticks = []
+    row = speed.ttft(GivenTimes(times), token_ids(1, 45), 2, ticks.append)
+    assert (row["rounds"], row["clear"]) == (2 * speed.PATIENCE, False)
+    assert ticks == [1] * 6 + [0] * 2 * (row["rounds"] - 2)
 
 
 def test_the_split_is_the_median_run_whole():
-    class Runs(GivenTimes):
-        def __init__(self):
-            super().__init__([48] * LAYERS)
-            self.scale = iter([3, 30, 1, 10, 2, 20])  # dense, sparse, dense, ...
-
-        def split(self, ids, sparse):
-            scale = next(self.scale)
-            return {part: scale * seconds for part, seconds in super().split(ids, False).items()}
-
-    row = speed.split(Runs(), token_ids(1, 45), 3)
+    engine = GivenTimes(scales=[3, 30, 1, 10, 2, 20])  # dense, sparse, dense, ...
+    row = speed.split(engine, token_ids(1, 45), 3, 30)
     assert row["split_dense"] == {"attention": 1.2, "ffn": 6.6, "predictor": 0.0, "compensator": 0.0, "rest": 1.0}
-    assert row["split_sparse"]["ffn"] == 66.0
+    assert row["split_sparse"]["ffn"] == 24.0
 
 
 def test_quartiles():
@@ -124,29 +166,34 @@ def test_growth_and_lengths():
 
 def test_prompts_beyond_the_model_are_refused(attachment):
     with pytest.raises(UserError, match="600 tokens is more than the 512"):
-        speed.bench(TransformersRunner(attachment, "tiny"), [600], 1)
+        speed.bench(TransformersEngine(attachment, "tiny"), [600], 1)
 
 
 def test_tables_fit_80_columns_and_say_it_in_words(attachment, capsys):
-    row = speed.measure(TransformersRunner(attachment, "tiny"), token_ids(1, 45), 1)
-    row |= {f"ttft_{kind}_s": 123.456 for kind in ("dense", "sparse")} | {"prompt_tokens": 131072, "speedup": 11.26}
-    row |= {f"ttft_{kind}_quartiles_s": [123.0, 123.456, 124.0] for kind in ("dense", "sparse")}
-    row |= {f"split_{kind}": dict.fromkeys(PARTS, 99.999) for kind in ("dense", "sparse")}
+    row = speed.measure(TransformersEngine(attachment, "tiny"), token_ids(1, 45), 1)
+    row |= {"prompt_tokens": 131072, "speedup": 11.26, "ratio_quartiles": [10.25, 11.26, 12.5], "clear": True, "ceiling": 12.0}
+    row |= {f"ttft_{mode}_s": 123.456 for mode in speed.MODES} | {
+        f"split_{mode}": dict.fromkeys(PARTS, 99.999) for mode in speed.MODES
+    }
     row |= {"flops_dense": 2 * 10**15, "flops_sparse": 10**15, "peak_dense_mb": 12_345.6, "peak_sparse_mb": None}
+    row |= {"ffn_dense_s": 4.0, "ffn_all_neurons_s": 3.0}
+    noisy = row | {"prompt_tokens": 512, "speedup": 1.02, "ratio_quartiles": [0.9, 1.02, 1.1], "clear": False, "rounds": 20}
+    short = row | {"prompt_tokens": 9, "sparse_tokens": 0, **dict.fromkeys(("speedup", "ratio_quartiles", "clear", "ceiling"))}
     machine = {"cpu": "AMD EPYC", "threads": 2, "torch": "2.13.0+cpu", "transformers": "5.23.0"}
     peer = {"name": "llama-cpp-python", "version": "0.3.36", "weights": "m.gguf", "prompt_tokens": 131072, "ttft_s": 300.5}
     result = {
         **{"model": "maker/model", "dtype": "bfloat16", "kernel": "native", "sparsity": 0.5, "block_size": 32, "repeats": 5},
         **{"growth_dense": 1.234, "growth_sparse": 1.1, "model_mb": 269.0, "attached_mb": 65.7, "machine": machine},
-        **{"rows": [row], "compare": [peer, {"name": "vLLM", "version": None, "skipped": "not installed"}]},
+        **{"rows": [short, noisy, row], "compare": [peer, {"name": "vLLM", "version": None, "skipped": "not installed"}]},
     }
     show.bench(result)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
     words = " ".join(" ".join(lines).split())
-    assert "131072 123.456 123.000-124.000 123.456 123.000-124.000 11.26x" in words
+    assert "131072 123.456 123.456 123.456 11.26x 10.25-12.50 12.00x" in words
+    assert "9 123.456 123.456 123.456 all dense - -" in words and "1.02x? 0.90-1.10" in words and "after 20 rounds" in words
     assert "to the power 1.23 dense, 1.10 sparse" in words and "269 MB of weights and the 66 MB that attaching adds" in words
-    assert "131072 2,000,000 1,000,000" in words and "12,346 -" in words
+    assert "131072 2,000,000 1,000,000" in words and "0.75 12,346 -" in words
     assert "llama-cpp-python 131072 300.500 123.456 123.456" in words and "not measured: vLLM, not installed" in words
 
 
@@ -156,12 +203,13 @@ def test_tables_fit_80_columns_and_say_it_in_words(attachment, capsys):
 def test_the_split_adds_up_to_its_own_run_by_a_counted_clock(attachment, monkeypatch):
     """Every look at the clock takes a second, so each span of a part without parts of its own lasts one second."""
     ticks = itertools.count()
-    monkeypatch.setattr(profile.time, "perf_counter", lambda: float(next(ticks)))
-    runner, ids = TransformersRunner(attachment, "tiny"), token_ids(1, 45)
-    dense = runner.split(ids, False)
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: float(next(ticks)))
+    made, ids = TransformersEngine(attachment, "tiny"), token_ids(1, 45)
+    with made.dense():
+        dense = profile.split(made, ids)
     # two looks around the run, two for each attention and FFN: 1 + 4 * 3 in all
     assert dense == {"attention": 3, "ffn": 3, "predictor": 0, "compensator": 0, "rest": 13 - 6}
-    sparse = runner.split(ids, True)
+    sparse = profile.split(made, ids)
     # within an FFN now four looks more: 5 s, of which one each for predictor and compensator
     assert sparse == {"attention": 3, "ffn": 9, "predictor": 3, "compensator": 3, "rest": 25 - 18}
     assert list(dense) == list(sparse) == list(PARTS)
@@ -169,17 +217,19 @@ def test_the_split_adds_up_to_its_own_run_by_a_counted_clock(attachment, monkeyp
 
 def test_a_layer_that_keeps_all_neurons_predicts_nothing(attachment, monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(profile.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: float(next(ticks)))
     attachment.ffns[1].kept = INTERMEDIATE
-    parts = TransformersRunner(attachment, "tiny").split(token_ids(1, 45), True)
+    parts = profile.split(TransformersEngine(attachment, "tiny"), token_ids(1, 45))
     assert (parts["predictor"], parts["compensator"]) == (2, 2)
 
 
 def test_clocks_go_after_an_error_and_without_a_compensator(model):
     with attach(model, tiny_artifact(model), compensator=False) as attachment:
-        with pytest.raises(RuntimeError, match="stop"), profile.clocks(attachment) as watch:
+        made = TransformersEngine(attachment, "tiny")
+        with made.clocks() as seconds:
             logits(model, token_ids(1, 45))
-            assert watch.seconds("predictor") > 0 and watch.seconds("compensator") == 0
+        assert seconds["predictor"] > 0 and seconds["compensator"] == 0
+        with pytest.raises(RuntimeError, match="stop"), made.clocks():
             raise RuntimeError("stop")
         assert not any(f.taps for f in attachment.ffns)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -188,7 +238,7 @@ def test_clocks_go_after_an_error_and_without_a_compensator(model):
 # --- memory -------------------------------------------------------------------------------------------------------------
 
 
-told = pytest.mark.skipif(profile.peak_mb(torch.device("cpu"), lambda: None) is None, reason="the system does not tell")
+told = pytest.mark.skipif(profile.rise_mb("cpu", lambda: None) is None, reason="the system does not tell")
 
 
 @told
@@ -200,7 +250,7 @@ def test_peak_memory_sees_what_is_held_at_once():
         del kept
         torch.ones(mb)
 
-    peaks = [profile.peak_mb(torch.device("cpu"), lambda n=n: run(n)) for n in (96, 32, 96)]
+    peaks = [profile.rise_mb("cpu", lambda n=n: run(n)) for n in (96, 32, 96)]
     # pages of the allocator and of the interpreter come on top; what an earlier run freed must not hide a later one
     for peak, blocks in zip(peaks, (96, 32, 96), strict=True):
         assert blocks * 1.048 - 8 < peak < blocks * 1.048 + 24
@@ -212,13 +262,13 @@ def test_memory_that_an_earlier_run_freed_does_not_hide_a_later_one():
     before = [torch.ones(24_000) for _ in range(500)]  # 48 MB in blocks of 96 KB
     stays = torch.ones(24_000)
     del before
-    peak = profile.peak_mb(torch.device("cpu"), lambda: len([torch.ones(24_000) for _ in range(300)]))
+    peak = profile.rise_mb("cpu", lambda: len([torch.ones(24_000) for _ in range(300)]))
     assert 28.8 - 4 < peak < 28.8 + 12 and stays.numel()
 
 
 def test_peak_memory_that_the_system_does_not_tell_is_none(monkeypatch):
     monkeypatch.setattr(profile, "Path", lambda _: SimpleNamespace(write_text=lambda _: (_ for _ in ()).throw(OSError)))
-    assert profile.peak_mb(torch.device("cpu"), lambda: pytest.fail("must not run")) is None
+    assert profile.rise_mb("cpu", lambda: pytest.fail("must not run")) is None
 
 
 # --- FLOPs --------------------------------------------------------------------------------------------------------------
@@ -226,7 +276,7 @@ def test_peak_memory_that_the_system_does_not_tell_is_none(monkeypatch):
 
 def test_flops_by_hand():
     """H 32, F 96, 3 layers, 4 heads of 8 with 2 for keys, vocabulary 128; 10 tokens, 4 of them sparse."""
-    parts = flops.prefill(tiny_config(), 10, 4, kept=[24, 96, 48], overhead=(100, 7))
+    parts = flops.prefill(tiny_config(), 10, 4, Cost(32, 96, (24, 96, 48), 100, 7))
     assert parts == {
         "projections": 3 * 10 * 2 * (32 * 32 + 32 * 16 + 32 * 16 + 32 * 32),
         "attention": 3 * 2 * 2 * 32 * 55,  # 1 + 2 + ... + 10 pairs; scores and values
@@ -237,7 +287,7 @@ def test_flops_by_hand():
     }
     assert flops.ffn(parts) == parts["ffn"] + 1600 + 280
     # too short for a sparse block: nothing is predicted or corrected
-    assert flops.prefill(tiny_config(), 10, 0, kept=[24, 96, 48], overhead=(100, 7)) == flops.prefill(tiny_config(), 10)
+    assert flops.prefill(tiny_config(), 10, 0, Cost(32, 96, (24, 96, 48), 100, 7)) == flops.prefill(tiny_config(), 10)
 
 
 def test_pairs_in_a_window():
@@ -267,7 +317,7 @@ def test_flops_of_a_row_count_tokens_as_they_were_read(attachment):
     """45 tokens: head of 8, four blocks of 8, tail of 5. Ranks 8, 4 and 4: the predictor has 8 (32 + 96) multiply-adds a
     token, the compensator 2 * 32 * 8."""
     kept = sum(attachment.kept)
-    row = speed.cost(TransformersRunner(attachment, "tiny"), 45, 32)
+    row = speed.cost(TransformersEngine(attachment, "tiny"), 45, 32)
     dense = 6 * HIDDEN * INTERMEDIATE * 45 * LAYERS
     sparse = 6 * HIDDEN * (INTERMEDIATE * 13 * LAYERS + kept * 32) + 2 * LAYERS * (32 * 8 * (32 + 96) + 45 * 2 * 32 * 8)
     assert row["flops_sparse"] - row["flops_dense"] == sparse - dense
@@ -278,7 +328,7 @@ def test_flops_of_the_sparse_ffns_are_those_that_torch_counts(model):
     """The torch kernel gathers and multiplies as it says: nothing more, nothing less."""
     ids, counts = token_ids(1, 45), {}
     with attach(model, tiny_artifact(model), kernel="torch") as attachment:
-        runner = TransformersRunner(attachment, "tiny")
+        runner = TransformersEngine(attachment, "tiny")
         for kind in ("dense", "sparse"):
             with FlopCounterMode(display=False) as counter:
                 if kind == "dense":
@@ -294,28 +344,54 @@ def test_flops_of_the_sparse_ffns_are_those_that_torch_counts(model):
 # --- engines ------------------------------------------------------------------------------------------------------------
 
 
-def test_engines_are_found_by_name(monkeypatch):
-    assert engines.bench_of("transformers") is engine.bench
-    assert engines.bench_of("vllm").__module__ == "fastfill.engines.vllm"  # which can be loaded without vLLM
-    for name in ("os", "profile"):
-        with pytest.raises(UserError, match="There is no sparse prefill"):
-            engines.bench_of(name)
+def test_engines_are_found_by_name():
+    with pytest.raises(UserError, match="There is no engine 'os'; use one of transformers, vllm"):
+        engines.load("os", "default", None)
 
 
-def test_a_runner_tells_what_is_attached(model, model_folder, artifact_folder):
+def test_an_engine_tells_what_is_attached(model, model_folder, artifact_folder):
     from fastfill import artifact as artifacts
 
     artifact = artifacts.load(artifact_folder)
-    settings = {"sparsity": 0.25, "block_size": None, "min_tokens": None, "kernel": "torch"}
-    with engine.bench(str(model_folder), artifact, dtype="fp32", device="cpu", **settings) as runner:
-        assert (runner.name, runner.dtype, runner.kernel) == (str(model_folder), "float32", "torch")
-        assert runner.config.sparsity == 0.25 and sum(runner.kept) == round(0.75 * LAYERS * INTERMEDIATE)
-        assert runner.overhead == (8 * (HIDDEN + INTERMEDIATE), 2 * HIDDEN * 8)
-        assert runner.shape.vocab_size == VOCABULARY
-        assert runner.model_mb == pytest.approx(4e-6 * sum(p.numel() for p in model.parameters()))
-        assert runner.prefill(token_ids(1, 45), True).sparse_tokens == 32
-        assert runner.prefill(token_ids(1, 45), False).sparse_tokens == 0
+    settings = {"dtype": "fp32", "device": "cpu", "sparsity": 0.25, "kernel": "torch"}
+    with engines.load("transformers", str(model_folder), artifact, **settings) as made:
+        assert (made.engine, made.name, made.dtype, made.device) == ("transformers", str(model_folder), "float32", "cpu")
+        assert made.choices == {"kernel": "torch", "predictor": "LearnedPredictor", "compensator": True}
+        assert made.config.sparsity == 0.25 and sum(made.cost.kept) == round(0.75 * LAYERS * INTERMEDIATE)
+        # what the objects on the model say of themselves, and what their ranks say
+        assert made.cost == artifact.cost(0.25) == Cost(HIDDEN, INTERMEDIATE, made.cost.kept, 8 * (HIDDEN + INTERMEDIATE), 512)
+        assert made.cost.skipped == pytest.approx(0.25) and made.shape.vocab_size == VOCABULARY
+        assert made.model_mb == pytest.approx(4e-6 * sum(p.numel() for p in model.parameters()))
+        assert made.prefill(token_ids(1, 45)).sparse_tokens == 32
+        with made.dense():
+            assert made.prefill(token_ids(1, 45)).sparse_tokens == 0
     assert models.gguf_file(str(model_folder)) is None
+
+
+@pytest.mark.parametrize("kernel", ["torch", "native"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_all_neurons_is_the_dense_model_by_the_sparse_kernel(family, kernel):
+    model, ids = tiny_model(family), token_ids(1, 45)
+    want, ran = logits(model, ids), []
+    with attach(model, tiny_artifact(model), kernel=kernel) as attachment:
+        made = TransformersEngine(attachment, "tiny")
+        before = logits(model, ids)
+        real = type(attachment.ffns[0].kernel).sparse_ffn
+        with pytest.MonkeyPatch.context() as patch, made.all_neurons():
+            spy = lambda self, x, ffn, *rest, **more: ran.append(len(x)) or real(self, x, ffn, *rest, **more)  # noqa: E731
+            patch.setattr(type(attachment.ffns[0].kernel), "sparse_ffn", spy)
+            found = made.prefill(ids), logits(model, ids)
+        assert ran == [45] * 2 * LAYERS and found[0].sparse_tokens == 0
+        # The same products in another order of sums: fp32's eps of logits around 1, some hundred terms deep.
+        assert torch.allclose(found[1], want, atol=1e-5) and not torch.allclose(found[1], before, atol=1e-3)
+        assert torch.equal(logits(model, ids), before)
+        with made.dense():
+            assert torch.equal(logits(model, ids), want)
+
+
+def test_what_looks_inside_asks_for_transformers():
+    with pytest.raises(UserError, match=r"--task recall looks inside the model; it needs --engine transformers\."):
+        engine.inside(GivenTimes(), "--task recall")
 
 
 def test_the_engine_generates_what_transformers_does(tokenizer):

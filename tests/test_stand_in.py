@@ -1,6 +1,5 @@
-"""Random models and artifacts of a given shape, `fastfill bench --shape`, and how a GPU's runner measures (no GPU needed)."""
+"""Random models and artifacts of a given shape, `fastfill bench --shape`, and how a GPU's engine measures (no GPU needed)."""
 
-import itertools
 import json
 
 import pytest
@@ -9,10 +8,9 @@ from conftest import LAYERS, one_sentence, tiny_artifact, token_ids
 
 from fastfill import attach, cli, families
 from fastfill.config import PrefillConfig
-from fastfill.engines import cuda
-from fastfill.engines.cuda import CudaRunner
 from fastfill.errors import UserError
-from fastfill.lab import ffn_op, stand_in
+from fastfill.lab import cuda, ffn_op, profile, stand_in
+from fastfill.lab.cuda import CudaEngine
 from fastfill.lab.ffn_op import Chip, Size
 
 PARAMETERS = {"Llama-3.2-1B": 1.24e9, "Llama-3.2-3B": 3.21e9, "Llama-3.1-8B": 8.03e9, "Qwen3-8B": 8.19e9, "Qwen2.5-7B": 7.62e9}
@@ -96,11 +94,11 @@ def test_the_op_is_measured_part_by_part(compensator):
     assert row["of_gemm"] == pytest.approx((6 * 24 * 32 * 48 / row["sparse_s"]) / (2 * 24 * 32 * 96 / row["gemm_s"]))
 
 
-# --- the runner for GPUs, with a graph that just runs and a clock that is counted -----------------------------------------
+# --- the engine for GPUs, with a graph that just runs and a clock that is counted -----------------------------------------
 
 
 @pytest.fixture
-def runner(model, monkeypatch):
+def engine(model, monkeypatch):
     seconds = {"eager": 3.0, "graph": 2.0, "compiled": 1.0}
     clocked = []
 
@@ -121,69 +119,71 @@ def runner(model, monkeypatch):
     monkeypatch.setattr(cuda, "capture", capture)
     monkeypatch.setattr(cuda.compiled.__wrapped__, "__defaults__", ("eager",))  # no C++ compiler in a test
     with attach(model, tiny_artifact(model)) as attached:
-        made = CudaRunner(attached, "tiny")
+        made = CudaEngine(attached, "tiny")
         made.seconds, made.clocked = seconds, clocked
         yield made
 
 
-def test_each_kind_is_measured_the_fastest_way(runner):
+def test_each_kind_is_measured_the_fastest_way(engine):
     ids = token_ids(1, 45)
-    read = runner.prefill(ids, True)
-    assert (read.seconds, read.sparse_tokens) == (1.0, 32) and runner.prefill(ids, False).sparse_tokens == 0
-    assert runner.ways == {f"45 {kind}": runner.seconds for kind in ("sparse", "dense")}
-    before = len(runner.clocked)
-    assert runner.prefill(ids, True).seconds == 1.0 and len(runner.clocked) == before + 1  # chosen once
-    runner.prefill(token_ids(1, 50), True)
-    assert [key[0] for key in runner._ready] == [50]  # the graphs of the other length are gone
-    assert not any(m._compiled_call_impl for m in runner.attachment.model.modules())
+    read = engine.prefill(ids)
+    assert (read.seconds, read.sparse_tokens) == (1.0, 32)
+    for mode in (engine.dense, engine.all_neurons):
+        with mode():
+            assert engine.prefill(ids).sparse_tokens == 0
+    assert engine.ways == {f"45 {mode}": engine.seconds for mode in ("sparse", "dense", "all neurons")}
+    before = len(engine.clocked)
+    assert engine.prefill(ids).seconds == 1.0 and len(engine.clocked) == before + 1  # chosen once
+    engine.prefill(token_ids(1, 50))
+    assert [key[0] for key in engine._ready] == [50]  # the graphs of the other length are gone
+    assert not any(m._compiled_call_impl for m in engine.model.modules())
 
 
-def test_new_ids_are_read(runner):
-    model, found = runner.attachment.model, []
-    runner.prefill(token_ids(1, 45), False)
-    there, run, _ = runner._ready[45, False]
+def test_new_ids_are_read(engine):
+    model, found = engine.model, []
+    with engine.dense():
+        engine.prefill(token_ids(1, 45))
+    there, run, _ = engine._ready[45, "dense"]
     for seed in range(1, 9):
         ids = token_ids(1, 45, seed=seed)
-        runner.prefill(ids, False)
-        with torch.no_grad(), runner.attachment.dense():
+        with engine.dense():
+            engine.prefill(ids)
+        with torch.no_grad(), engine.dense():
             want = model(ids).logits[:, -1].argmax(-1)
-        assert torch.equal(there, ids) and torch.equal(run(), want)
+            assert torch.equal(there, ids) and torch.equal(run(), want)
         found.append(int(want))
     assert len(set(found)) > 1
 
 
-def test_a_way_that_fails_is_told_and_left_out(runner, monkeypatch):
+def test_a_way_that_fails_is_told_and_left_out(engine, monkeypatch):
     def refuse(_run):
         raise RuntimeError("no graphs here\nand more")
 
     monkeypatch.setattr(cuda, "capture", refuse)
-    assert runner.prefill(token_ids(1, 45), False).seconds == 3.0
-    assert runner.ways["45 dense"] == {"eager": 3.0, "graph": "no graphs here", "compiled": "no graphs here"}
-    assert runner.prefill(token_ids(1, 45), True).sparse_tokens == 32  # attached again after the compiled way failed
+    with engine.dense():
+        assert engine.prefill(token_ids(1, 45)).seconds == 3.0
+    assert engine.ways["45 dense"] == {"eager": 3.0, "graph": "no graphs here", "compiled": "no graphs here"}
+    assert engine.prefill(token_ids(1, 45)).sparse_tokens == 32  # attached again after the compiled way failed
 
 
-def test_compiled_dense_is_the_model_without_the_artifact(runner):
-    attached, ids = runner.attachment, token_ids(1, 45)
+def test_compiled_dense_is_the_model_without_the_artifact(engine):
+    attached, ids = engine.attachment, token_ids(1, 45)
     with torch.no_grad():
         want = attached.model(ids).logits
-        for sparse in (False, True):
-            with cuda.compiled(attached, sparse, "eager"):
+        for ffns in (True, False):
+            with cuda.compiled(attached, ffns, "eager"):
                 on = [m for m in attached.model.modules() if m._compiled_call_impl]
-                assert len(on) == 2 * LAYERS + 1 + (0 if sparse else LAYERS)
+                assert len(on) == 2 * LAYERS + 1 + (LAYERS if ffns else 0)
                 swapped = ["forward" in m.__dict__ for m in attached.modules]
-                assert swapped == [sparse] * LAYERS
+                assert swapped == [not ffns] * LAYERS
         assert torch.equal(attached.model(ids).logits, want)
 
 
-def test_a_row_of_bench_on_a_gpu(runner, monkeypatch):
+def test_a_row_of_bench_on_a_gpu(engine, monkeypatch):
     from fastfill.lab import speed
 
-    monkeypatch.setattr(runner, "peak_mb", lambda ids, sparse: None)
-    row = speed.measure(runner, token_ids(1, 45), 1)
+    monkeypatch.setattr(profile, "peak_mb", lambda engine, ids: None)
+    row = speed.measure(engine, token_ids(1, 45), 1)
     assert (row["ttft_dense_s"], row["ttft_sparse_s"], row["speedup"]) == (1.0, 1.0, 1.0)
-    (op,) = ffn_op.of_runner(runner, [45, 5], 1)
+    (op,) = ffn_op.of_engine(engine, [45, 5], 1)
     assert (op["T"], op["B"], op["K"]) == (40, 8, 48)
-
-
-def test_all_ways_have_a_name():
-    assert list(itertools.chain(cuda.WAYS)) == ["eager", "graph", "compiled"]

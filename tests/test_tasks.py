@@ -368,7 +368,7 @@ def test_a_task_is_one_class(monkeypatch, folder, base, capsys):
             return [word for file in self.data for word in open(file).read().split()]
 
         def measure(self, engine, tokenizer, items, out):
-            return {"layers": len(engine.ffns), "words": sum(len(word) >= self.least for word in items)}
+            return {"layers": len(engine.cost.kept), "words": sum(len(word) >= self.least for word in items)}
 
         @staticmethod
         def show(result):

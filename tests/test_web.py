@@ -15,6 +15,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import LAYERS, one_sentence, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
@@ -26,7 +27,6 @@ from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 from fastfill.lab import demo, picks
 from fastfill.lab.side_by_side import State
-from fastfill.models import LoadedModel
 
 REQUIRED = os.environ.get("FASTFILL_REQUIRE_BROWSER") == "1"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -262,7 +262,7 @@ def ready(page):
 def test_both_answers_times_and_the_map(tab):
     model, tokenizer = tiny_model(max_position_embeddings=2048), tiny_tokenizer()
     document, question = tiny_text(300, seed=3), "w11 w12"
-    ids = demo.prompt(LoadedModel(model, tokenizer, "tiny"), document, question, NEW)
+    ids = demo.prompt(SimpleNamespace(shape=model.config, model=model, tokenizer=tokenizer), document, question, NEW)
     with attach(model, tiny_artifact(tiny_model())) as attachment:
         sparse = tokenizer.decode(engine.generate(model, ids, NEW), skip_special_tokens=True)
         with attachment.dense():

@@ -18,6 +18,7 @@ from fastfill import families, files, partner, schedule, schema
 from fastfill import tensors as stored
 from fastfill.compensator import Compensator
 from fastfill.config import PrefillConfig
+from fastfill.cost import Cost
 from fastfill.errors import UserError, printable
 from fastfill.predictor import LearnedPredictor
 from fastfill.schema import BASE_KEYS as BASE_KEYS
@@ -92,14 +93,12 @@ class Artifact:
 
     def flops(self, sparsity: float | None = None) -> dict[str, float]:
         """Multiply-adds per sparse token as shares of the dense FFN's: kept neurons, predictor, compensator, total."""
-        hidden, intermediate = self.base_model["hidden_size"], self.base_model["intermediate_size"]
-        dense = 3 * hidden * intermediate
-        shares = {
-            "ffn": sum(self.kept(sparsity)) / (self.layers * intermediate),
-            "predictor": self.ranks["predictor"] * (hidden + intermediate) / dense,
-            "compensator": 2 * hidden * (self.ranks["linear"] + self.ranks["silu"]) / dense,
-        }
-        return {**shares, "total": sum(shares.values())}
+        return self.cost(sparsity).shares
+
+    def cost(self, sparsity: float | None = None) -> Cost:
+        """Neurons kept at a sparsity (default: the artifact's own), and multiply-adds of what was learned."""
+        base = self.base_model
+        return Cost.learned(base["hidden_size"], base["intermediate_size"], self.kept(sparsity), self.ranks)
 
     def bytes(self) -> int:
         """Of what was learned."""

@@ -112,6 +112,20 @@ class SparseFFN:
         return copy.copy, (self.dense,)
 
 
+class AllNeurons:
+    """The dense FFN by the sparse kernel: no neuron is left out, and nothing is predicted or corrected."""
+
+    def __init__(self, ffn: FFN, down_t: torch.Tensor, kernel: Kernel):
+        self.ffn, self.down_t, self.kernel = ffn, down_t, kernel
+        self.ids = torch.arange(ffn.neurons, dtype=torch.int32, device=ffn.gate.device)[None]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, T, H) -> (batch, T, H)."""
+        rows = x.reshape(-1, x.shape[-1]).to(self.ffn.gate.dtype)
+        init = None if self.ffn.down_bias is None else self.ffn.down_bias.expand_as(rows).clone()
+        return self.kernel.sparse_ffn(rows, self.ffn, self.down_t, self.ids, init=init).view_as(x).to(x.dtype)
+
+
 def _refuse_recomputation() -> None:
     """Raise UserError inside a backward pass that computes the FFN again without its call, and so without its plan."""
     if torch.is_grad_enabled() and not in_call.get() and torch._C._current_graph_task_id() != -1:

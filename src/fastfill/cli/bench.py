@@ -50,44 +50,41 @@ def run_bench(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str, Any], int]:
     """The document of `bench` without other engines, and the model's vocabulary. The model is gone afterwards."""
-    import torch
-
     from fastfill import config as cfg
     from fastfill import context, engines, machine
-    from fastfill.lab import ffn_op, speed
+    from fastfill.lab import cuda, ffn_op, speed
 
-    bench = engines.bench_of(arguments.engine)
     set_threads(arguments)
     model, artifact = _bench_model(arguments)
     settings = {key: getattr(arguments, key) for key in ("dtype", "device", "kernel")} | settings_of(arguments)
-    with bench(model, artifact, **settings) as runner:
-        limit = context.positions(runner.shape)
+    with engines.load(arguments.engine, model, artifact, **settings) as engine:
+        limit = context.positions(engine.shape)
         fitting = speed.fitting(lengths, limit)
         if max(lengths) > max(fitting):
             say(f"The model holds {limit} tokens: that is the longest prompt here, not {max(lengths)}.")
-        rows = speed.bench(runner, fitting, arguments.repeats, arguments.seed)
+        timed = cuda.fastest(engine)
+        rows = speed.bench(timed, fitting, arguments.repeats, arguments.seed)
         tokens = [row["prompt_tokens"] for row in rows]
         result = {
-            "model": runner.name,
-            "dtype": runner.dtype,
-            **cfg.to_dict(runner.config),
-            "kernel": runner.kernel,
+            "model": engine.name,
+            "dtype": engine.dtype,
+            **cfg.to_dict(engine.config),
+            "kernel": engine.choices["kernel"],
             "engine": arguments.engine,
             "repeats": arguments.repeats,
             "seed": arguments.seed,
             "rows": rows,
             "growth_dense": speed.growth(tokens, [row["ttft_dense_s"] for row in rows]),
             "growth_sparse": speed.growth(tokens, [row["ttft_sparse_s"] for row in rows]),
-            "model_mb": round(runner.model_mb, 1),
-            "attached_mb": round(runner.attached_mb, 1),
+            "model_mb": round(engine.model_mb, 1),
+            "attached_mb": round(engine.attached_mb, 1),
             "compare": [],
             "machine": machine.describe(),
         }
-        if ways := getattr(runner, "ways", None):
-            result["ways"] = ways
-        if torch.device(arguments.device).type == "cuda":
-            result["ffn_op"] = ffn_op.of_runner(runner, fitting, arguments.repeats)
-        return result, runner.shape.vocab_size
+        if isinstance(timed, cuda.CudaEngine):
+            result["ways"] = timed.ways
+            result["ffn_op"] = ffn_op.of_engine(engine, fitting, arguments.repeats)
+        return result, engine.shape.vocab_size
 
 
 def _bench_model(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -26,6 +26,7 @@ def add_demo(commands: Commands) -> None:
 def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import artifact as artifacts
     from fastfill.config import check_integer
+    from fastfill.engines.transformers import TransformersEngine
     from fastfill.lab import demo
 
     if not arguments.web and (arguments.no_open or arguments.port != 7860):
@@ -43,13 +44,15 @@ def run_demo(arguments: argparse.Namespace) -> dict[str, Any]:
         sock = web.listen(arguments.port)
         loaded = load_model(arguments)
         with attach_model(arguments, loaded.model, artifact) as attachment:
-            comparison = Comparison(attachment, loaded, arguments.max_new_tokens)
+            engine = TransformersEngine(attachment, loaded.name, loaded.tokenizer)
+            comparison = Comparison(engine, arguments.max_new_tokens)
             return {"url": web.serve(comparison, sock, document, arguments.question, not arguments.no_open)}
     arguments.json = True  # the demo's last line is always its JSON document
     loaded = load_model(arguments)
     with attach_model(arguments, loaded.model, artifact) as attachment:
+        engine = TransformersEngine(attachment, loaded.name, loaded.tokenizer)
         return demo.run(
-            attachment, loaded, document, arguments.question, repeats=arguments.repeats, max_new_tokens=arguments.max_new_tokens
+            engine, document, arguments.question, repeats=arguments.repeats, max_new_tokens=arguments.max_new_tokens
         )
 
 

@@ -134,9 +134,9 @@ def run_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.record:
         _check_record(arguments, artifact)
     items = task.read()  # before the model is loaded, so that a mistake is told at once
-    with _evaluated(arguments, artifact) as (engine, loaded):
-        found = task.run(engine, loaded.tokenizer, items, out=arguments.out)
-    result = {**found, "model": loaded.name, "compensator": not arguments.no_compensator}
+    with _evaluated(arguments, artifact) as engine:
+        found = task.run(engine, engine.tokenizer, items, out=arguments.out)
+    result = {**found, "compensator": not arguments.no_compensator}
     task.show(result)
     if arguments.record:
         artifacts.record(artifact, folder, {k: v for k, v in result.items() if k not in ("machine",)})
@@ -157,25 +157,22 @@ def _check_record(arguments: argparse.Namespace, artifact: Any) -> None:
 
 
 @contextmanager
-def _evaluated(arguments: argparse.Namespace, artifact: Any) -> Iterator[tuple[Any, Any]]:
-    """The attached model and what it was loaded from, in the engine that was asked for."""
+def _evaluated(arguments: argparse.Namespace, artifact: Any) -> Iterator[Any]:
+    """The engine that was asked for, with the artifact on its model."""
     if arguments.engine == "transformers":
         loaded = load_model(arguments)
+        from fastfill.engines.transformers import TransformersEngine
         from fastfill.lab import baselines
 
         extra = {"predictor": baselines.named(arguments.predictor), "compensator": not arguments.no_compensator}
         with attach_model(arguments, loaded.model, artifact, **extra) as attachment:
-            yield attachment, loaded
+            yield TransformersEngine(attachment, loaded.name, loaded.tokenizer)
         return
     if arguments.predictor != "learned" or arguments.no_compensator:
         raise UserError("--predictor and --no-compensator need --engine transformers.")
-    import transformers
-
-    from fastfill import models
-    from fastfill.engines import vllm
+    from fastfill import engines
 
     set_threads(arguments)
     settings = {key: getattr(arguments, key) for key in ("dtype", "device", "kernel")} | settings_of(arguments)
-    with vllm.bench(arguments.model, artifact, **settings) as runner:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(models.resolve(arguments.model))
-        yield runner, models.LoadedModel(runner.model, tokenizer, runner.name)
+    with engines.load(arguments.engine, arguments.model, artifact, **settings) as engine:
+        yield engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 from fastfill.cli.options import Commands, attach_model, attach_options, command, load_model, model_options, read_text
@@ -40,10 +41,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     ids = engine.encode(loaded.tokenizer, prompt, arguments.chat)
     with attach_model(arguments, loaded.model, artifact) as attachment:
         engine.check_length(loaded.model, ids, arguments.max_new_tokens)
-        if arguments.dense:
-            with attachment.dense():
-                new = engine.generate(loaded.model, ids, arguments.max_new_tokens)
-        else:
+        with attachment.dense() if arguments.dense else nullcontext():
             new = engine.generate(loaded.model, ids, arguments.max_new_tokens)
         stats = attachment.stats
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)

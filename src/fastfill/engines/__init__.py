@@ -1,17 +1,17 @@
-"""What runs the model: `transformers` or `vllm`. One module per engine.
+"""What runs a model with an artifact on it: `transformers` or `vllm`. One module per engine, one protocol: `Engine`.
 
-An engine that `fastfill bench --engine NAME` can measure is a module `fastfill.engines.NAME` with a function
+An engine NAME is a module `fastfill.engines.NAME` with a context manager
 
-    bench(model, artifact, *, dtype, device, kernel, **fields)
+    load(model, artifact, *, dtype, device, kernel, **fields) -> Engine
 
-that loads MODEL (as the user names it), puts the artifact on it (fields: of `PrefillConfig`, None keeps the artifact's) and is
-a context manager giving a `Runner`. `evaluate.speed` measures runners and knows nothing else of an engine.
+that loads MODEL (as the user names it), puts the artifact on it (fields: of `PrefillConfig`; None keeps the artifact's) and
+takes it off again. What measures and evaluates (`fastfill.lab`) knows nothing else of an engine; what looks inside the model
+asks for it with `transformers.inside`.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+import importlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,50 +22,78 @@ from fastfill.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from fastfill.artifact import Artifact
+    from fastfill.attachment import Stats
+    from fastfill.cost import Cost
+
 NAMES = ("transformers", "vllm")
-PARTS = ("attention", "ffn", "predictor", "compensator", "rest")
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """One prompt read. seconds: its TTFT. sparse_tokens: how many of its tokens were read sparsely."""
+    """One prompt's prefill. seconds: its TTFT. sparse_tokens: how many of its tokens were computed sparsely."""
 
     seconds: float
     sparse_tokens: int
 
 
-class Runner(Protocol):
-    """A loaded model with an artifact on it, as one engine runs it. ids are (1, T), on the CPU.
+class Engine(Protocol):
+    """A loaded model with an artifact on it. ids are (1, T), on the CPU.
 
-    name, dtype, kernel: for the record. shape: the model's Hugging Face config. config: the settings in force. kept:
-    neurons kept per layer. overhead: multiply-adds of predictor and compensator per token of a layer.
-    model_mb, attached_mb: memory that is held between prefills, the weights and what the artifact adds (10^6 bytes).
+    engine: which one, of `NAMES`. artifact: what is on the model. name: of the model. shape: its Hugging Face config. dtype:
+    "bfloat16", ... device: "cpu", "cuda:0", ...
+    config: the settings in force. cost: multiply-adds and neurons kept. choices: what results record beside config: kernel,
+    predictor, compensator. model_mb, attached_mb: memory held between prefills, the weights and what the artifact adds (10^6
+    bytes). local: whether that memory is this process's.
     """
 
-    name: str
-    dtype: str
-    kernel: str
-    shape: Any
-    config: PrefillConfig
-    kept: list[int]
-    overhead: tuple[int, int]
-    model_mb: float
-    attached_mb: float
+    @property
+    def engine(self) -> str: ...
+    @property
+    def artifact(self) -> Artifact: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def config(self) -> PrefillConfig: ...
+    @property
+    def cost(self) -> Cost: ...
+    @property
+    def choices(self) -> dict[str, Any]: ...
+    @property
+    def stats(self) -> Stats: ...
+    @property
+    def model_mb(self) -> float: ...
+    @property
+    def attached_mb(self) -> float: ...
+    @property
+    def local(self) -> bool: ...
 
-    def prefill(self, ids: torch.Tensor, sparse: bool) -> Prefill:
-        """Read ids and produce one token, with no clock inside."""
+    def prefill(self, ids: torch.Tensor) -> Prefill:
+        """Prefill ids and produce one token; only the whole is timed."""
 
-    def split(self, ids: torch.Tensor, sparse: bool) -> dict[str, float]:
-        """Seconds of another prefill by `PARTS`; their sum is its TTFT."""
+    def generate(self, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """Greedy continuation of ids -> new ids (n,)."""
 
-    def peak_mb(self, ids: torch.Tensor, sparse: bool) -> float | None:
-        """MB by which another prefill raises the memory held, at the highest; None where that cannot be told."""
+    def dense(self) -> AbstractContextManager[None]:
+        """Inside, all is dense, by the engine's own FFN."""
+
+    def all_neurons(self) -> AbstractContextManager[None]:
+        """Inside, all is dense, by the sparse kernel with all neurons kept: what it gains without skipping any."""
+
+    def clocks(self) -> AbstractContextManager[dict[str, float]]:
+        """Clock the parts of what runs inside: seconds by `clocks.PARTS`, filled in at the end."""
 
 
-def bench_of(name: str) -> Callable[..., AbstractContextManager[Runner]]:
-    """The function `bench` of an engine. Raises UserError if that engine has none."""
-    if name in NAMES and importlib.util.find_spec(f"{__name__}.{name}"):
-        bench = getattr(importlib.import_module(f"{__name__}.{name}"), "bench", None)
-        if bench is not None:
-            return bench
-    raise UserError(f"There is no sparse prefill for the engine {name!r} yet; use --engine transformers.")
+def load(engine: str, model: Any, artifact: Any, **settings: Any) -> AbstractContextManager[Any]:
+    """An `Engine` by its name. Raises UserError if there is none of that name."""
+    if engine not in NAMES:
+        raise UserError(f"There is no engine {engine!r}; use one of {', '.join(NAMES)}.")
+    return importlib.import_module(f"{__name__}.{engine}").load(model, artifact, **settings)

@@ -1,20 +1,23 @@
-"""Prefill and generation through `transformers`, timed."""
+"""Prefill and generation through `transformers`."""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from fastfill import calls, context, models
+from fastfill import calls, context, families, models
 from fastfill.artifact import Artifact
-from fastfill.attachment import Attachment, attach
-from fastfill.engines import Prefill, profile
+from fastfill.attachment import Attachment, Stats, attach
+from fastfill.clocks import clocked
+from fastfill.cost import Cost
+from fastfill.engines import Engine, Prefill
 from fastfill.errors import UserError, reason
+from fastfill.sparse_ffn import AllNeurons
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
@@ -116,46 +119,85 @@ def synchronize(model: Any) -> None:
         torch.cuda.synchronize(model.device)
 
 
-class TransformersRunner:
-    """An attached model for `evaluate.speed`; see `fastfill.engines.Runner`."""
+class TransformersEngine:
+    """A `transformers` model with an artifact on it; see `fastfill.engines.Engine`. attachment, model: what is inside.
 
-    def __init__(self, attachment: Attachment, name: str):
-        self.attachment, self.name = attachment, name
-        model = attachment.model
-        self.dtype = str(model.dtype).removeprefix("torch.")
-        self.kernel = attachment.choices["kernel"]
-        self.shape, self.config, self.kept = model.config, attachment.config, attachment.kept
-        first = attachment.ffns[0]
-        self.overhead = (first.predictor.macs_per_token(), first.compensator.macs_per_token() if first.compensator else 0)
+    tokenizer: None for a model that has none.
+    """
+
+    engine, local = "transformers", True
+
+    def __init__(self, attachment: Attachment, name: str, tokenizer: Any = None):
+        self.attachment, self.name, self.tokenizer = attachment, name, tokenizer
+        self.model, self.artifact = attachment.model, attachment.artifact
+        model = self.model
+        self.shape, self.config = model.config, attachment.config
+        self.dtype, self.device = str(model.dtype).removeprefix("torch."), str(model.device)
         self.model_mb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
         self.attached_mb = attachment.extra_bytes / 1e6
 
-    def prefill(self, ids: torch.Tensor, sparse: bool) -> Prefill:
-        before = self.attachment.stats.sparse_tokens
-        with self._mode(sparse):
-            seconds = time_to_first_token(self.attachment.model, ids)
-        return Prefill(seconds, self.attachment.stats.sparse_tokens - before)
+    @property
+    def cost(self) -> Cost:
+        return Cost.attached(self.attachment.ffns)
 
-    def split(self, ids: torch.Tensor, sparse: bool) -> dict[str, float]:
-        return profile.split(self.attachment, lambda: TransformersRunner.prefill(self, ids, sparse).seconds)
+    @property
+    def choices(self) -> dict[str, Any]:
+        return self.attachment.choices
 
-    def peak_mb(self, ids: torch.Tensor, sparse: bool) -> float | None:
-        return profile.peak_mb(self.attachment.model.device, lambda: TransformersRunner.prefill(self, ids, sparse))
+    @property
+    def stats(self) -> Stats:
+        return self.attachment.stats
 
-    def _mode(self, sparse: bool) -> AbstractContextManager[None]:
-        return nullcontext() if sparse else self.attachment.dense()
+    def prefill(self, ids: torch.Tensor) -> Prefill:
+        before = self.stats.sparse_tokens
+        seconds = time_to_first_token(self.model, ids)
+        return Prefill(seconds, self.stats.sparse_tokens - before)
+
+    def generate(
+        self, ids: torch.Tensor, max_new_tokens: int, receive: Callable[[int, float], None] | None = None
+    ) -> torch.Tensor:
+        return generate(self.model, ids, max_new_tokens, receive)
+
+    def dense(self) -> AbstractContextManager[None]:
+        return self.attachment.dense()
+
+    @contextmanager
+    def all_neurons(self) -> Iterator[None]:
+        ffns = self.attachment.ffns
+        own = [ffn.dense for ffn in ffns]
+        try:
+            for ffn in ffns:
+                ffn.dense = AllNeurons(ffn.ffn, ffn.down_t, ffn.kernel)
+            with self.attachment.dense():
+                yield
+        finally:
+            for ffn, dense in zip(ffns, own, strict=True):
+                ffn.dense = dense
+
+    def clocks(self) -> AbstractContextManager[dict[str, float]]:
+        attentions = families.dissect(self.model).attentions
+        return clocked(self.model.device, attentions, self.attachment.modules, self.attachment.ffns)
+
+
+def engine_of(attached: Attachment | Engine, tokenizer: Any = None) -> Engine:
+    """What `fastfill.attach` gave as an `Engine`, named as its artifact names the model; an `Engine` as it is."""
+    if isinstance(attached, Attachment):
+        return TransformersEngine(attached, attached.artifact.base_model["name"], tokenizer)
+    return attached
+
+
+def inside(engine: Engine, what: str) -> TransformersEngine:
+    """The engine as one whose model can be looked into. Raises UserError, which begins with `what`, for any other."""
+    if not isinstance(engine, TransformersEngine):
+        raise UserError(f"{what} looks inside the model; it needs --engine transformers.")
+    return engine
 
 
 @contextmanager
-def bench(
-    model: str | models.LoadedModel, artifact: Artifact, *, dtype: str, device: str, **settings: Any
-) -> Iterator[TransformersRunner]:
-    """A runner for `fastfill bench`; see `fastfill.engines`. settings: those of `attach`."""
+def load(
+    model: str | models.LoadedModel, artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", **settings: Any
+) -> Iterator[TransformersEngine]:
+    """See `fastfill.engines`. settings: those of `attach`."""
     loaded = models.load(model, dtype, device) if isinstance(model, str) else model
     with attach(loaded.model, artifact, **settings) as attachment:
-        if loaded.model.device.type == "cuda":
-            from fastfill.engines.cuda import CudaRunner
-
-            yield CudaRunner(attachment, loaded.name)
-        else:
-            yield TransformersRunner(attachment, loaded.name)
+        yield TransformersEngine(attachment, loaded.name, loaded.tokenizer)

@@ -1,4 +1,4 @@
-"""The same artifact inside vLLM: its server, `LLM(...)`, and a runner for bench. The plugin itself is `fastfill.vllm_plugin`.
+"""The same artifact inside vLLM: its server, `LLM(...)`, and the engine. The plugin itself is `fastfill.vllm_plugin`.
 
 vLLM is imported inside the functions: this module can be loaded without it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -123,93 +124,97 @@ def engine(model: str, artifact: str, *, overrides: dict[str, Any], **arguments:
         llm.llm_engine.engine_core.shutdown()
 
 
-class VllmRunner:
-    """A vLLM engine for `evaluate.speed` (see `fastfill.engines.Runner`) and, as far as answers go, an `Attachment`.
+class VllmEngine:
+    """A vLLM engine with an artifact on; see `fastfill.engines.Engine`. llm: the `vllm.LLM`.
 
-    Dense and sparse runs alternate in one engine through the per-request switch: the dense ones run vLLM's own model.
+    One engine answers in each mode through the per-request switch: what is dense runs vLLM's own model.
     """
 
     engine = "vllm"
+    local = False  # the memory is another process's, and vLLM takes it all at the start
 
-    def __init__(self, llm: Any, name: str, artifact: Artifact, config: PrefillConfig, kernel: str, shape: Any):
-        self.llm, self.name, self.config, self.kernel, self.shape = llm, name, config, kernel, shape
-        self.artifact = artifact
-        self.dtype = str(shape.dtype).removeprefix("torch.")
-        self.kept = artifact.kept(config.sparsity)
-        base, ranks = artifact.base_model, artifact.ranks
-        compensator = 2 * base["hidden_size"] * (ranks["linear"] + ranks["silu"])
-        self.overhead = (ranks["predictor"] * (base["hidden_size"] + base["intermediate_size"]), compensator)
+    def __init__(
+        self, llm: Any, name: str, folder: str, artifact: Artifact, config: PrefillConfig, kernel: str, shape: Any, device: str
+    ):
+        self.llm, self.name, self.artifact, self.config, self.shape = llm, name, artifact, config, shape
+        self.dtype, self.device = str(shape.dtype).removeprefix("torch."), device
+        self.cost = artifact.cost(config.sparsity)
         held = self._counts()
         self.model_mb, self.attached_mb = held["model_bytes"] / 1e6, held["extra_bytes"] / 1e6
-        self.model = _Model(self)
-        self.choices = {"kernel": kernel, "predictor": LearnedPredictor.__name__, "compensator": compensator > 0}
-        self._dense = False
+        self.choices = {
+            "kernel": kernel,
+            "predictor": LearnedPredictor.__name__,
+            "compensator": self.cost.compensator > 0,
+        }
+        self._folder, self._sparse = folder, True
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(self._folder)
 
     def _counts(self) -> dict[str, Any]:
         return self.llm.collective_rpc("fastfill_stats")[0]
 
     @property
     def stats(self) -> Stats:
-        return Stats(**{field.name: self._counts()[field.name] for field in dataclasses.fields(Stats)})
+        found = self._counts()
+        return Stats(**{field.name: found[field.name] for field in dataclasses.fields(Stats)})
 
-    @contextmanager
-    def dense(self) -> Iterator[None]:
-        """Inside, all requests are dense."""
-        before, self._dense = self._dense, True
-        try:
-            yield
-        finally:
-            self._dense = before
+    def prefill(self, ids: torch.Tensor) -> Prefill:
+        before = self._counts()["sparse_tokens"]
+        begin = time.perf_counter()
+        self._answer(ids, 1)
+        seconds = time.perf_counter() - begin
+        return Prefill(seconds, self._counts()["sparse_tokens"] - before)
 
-    def generate(self, ids: torch.Tensor, max_new_tokens: int, sparse: bool) -> list[int]:
-        """Greedy continuation of ids (1, T)."""
+    def generate(self, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        return torch.tensor(self._answer(ids, max_new_tokens), dtype=ids.dtype)
+
+    def _answer(self, ids: torch.Tensor, most: int) -> list[int]:
         import vllm
 
         params = vllm.SamplingParams(
-            temperature=0.0, max_tokens=max_new_tokens, detokenize=False, extra_args={settings.SWITCH: sparse}
+            temperature=0.0, max_tokens=most, detokenize=False, extra_args={settings.SWITCH: self._sparse}
         )
         found = self.llm.generate([{"prompt_token_ids": ids[0].tolist()}], params, use_tqdm=False)
         return list(found[0].outputs[0].token_ids)
 
-    def prefill(self, ids: torch.Tensor, sparse: bool) -> Prefill:
-        before = self._counts()["sparse_tokens"]
-        begin = time.perf_counter()
-        self.generate(ids, 1, sparse)
-        seconds = time.perf_counter() - begin
-        return Prefill(seconds, self._counts()["sparse_tokens"] - before)
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        before, self._sparse = self._sparse, False
+        try:
+            yield
+        finally:
+            self._sparse = before
 
-    def split(self, ids: torch.Tensor, sparse: bool) -> dict[str, float]:
-        """From a run without torch.compile, because no clock can be read inside a compiled model."""
+    @contextmanager
+    def all_neurons(self) -> Iterator[None]:
+        """Layers that skip nothing stay vLLM's own."""
+        self.llm.collective_rpc("fastfill_all_neurons", args=(True,))
+        try:
+            with self.dense():
+                yield
+        finally:
+            self.llm.collective_rpc("fastfill_all_neurons", args=(False,))
+
+    @contextmanager
+    def clocks(self) -> Iterator[dict[str, float]]:
+        """Inside, nothing is compiled, because no clock can be read inside a compiled model."""
+        seconds: dict[str, float] = {}
         self.llm.collective_rpc("fastfill_start_clocks")
         try:
-            total = self.prefill(ids, sparse).seconds
+            yield seconds
         finally:
-            parts = self.llm.collective_rpc("fastfill_stop_clocks")[0]
-        parts["rest"] = total - parts["attention"] - parts["ffn"]
-        parts["ffn"] -= parts["predictor"] + parts["compensator"]
-        return parts
-
-    def peak_mb(self, ids: torch.Tensor, sparse: bool) -> float | None:
-        return None  # the memory is another process's, and vLLM takes it all at the start
-
-
-class _Model:
-    """What `engines.transformers.generate` and the tasks of `evaluate` need of a model."""
-
-    def __init__(self, runner: VllmRunner):
-        self._runner, self.config, self.device = runner, runner.shape, torch.device("cpu")
-        self.dtype = getattr(torch, runner.dtype)
-
-    def generate(self, ids: torch.Tensor, *, generation_config: Any, **_: Any) -> torch.Tensor:
-        new = self._runner.generate(ids, generation_config.max_new_tokens, not self._runner._dense)
-        return torch.cat([ids, torch.tensor([new], dtype=ids.dtype)], dim=1)
+            seconds.update(self.llm.collective_rpc("fastfill_stop_clocks")[0])
 
 
 @contextmanager
-def bench(
-    model: str, artifact: Artifact, *, dtype: str, device: str, kernel: str = "auto", **fields: Any
-) -> Iterator[VllmRunner]:
-    """A runner for `fastfill bench`; see `fastfill.engines`. fields: of `PrefillConfig`, in place of the artifact's.
+def load(
+    model: str, artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", kernel: str = "auto", **fields: Any
+) -> Iterator[VllmEngine]:
+    """See `fastfill.engines`. fields: of `PrefillConfig`, in place of the artifact's.
 
     Raises UserError for what does not fit together.
     """
@@ -224,7 +229,8 @@ def bench(
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM then takes OMP_NUM_THREADS
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")  # one token more than the longest prompt
-    shape = copy.deepcopy(transformers.AutoConfig.from_pretrained(models.resolve(model)))
+    folder = models.resolve(model)
+    shape = copy.deepcopy(transformers.AutoConfig.from_pretrained(folder))
     shape.dtype = models.parse_dtype(dtype, device)
     shape.max_position_embeddings = min(shape.max_position_embeddings, LONGEST)
     heads = shape.num_key_value_heads * (getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
@@ -237,5 +243,5 @@ def bench(
     }
     config = settings.in_force(artifact, fields)
     with engine(model, str(artifact.folder), overrides={"kernel": kernel, **fields}, **arguments) as llm:
-        kernel = kernels.choose(kernel)
-        yield VllmRunner(llm, models.DEFAULT_NAME if model == "default" else model, artifact, config, kernel, shape)
+        name = models.DEFAULT_NAME if model == "default" else model
+        yield VllmEngine(llm, name, folder, artifact, config, kernels.choose(kernel), shape, device)

@@ -360,7 +360,15 @@ class Kernel:
         return compensate(x, w_in, w_out, bias, linear_rank, kernel=self._for(x, w_in, w_out, bias))
 
     def sparse_ffn(
-        self, x: Tensor, ffn: Weights, down_t: Tensor, ids: Tensor, *, rows: Tensor, id_offsets: Tensor, init: Tensor | None
+        self,
+        x: Tensor,
+        ffn: Weights,
+        down_t: Tensor,
+        ids: Tensor,
+        *,
+        rows: Tensor | None = None,
+        id_offsets: Tensor | None = None,
+        init: Tensor | None = None,
     ) -> Tensor:
         """`init`, where it is given, is overwritten and is the result."""
         return sparse_ffn(

@@ -8,11 +8,10 @@ import torch
 
 from fastfill import config as cfg
 from fastfill import context, data, kernels, machine, reading, tables
-from fastfill.attachment import Attachment
-from fastfill.engines import transformers as engine
+from fastfill.engines import transformers
+from fastfill.engines.transformers import TransformersEngine
 from fastfill.errors import UserError
 from fastfill.lab import perplexity, speed
-from fastfill.models import LoadedModel
 from fastfill.progress import stage
 
 QUESTION = "According to the report, what is the name of the ship and who was her captain?"
@@ -24,18 +23,17 @@ def fill_in(document: str | None, question: str | None) -> tuple[str, str]:
     return (data.demo_document().text if document is None else document), question
 
 
-def prompt(loaded: LoadedModel, document: str, question: str, max_new_tokens: int) -> torch.Tensor:
+def prompt(engine: TransformersEngine, document: str, question: str, max_new_tokens: int) -> torch.Tensor:
     """Document and question as one user turn -> ids (1, T). Raises UserError if the model cannot hold them and the answer."""
     text = reading.whole(f"{document.strip()}\n\nQuestion: {question}")
-    context.check_characters(loaded.model.config, text, "The document")
-    ids = engine.encode(loaded.tokenizer, text, chat=True)
-    engine.check_length(loaded.model, ids, max_new_tokens)
+    context.check_characters(engine.shape, text, "The document")
+    ids = transformers.encode(engine.tokenizer, text, chat=True)
+    transformers.check_length(engine.model, ids, max_new_tokens)
     return ids
 
 
 def run(
-    attachment: Attachment,
-    loaded: LoadedModel,
+    engine: TransformersEngine,
     document: str | None = None,
     question: str | None = None,
     *,
@@ -44,37 +42,38 @@ def run(
 ) -> dict[str, Any]:
     """Print the comparison and return its numbers. Raises UserError if the prompt is so short that it would stay dense."""
     document, question = fill_in(document, question)
-    ids = prompt(loaded, document, question, max_new_tokens)
+    ids = prompt(engine, document, question, max_new_tokens)
     out = tables.console()
-    config = attachment.config
-    out.print(f"{loaded.name}, {ids.shape[1]} prompt tokens, {config.sparsity:.0%} FFN sparsity, blocks of {config.block_size}")
+    config = engine.config
+    out.print(f"{engine.name}, {ids.shape[1]} prompt tokens, {config.sparsity:.0%} FFN sparsity, blocks of {config.block_size}")
     out.print(kernels.describe())
 
     if config.sparsity and ids.shape[1] < config.shortest_prompt:
         raise UserError(
             f"The prompt has {ids.shape[1]} tokens; with these settings prompts under {config.shortest_prompt} stay dense."
         )
-    text = engine.encode(loaded.tokenizer, document.strip(), chat=False)[0]
+    text = transformers.encode(engine.tokenizer, document.strip(), chat=False)[0]
     least = config.shortest_prompt + perplexity.CONTINUATION
     if len(text) < least:
         raise UserError(f"The document has {len(text)} tokens; {least} are needed to measure perplexity, too.")
-    runner = engine.TransformersRunner(attachment, loaded.name)
     with stage("time to first token", 2 * (repeats + 2)) as bar:
-        row = speed.ttft(runner, ids, repeats, bar.step) | speed.split(runner, ids, 1, bar.step)
-    scores = perplexity.evaluate(attachment, [("the document", text)])
+        row = speed.ttft(engine, ids, repeats, bar.step)
+        row |= speed.split(engine, ids, 1, row["sparse_tokens"], bar.step)
+    scores = perplexity.evaluate(engine.attachment, [("the document", text)])
     with stage("answers", 2) as bar:
-        with attachment.dense():
-            dense_ids = engine.generate(loaded.model, ids, max_new_tokens)
+        with engine.dense():
+            dense_ids = engine.generate(ids, max_new_tokens)
         bar.step()
-        sparse_ids = engine.generate(loaded.model, ids, max_new_tokens)
+        sparse_ids = engine.generate(ids, max_new_tokens)
         bar.step()
-    answers = [loaded.tokenizer.decode(new, skip_special_tokens=True).strip() for new in (dense_ids, sparse_ids)]
+    answers = [engine.tokenizer.decode(new, skip_special_tokens=True).strip() for new in (dense_ids, sparse_ids)]
 
+    gain = f"{row['speedup']:.2f}x" if row["sparse_tokens"] else "all dense"
     tables.table(
-        f"median of {repeats}, in alternation",
+        f"median of {row['rounds']}, in alternation",
         ["", "dense", "sparse", ""],
         [
-            ["time to first token", f"{row['ttft_dense_s']:.3f} s", f"{row['ttft_sparse_s']:.3f} s", f"{row['speedup']:.2f}x"],
+            ["time to first token", f"{row['ttft_dense_s']:.3f} s", f"{row['ttft_sparse_s']:.3f} s", gain],
             ["of which FFN", f"{row['ffn_dense_s']:.3f} s", f"{row['ffn_sparse_s']:.3f} s", f"{row['ffn_ratio']:.2f} of dense"],
             ["ppl, read sparsely", f"{scores['ppl_dense']:.2f}", f"{scores['ppl_sparse']:.2f}", f"{scores['ppl_ratio']:.2f}x"],
             [
@@ -85,16 +84,17 @@ def run(
             ],
         ],
     )
-    out.print(f"ceiling {row['ceiling']:.2f}x: the FFN is {row['ffn_share']:.0%} of the dense time")
+    if row["ceiling"]:
+        out.print(f"ceiling {row['ceiling']:.2f}x: the FFN is {row['ffn_share']:.0%} of the dense time")
     out.print(f"prompt: {row['sparse_tokens']} tokens read sparsely, {row['dense_tokens']} densely")
     out.headed("\n[bold]Question[/bold] ", question)
     out.headed("[bold]Dense  [/bold] ", answers[0])
     out.headed("[bold]Sparse [/bold] ", answers[1])
     return {
-        "model": loaded.name,
+        "model": engine.name,
         "prompt_tokens": row["prompt_tokens"],
         **cfg.to_dict(config),
-        "kernel": attachment.choices["kernel"],
+        "kernel": engine.choices["kernel"],
         **{key: row[key] for key in ("ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_share", "ceiling")},
         **{key: row[key] for key in ("ffn_dense_s", "ffn_sparse_s", "sparse_tokens", "dense_tokens")},
         **{key: scores[key] for key in ("ppl_dense", "ppl_sparse", "ppl_ratio", "kl")},

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 
 from fastfill import blocks, kernels
 from fastfill import config as cfg
+from fastfill.cost import Cost
+from fastfill.engines import Engine
+from fastfill.engines.transformers import inside
 from fastfill.ffn import FFN
 from fastfill.lab import flops
 
@@ -84,20 +87,17 @@ def floors(size: Size, chip: Chip) -> dict[str, float]:
 def prefill_floors(shape: Any, tokens: int, prefill: cfg.PrefillConfig, chip: Chip, item: int = 2) -> dict[str, float]:
     """The least seconds of a whole prefill: FLOPs (`flops.prefill`) or reading all weights once, whichever takes longer.
     bare: without predictor and compensator, what their skipped neurons alone would allow."""
-    predictor, linear, silu = cfg.default_ranks(shape.hidden_size)
-    overhead = (predictor * (shape.hidden_size + shape.intermediate_size), 2 * shape.hidden_size * (linear + silu))
+    ranks = dict(zip(("predictor", "linear", "silu"), cfg.default_ranks(shape.hidden_size), strict=True))
     kept = [round((1 - prefill.sparsity) * shape.intermediate_size)] * shape.num_hidden_layers
+    cost = Cost.learned(shape.hidden_size, shape.intermediate_size, kept, ranks)
     plan = blocks.make_plan([(0, tokens, 0)], tokens, dataclasses.replace(prefill, min_tokens=1))
     sparse_tokens = plan.sparse_tokens if plan else 0
     linears = flops.prefill(shape, 1)
     weights = (linears["projections"] + linears["ffn"] + linears["head"]) // 2
     found = {}
-    for name, args in {
-        "dense": (),
-        "sparse": (sparse_tokens, kept, overhead),
-        "bare": (sparse_tokens, kept, (0, 0)),
-    }.items():
-        done = sum(flops.prefill(shape, tokens, *args).values())  # type: ignore[arg-type]
+    bare = dataclasses.replace(cost, predictor=0, compensator=0)
+    for name, sparse, costs in (("dense", 0, None), ("sparse", sparse_tokens, cost), ("bare", sparse_tokens, bare)):
+        done = sum(flops.prefill(shape, tokens, sparse, costs).values())
         found[name] = max(done / chip.flops, weights * item / chip.bytes)
     return found
 
@@ -175,7 +175,7 @@ def measure(
 def _alternate(calls: dict[str, Callable[[], Any]], repeats: int, cuda: bool) -> dict[str, float]:
     clock: Callable[[Callable[[], Any]], float] = _wall
     if cuda:
-        from fastfill.engines.cuda import capture, clock
+        from fastfill.lab.cuda import capture, clock
 
         calls = {name: capture(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -193,20 +193,21 @@ def _wall(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def of_runner(runner: Any, lengths: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+def of_engine(engine: Engine, lengths: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """A row of `measure` for each prompt length at the shape and settings of a bench's model, on its device."""
-    first, block = runner.attachment.ffns[0], runner.config.block_size
+    first, block = inside(engine, "The FFN op's bench").attachment.ffns[0], engine.config.block_size
+    predictor: Any = first.predictor  # the learned one
     rows = []
     for tokens in lengths:
         if tokens < block:
             continue
         size = Size(
-            hidden=runner.shape.hidden_size,
-            neurons=runner.shape.intermediate_size,
+            hidden=engine.shape.hidden_size,
+            neurons=engine.shape.intermediate_size,
             tokens=tokens // block * block,
             block=block,
-            kept=round((1 - runner.config.sparsity) * runner.shape.intermediate_size),
-            predictor=len(first.predictor.w_in),
+            kept=round((1 - engine.config.sparsity) * engine.shape.intermediate_size),
+            predictor=len(predictor.w_in),
             compensator=len(first.compensator.w_in) if first.compensator else 0,
             item=first.ffn.gate.element_size(),
         )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+from fastfill.cost import Cost
 
-def prefill(
-    config: Any, tokens: int, sparse_tokens: int = 0, kept: Sequence[int] = (), overhead: tuple[int, int] = (0, 0)
-) -> dict[str, int]:
+
+def prefill(config: Any, tokens: int, sparse_tokens: int = 0, cost: Cost | None = None) -> dict[str, int]:
     """FLOPs of one prompt of T = `tokens`, by part, two for each multiply-add.
 
     config: the model's Hugging Face config. sparse_tokens: those that ran sparsely; head, tail and the rest of the prompt
-    count as dense. kept: K per layer (a layer that keeps all F neurons is dense). overhead: multiply-adds of predictor and
-    compensator per token of a layer.
+    count as dense. cost: of these (`Engine.cost`).
 
     projections: q, k, v and o. attention: scores and values, causal: only the T (T + 1) / 2 pairs of a query and a key that
     it sees (fewer in a sliding window); a kernel that computes the masked half too does up to twice that. predictor: for
@@ -23,15 +21,16 @@ def prefill(
     hidden, intermediate, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-    thin = [k for k in kept if k < intermediate]  # the layers that have sparse tokens at all
+    thin = [k for k in cost.kept if k < intermediate] if cost else []  # the layers that have sparse tokens at all
+    predictor, compensator = (cost.predictor, cost.compensator) if cost else (0, 0)
     corrected = tokens if sparse_tokens else 0
     skipped = sparse_tokens * sum(intermediate - k for k in thin)
     return {
         "projections": 2 * tokens * layers * hidden * (2 * queries + 2 * keys),
         "attention": 4 * queries * sum(pairs(tokens, window) for window in windows(config)),
         "ffn": 6 * hidden * (tokens * layers * intermediate - skipped),
-        "predictor": 2 * sparse_tokens * len(thin) * overhead[0],
-        "compensator": 2 * corrected * len(thin) * overhead[1],
+        "predictor": 2 * sparse_tokens * len(thin) * predictor,
+        "compensator": 2 * corrected * len(thin) * compensator,
         "head": 2 * hidden * config.vocab_size,
     }
 

@@ -10,7 +10,7 @@ import torch
 
 from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment
-from fastfill.engines.transformers import TransformersRunner
+from fastfill.engines.transformers import TransformersEngine
 from fastfill.lab import perplexity, published, speed
 from fastfill.lab.baselines import LEARNED
 from fastfill.lab.resume import Store
@@ -61,7 +61,7 @@ def evaluate(
                         store.add(group[index], {**sums, "ffn_flops": share})
                         bar.step(note=f"{method} {sparsity:.0%}")
                     if timed:  # comes last: where something is missing, it is missing too
-                        row = speed.ttft(TransformersRunner(attached, artifact.base_model["name"]), prompt, repeats)
+                        row = speed.ttft(TransformersEngine(attached, artifact.base_model["name"]), prompt, repeats)
                         store.add(timed, {key: row[key] for key in ("ttft_sparse_s", "ttft_dense_s", "speedup")})
                         bar.step(note=f"{method} {sparsity:.0%}")
             found = [store.rows[key] for key in group]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastfill import blocks, families
+from fastfill import blocks, cost, families
 from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment, attach
 from fastfill.config import MAX_SPARSITY, PrefillConfig
@@ -96,9 +96,7 @@ class Cost:
 
     def attached(self, attachment: Attachment) -> float:
         """Of the FFNs, predictors and compensators included: an attached model."""
-        first = attachment.ffns[0]
-        overhead = first.predictor.macs_per_token(), first.compensator.macs_per_token() if first.compensator else 0
-        parts = flops.prefill(self.config, self.tokens, self.sparse, attachment.kept, overhead)
+        parts = flops.prefill(self.config, self.tokens, self.sparse, cost.Cost.attached(attachment.ffns))
         return flops.ffn(parts) / flops.ffn(self._dense(self.tokens))
 
     def ffn_share(self, per_token: float) -> float:

@@ -11,7 +11,7 @@ import fastfill
 from fastfill import config as cfg
 from fastfill import files
 from fastfill.artifact import Artifact
-from fastfill.attachment import Attachment
+from fastfill.engines import Engine
 from fastfill.errors import UserError, printable, quoted
 from fastfill.tensors import content
 
@@ -84,19 +84,19 @@ class Store:
             raise UserError(f"{self.file} cannot be written: {error.strerror}. Run the same command again to go on.") from error
 
 
-def settings(task: str, attachment: Attachment, artifact: Artifact, items: Any, **more: Any) -> dict[str, Any]:
+def settings(task: str, engine: Engine, artifact: Artifact, items: Any, **more: Any) -> dict[str, Any]:
     """What two runs must share to be one: model, artifact, settings in force, and the items themselves (by digest)."""
     return {
         "fastfill": fastfill.__version__,
         "task": task,
         "model": artifact.base_model["fingerprint"],
         "artifact": _weights(artifact),
-        "dtype": str(attachment.model.dtype),
-        "device": str(attachment.model.device),
-        **cfg.to_dict(attachment.config),
-        "kept": attachment.kept,
-        **attachment.choices,
-        **({"engine": attachment.engine} if hasattr(attachment, "engine") else {}),
+        "dtype": f"torch.{engine.dtype}",
+        "device": engine.device,
+        **cfg.to_dict(engine.config),
+        "kept": list(engine.cost.kept),
+        **engine.choices,
+        **({"engine": engine.engine} if engine.engine != "transformers" else {}),  # runs of before do not name it
         "items": digest(items),
         **more,
     }

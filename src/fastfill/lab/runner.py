@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastfill.attachment import Attachment
-from fastfill.engines import transformers as engine
+from fastfill.engines import Engine
+from fastfill.engines.transformers import TransformersEngine, inside
 from fastfill.errors import UserError
 from fastfill.lab import chance, intervals, likelihood
 from fastfill.lab.example import Example, identity
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 
 def run(
-    attachment: Attachment,
+    engine: Engine,
     tokenizer: Any,
     examples: Sequence[Example],
     store: Store,
@@ -51,8 +51,8 @@ def run(
     """
     if score not in SCORES:
         raise UserError(f"The score {score!r} is not known; use one of {', '.join(SCORES)}.")
-    if score != "answers" and not isinstance(attachment, Attachment):
-        raise UserError("The likelihood of an answer is read inside the model; it needs --engine transformers.")
+    if score != "answers":
+        inside(engine, "The likelihood of an answer")
     todo = [example for example in in_turn(examples) if example.key not in store]
     resumed = len(examples) - len(todo)
     pace = Pace(todo, minutes)
@@ -66,7 +66,7 @@ def run(
                 )
                 break
             begin = time.monotonic()
-            store.add(example.key, answer(attachment, tokenizer, example, score))
+            store.add(example.key, answer(engine, tokenizer, example, score))
             pace.add(example, time.monotonic() - begin)
             pace.tell(todo[index + 1 :])
             bar.step(note=example.dataset)
@@ -88,19 +88,22 @@ def _levels(examples: Sequence[Example], rows: Sequence[Row]) -> dict[str, list[
     return {name: levels for name, levels in found.items() if levels is not None}
 
 
-def answer(attachment: Attachment, tokenizer: Any, example: Example, score: str = SCORES[0]) -> Row:
+def answer(engine: Engine, tokenizer: Any, example: Example, score: str = SCORES[0]) -> Row:
     """Both readings of one example: the answers written and their scores, the likelihood of the right answer (of several forms
     the one that is most likely after the dense prompt), and the tokens of the sparse reading by how they were computed."""
     golds = example.golds if score != "answers" else ()
     texts = score != "likelihood"
-    with attachment.dense():
-        dense, known = _read(attachment, tokenizer, example, golds, texts)
-    model = attachment.model
-    best = min(range(len(golds)), key=lambda i: likelihood.nats(model, known[i], golds[i]), default=0)
+    with engine.dense():
+        dense, known = _read(engine, tokenizer, example, golds, texts)
+    best = 0
+    if golds:
+        model = inside(engine, "The likelihood of an answer").model
+        best = min(range(len(golds)), key=lambda i: likelihood.nats(model, known[i], golds[i]))
     gold = golds[best : best + 1]
-    before = attachment.stats.sparse_tokens, attachment.stats.dense_tokens
-    sparse, follows = _read(attachment, tokenizer, example, gold, texts)
-    stats = attachment.stats
+    stats = engine.stats
+    before = stats.sparse_tokens, stats.dense_tokens
+    sparse, follows = _read(engine, tokenizer, example, gold, texts)
+    stats = engine.stats
     row: Row = {"dataset": example.dataset, "answers": list(example.answers)}
     if texts:
         scores = {"score_dense": example.score(dense), "score_sparse": example.score(sparse)}
@@ -116,15 +119,15 @@ def answer(attachment: Attachment, tokenizer: Any, example: Example, score: str 
 
 
 def _read(
-    attachment: Attachment, tokenizer: Any, example: Example, golds: Sequence[torch.Tensor], texts: bool
+    engine: Engine, tokenizer: Any, example: Example, golds: Sequence[torch.Tensor], texts: bool
 ) -> tuple[str, list[torch.Tensor]]:
-    """One prefill in the mode that the attachment is in; then, densely, the answer that is written (if `texts`) and the states
+    """One prefill in the mode that the engine is in; then, densely, the answer that is written (if `texts`) and the states
     that predict each gold answer's tokens."""
-    model = attachment.model
-    if not isinstance(attachment, Attachment):  # an engine that only hands answers out
-        return _text(tokenizer, engine.generate(model, example.ids, example.max_new_tokens)), []
+    if not isinstance(engine, TransformersEngine):  # it only hands answers out
+        return _text(tokenizer, engine.generate(example.ids, example.max_new_tokens)), []
+    model = engine.model
     prompt = likelihood.read(model, example.ids)
-    with attachment.dense():
+    with engine.dense():
         follows = [likelihood.states(model, prompt, gold) for gold in golds]
         return _text(tokenizer, likelihood.write(model, prompt, example.max_new_tokens)) if texts else "", follows
 

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from fastfill.attachment import Attachment
-from fastfill.engines import transformers as engine
+from fastfill.engines.transformers import TransformersEngine
 from fastfill.errors import UserError
 from fastfill.lab import demo, picks
-from fastfill.models import LoadedModel
 
 MOST_RUNS = 8  # that run or wait
 
@@ -88,8 +87,8 @@ class Run:
 class Comparison:
     """Answers questions about documents, dense and then sparse, one question at a time, in one thread."""
 
-    def __init__(self, attachment: Attachment, loaded: LoadedModel, max_new_tokens: int):
-        self.attachment, self.loaded, self.max_new_tokens = attachment, loaded, max_new_tokens
+    def __init__(self, engine: TransformersEngine, max_new_tokens: int):
+        self.engine, self.max_new_tokens = engine, max_new_tokens
         self._pool = ThreadPoolExecutor(1)
         self._runs: set[Run] = set()
         self._asking = threading.Lock()
@@ -104,7 +103,7 @@ class Comparison:
         with self._asking:  # one prompt is tokenized at a time, too
             if len(self._runs) >= MOST_RUNS:
                 raise UserError(f"{MOST_RUNS} questions are waiting for their answers already; ask again later.")
-            ids = demo.prompt(self.loaded, document, question, self.max_new_tokens)
+            ids = demo.prompt(self.engine, document, question, self.max_new_tokens)
             return self._begin(ids)
 
     def _begin(self, ids: torch.Tensor) -> Run:
@@ -124,7 +123,7 @@ class Comparison:
     def _work(self, run: Run, ids: torch.Tensor) -> None:
         failed = None
         try:
-            with _stoppable(self.attachment, run.stopped):
+            with _stoppable(self.engine.attachment, run.stopped):
                 self._compare(run, ids)
         except Stopped:
             run.show(status="Stopped.")
@@ -134,7 +133,7 @@ class Comparison:
         run.end(failed)
 
     def _compare(self, run: Run, ids: torch.Tensor) -> None:
-        model, attachment, stats = self.loaded.model, self.attachment, self.attachment.stats
+        engine, attachment = self.engine, self.engine.attachment
         tokens = ids.shape[1]
 
         def answer(kind: str) -> None:
@@ -144,26 +143,26 @@ class Comparison:
                 if not new:
                     run.show(**{f"ttft_{kind}_s": seconds, "status": f"Writing the {kind} answer."})
                 new.append(token)
-                text = self.loaded.tokenizer.decode(new, skip_special_tokens=True).strip()
+                text = engine.tokenizer.decode(new, skip_special_tokens=True).strip()
                 run.show(**{kind: text.rstrip("\ufffd")})  # a character whose last bytes are still to come
 
             run.show(status=f"Reading {tokens:,} tokens, {'all densely' if kind == 'dense' else 'sparsely'}.")
-            engine.generate(model, ids, self.max_new_tokens, receive)
+            engine.generate(ids, self.max_new_tokens, receive)
 
         if tokens > self._warm:  # the first time at a length is slower: fresh memory
             run.show(status=f"Warming up: reading {tokens:,} tokens densely, then sparsely, not timed.")
-            with attachment.dense():
-                engine.time_to_first_token(model, ids)
-            engine.time_to_first_token(model, ids)
+            with engine.dense():
+                engine.prefill(ids)
+            engine.prefill(ids)
             self._warm = tokens
-        with attachment.dense():
+        with engine.dense():
             answer("dense")
-        before = stats.sparse_tokens
+        before = engine.stats.sparse_tokens
         with picks.watch(attachment) as seen:
             answer("sparse")
-        sparse_tokens = stats.sparse_tokens - before
+        sparse_tokens = engine.stats.sparse_tokens - before
         if not sparse_tokens:
-            config = attachment.config
+            config = engine.config
             reason = f"prompts under {config.shortest_prompt} tokens stay so." if config.sparsity else "the sparsity is 0."
             run.show(status=f"Done. Both runs were dense: {reason}")
             return

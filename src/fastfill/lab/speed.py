@@ -1,25 +1,38 @@
-"""TTFT dense and sparse in alternation; where the time goes, what it costs, and how it grows with the prompt."""
+"""TTFT dense and sparse in alternation; where the time goes, what it costs, and how it grows with the prompt.
+
+A prompt is measured in three modes: dense, by the engine's own FFN; with all neurons, by the sparse kernel that leaves none
+out; and sparse. What the second gains on the first is the kernel's, what the third gains on the second is the sparsity's.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 
 from fastfill import context
-from fastfill.engines import Runner
+from fastfill.engines import Engine
 from fastfill.errors import UserError
-from fastfill.lab import flops
-from fastfill.progress import stage
+from fastfill.lab import flops, profile
+from fastfill.progress import Stage, stage
 
-SPLITS = 5  # at most so many profiled runs of each kind
-KINDS = (("dense", False), ("sparse", True))
+SPLITS = 5  # at most so many profiled runs of each mode
+PATIENCE = 4  # at most so many times the rounds asked for, while the noise is as large as the gain
+PAIR = ("dense", "sparse")
+MODES = ("dense", "all_neurons", "sparse")
 
-Tick = Callable[[], Any]
+Tick = Callable[[int], Any]
+
+
+def within(engine: Engine, mode: str) -> AbstractContextManager[None]:
+    """Inside, the engine runs in one of `MODES`."""
+    return {"dense": engine.dense, "all_neurons": engine.all_neurons, "sparse": nullcontext}[mode]()
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -30,62 +43,91 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def ttft(runner: Runner, ids: torch.Tensor, repeats: int, tick: Tick | None = None) -> dict[str, Any]:
-    """TTFT of ids (1, T), dense and sparse in turn, `repeats` times after one warm-up each; medians, seconds.
+def ttft(
+    engine: Engine, ids: torch.Tensor, repeats: int, tick: Tick | None = None, modes: Sequence[str] = PAIR
+) -> dict[str, Any]:
+    """TTFT of ids (1, T) in each mode in turn, one warm-up and `repeats` rounds; medians, seconds. Nothing is clocked inside.
 
-    Nothing is clocked inside these runs.
+    speedup: of the medians. ratio_quartiles: of dense over sparse, round by round. clear: whether their interquartile range is
+    less than the distance of their median from 1; while it is not, rounds go on, up to `PATIENCE` times as many. rounds: those
+    that were timed. Where no token was sparse, these three are None: a ratio would be noise.
+
+    tick: called with 1 after each of the prefills that were asked for, with 0 after further ones.
     """
-    times: dict[str, list[float]] = {"dense": [], "sparse": []}
-    sparse_tokens = 0
-    for repeat in range(repeats + 1):
-        for kind, sparse in KINDS:
-            read = runner.prefill(ids, sparse)
-            if repeat:  # the first of each is the warm-up
-                times[kind].append(read.seconds)
-            sparse_tokens = read.sparse_tokens  # the sparse run's, which is the last
+    times: dict[str, list[float]] = {mode: [] for mode in modes}
+    for rounds in itertools.count():
+        for mode in modes:
+            with within(engine, mode):
+                read = engine.prefill(ids)
+            if rounds:  # the first of each is the warm-up
+                times[mode].append(read.seconds)
             if tick:
-                tick()
-    (low, dense, high), (sparse_low, fast, sparse_high) = quartiles(times["dense"]), quartiles(times["sparse"])
+                tick(int(rounds <= repeats))
+        sparse_tokens = read.sparse_tokens  # the sparse run's, which is the last
+        ratios = [dense / sparse for dense, sparse in zip(times["dense"], times["sparse"], strict=True)]
+        if rounds >= repeats and (not sparse_tokens or is_clear(ratios) or rounds >= PATIENCE * repeats):
+            break
+    found = {mode: quartiles(seconds) for mode, seconds in times.items()}
     return {
         "prompt_tokens": ids.shape[1],
-        "ttft_dense_s": round(dense, 5),
-        "ttft_sparse_s": round(fast, 5),
-        "ttft_dense_quartiles_s": [round(q, 5) for q in (low, dense, high)],
-        "ttft_sparse_quartiles_s": [round(q, 5) for q in (sparse_low, fast, sparse_high)],
-        "speedup": round(dense / fast, 4),
+        **{f"ttft_{mode}_s": round(middle, 5) for mode, (_, middle, _) in found.items()},
+        **{f"ttft_{mode}_quartiles_s": [round(q, 5) for q in three] for mode, three in found.items()},
+        "speedup": round(found["dense"][1] / found["sparse"][1], 4) if sparse_tokens else None,
+        "ratio_quartiles": [round(q, 4) for q in quartiles(ratios)] if sparse_tokens else None,
+        "clear": is_clear(ratios) if sparse_tokens else None,
+        "rounds": rounds,
         "sparse_tokens": sparse_tokens,
         "dense_tokens": ids.shape[1] - sparse_tokens,
     }
 
 
-def split(runner: Runner, ids: torch.Tensor, runs: int, tick: Tick | None = None) -> dict[str, Any]:
-    """Where the time of a prefill goes, from `runs` further runs of each kind, with clocks inside. A split is that of the run
+def is_clear(ratios: Sequence[float]) -> bool:
+    """Whether the noise of ratios is less than their effect: interquartile range, and distance of the median from 1."""
+    low, middle, high = quartiles(ratios)
+    return high - low < abs(middle - 1)
+
+
+def split(
+    engine: Engine,
+    ids: torch.Tensor,
+    runs: int,
+    sparse_tokens: int,
+    tick: Tick | None = None,
+    modes: Sequence[str] = PAIR,
+) -> dict[str, Any]:
+    """Where the time of a prefill goes, from `runs` further runs in each mode, with clocks inside. A split is that of the run
     with the median TTFT; its parts add up to the TTFT of that run, which the clocks make a little longer than the headline.
 
-    ffn_dense_s, ffn_sparse_s: time in the FFNs, predictor and compensator included, medians of all these runs.
-    ffn_share: the FFN's part of the dense runs, median.
-    ceiling: 1 / (1 - sparsity * ffn_share), what would be left if every skipped neuron took its share of the FFN's time
-    with it and nothing were added.
+    ffn_*_s: time in the FFNs, predictor and compensator included, medians of all these runs.
+    ffn_share: the FFN's part of the dense runs, median. ceiling: see `ceiling`; None where no token is sparse.
     """
-    found: dict[str, list[dict[str, float]]] = {"dense": [], "sparse": []}
+    found: dict[str, list[dict[str, float]]] = {mode: [] for mode in modes}
     for _ in range(runs):
-        for kind, sparse in KINDS:
-            found[kind].append(runner.split(ids, sparse))
+        for mode in modes:
+            with within(engine, mode):
+                found[mode].append(profile.split(engine, ids))
             if tick:
-                tick()
-    dense, thin = (sorted(found[kind], key=_total)[(runs - 1) // 2] for kind, _ in KINDS)
-    ffn_dense, ffn_sparse = (statistics.median(map(_ffn, found[kind])) for kind, _ in KINDS)
+                tick(1)
+    median = {mode: sorted(splits, key=_total)[(runs - 1) // 2] for mode, splits in found.items()}
+    ffn = {mode: statistics.median(map(_ffn, splits)) for mode, splits in found.items()}
     share = statistics.median(_ffn(parts) / _total(parts) for parts in found["dense"])
-    skipped = 1 - sum(runner.kept) / (len(runner.kept) * runner.shape.intermediate_size)
+    most = ceiling(share, engine.cost.skipped, sparse_tokens / ids.shape[1])
     return {
-        "split_dense": {part: round(seconds, 5) for part, seconds in dense.items()},
-        "split_sparse": {part: round(seconds, 5) for part, seconds in thin.items()},
-        "ffn_dense_s": round(ffn_dense, 5),
-        "ffn_sparse_s": round(ffn_sparse, 5),
-        "ffn_ratio": round(ffn_sparse / ffn_dense, 4),
+        **{f"split_{mode}": {part: round(seconds, 5) for part, seconds in parts.items()} for mode, parts in median.items()},
+        **{f"ffn_{mode}_s": round(seconds, 5) for mode, seconds in ffn.items()},
+        "ffn_ratio": round(ffn["sparse"] / ffn["dense"], 4),
         "ffn_share": round(share, 4),
-        "ceiling": round(1 / (1 - skipped * share), 4),
+        "ceiling": round(most, 4) if sparse_tokens else None,
     }
+
+
+def ceiling(ffn_share: float, skipped: float, sparse_share: float) -> float:
+    """The speed-up if every neuron skipped took its share of the FFN's time with it, and nothing were added.
+
+    ffn_share: of the FFN in the dense TTFT. skipped: share of neurons that a sparse token skips. sparse_share: of the tokens;
+    the dense head and tail of a prompt, and what is left of a block, skip nothing.
+    """
+    return 1 / (1 - sparse_share * skipped * ffn_share)
 
 
 def _total(parts: dict[str, float]) -> float:
@@ -96,11 +138,11 @@ def _ffn(parts: dict[str, float]) -> float:
     return parts["ffn"] + parts["predictor"] + parts["compensator"]
 
 
-def cost(runner: Runner, tokens: int, sparse_tokens: int) -> dict[str, Any]:
+def cost(engine: Engine, tokens: int, sparse_tokens: int) -> dict[str, Any]:
     """FLOPs of the whole prefill, dense and as it was read sparsely; see `flops.prefill`. ffn_flops_ratio: of the FFNs alone,
     predictor and compensator counted."""
-    dense = flops.prefill(runner.shape, tokens)
-    sparse = flops.prefill(runner.shape, tokens, sparse_tokens, runner.kept, runner.overhead)
+    dense = flops.prefill(engine.shape, tokens)
+    sparse = flops.prefill(engine.shape, tokens, sparse_tokens, engine.cost)
     return {
         "flops_dense": sum(dense.values()),
         "flops_sparse": sum(sparse.values()),
@@ -108,27 +150,28 @@ def cost(runner: Runner, tokens: int, sparse_tokens: int) -> dict[str, Any]:
     }
 
 
-def memory(runner: Runner, ids: torch.Tensor, tick: Tick | None = None) -> dict[str, Any]:
-    """Peak memory of one prefill of each kind above what is held between prefills, MB; see `Runner.peak_mb`."""
+def memory(engine: Engine, ids: torch.Tensor, tick: Tick | None = None) -> dict[str, Any]:
+    """Peak memory of one prefill, dense and sparse, above what is held between prefills, MB; see `profile.peak_mb`."""
     row = {}
-    for kind, sparse in KINDS:
-        peak = runner.peak_mb(ids, sparse)
-        row[f"peak_{kind}_mb"] = None if peak is None else round(peak, 1)
+    for mode in PAIR:
+        with within(engine, mode):
+            peak = profile.peak_mb(engine, ids)
+        row[f"peak_{mode}_mb"] = None if peak is None else round(peak, 1)
         if tick:
-            tick()
+            tick(1)
     return row
 
 
-def measure(runner: Runner, ids: torch.Tensor, repeats: int, tick: Tick | None = None) -> dict[str, Any]:
-    """One row: TTFT, then the split, the cost and the memory of ids (1, T). tick: called after each of `prefills(repeats)`."""
-    row = ttft(runner, ids, repeats, tick)
-    row |= split(runner, ids, min(repeats, SPLITS), tick)
-    return row | cost(runner, ids.shape[1], row["sparse_tokens"]) | memory(runner, ids, tick)
+def measure(engine: Engine, ids: torch.Tensor, repeats: int, tick: Tick | None = None) -> dict[str, Any]:
+    """One row: TTFT, then the split, the cost and the memory of ids (1, T). tick: as for `ttft`, `prefills(repeats)` times."""
+    row = ttft(engine, ids, repeats, tick, MODES)
+    row |= split(engine, ids, min(repeats, SPLITS), row["sparse_tokens"], tick, MODES)
+    return row | cost(engine, ids.shape[1], row["sparse_tokens"]) | memory(engine, ids, tick)
 
 
 def prefills(repeats: int) -> int:
-    """How many prompts `measure` reads: timed and warm-up, profiled, for the memory."""
-    return 2 * (repeats + 1 + min(repeats, SPLITS) + 1)
+    """How many prefills `measure` makes at least: timed and warm-up, profiled, for the memory."""
+    return len(MODES) * (repeats + 1 + min(repeats, SPLITS)) + len(PAIR)
 
 
 def fitting(lengths: Sequence[int], limit: int | None) -> list[int]:
@@ -144,17 +187,22 @@ def growth(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
     return round(fit.slope, 3)
 
 
-def bench(runner: Runner, lengths: Sequence[int], repeats: int, seed: int = 0) -> list[dict[str, Any]]:
+def _step(bar: Stage, share: int, note: str, done: int) -> None:
+    bar.step(done * share, note)
+
+
+def bench(engine: Engine, lengths: Sequence[int], repeats: int, seed: int = 0) -> list[dict[str, Any]]:
     """A row per prompt length, on random tokens (the time does not depend on which). Raises UserError if a length is more
     than the model holds."""
-    limit = context.positions(runner.shape)
+    limit = context.positions(engine.shape)
     if limit and max(lengths) > limit:
         raise UserError(f"A prompt of {max(lengths)} tokens is more than the {limit} that the model holds; shorten it.")
     generator = torch.Generator().manual_seed(seed)
-    work = [max(1, round(sum(flops.prefill(runner.shape, length).values()) / 1e9)) for length in lengths]
+    work = [max(1, round(sum(flops.prefill(engine.shape, length).values()) / 1e9)) for length in lengths]
     rows = []
     with stage("time to first token, GFLOP", sum(work) * prefills(repeats)) as bar:  # a long prompt takes its share of the bar
         for length, share in zip(lengths, work, strict=True):
-            ids = torch.randint(0, runner.shape.vocab_size, (1, length), generator=generator)
-            rows.append(measure(runner, ids, repeats, partial(bar.step, share, f"{length} tokens")))
+            ids = torch.randint(0, engine.shape.vocab_size, (1, length), generator=generator)
+            step = partial(_step, bar, share, f"{length} tokens")
+            rows.append(measure(engine, ids, repeats, step))
     return rows

@@ -123,14 +123,14 @@ SCRIPT = "() => { const line = document.getElementById('status'); line.setAttrib
 def page(comparison: Comparison, document: str, question: str) -> Any:
     """The page as gradio.Blocks."""
     runs: dict[str | None, Run] = {}
-    config = comparison.attachment.config
-    last = len(comparison.attachment.ffns) - 1
+    config = comparison.engine.config
+    last = len(comparison.engine.cost.kept) - 1
 
     with gr.Blocks(title="fastfill", analytics_enabled=False) as blocks:
         gr.Markdown(
-            f"# fastfill\n**{_as_text(comparison.loaded.name)}**: a document is read densely, and with "
+            f"# fastfill\n**{_as_text(comparison.engine.name)}**: a document is read densely, and with "
             f"{config.sparsity:.0%} of the FFN neurons skipped in blocks of {config.block_size} tokens "
-            f"({comparison.attachment.choices['kernel']} kernel). Both runs share this machine's cores, so the "
+            f"({comparison.engine.choices['kernel']} kernel). Both runs share this machine's cores, so the "
             "dense one goes first and the sparse one follows."
         )
         text = gr.Textbox(document, label="Document", lines=10, max_lines=10, elem_id="document")

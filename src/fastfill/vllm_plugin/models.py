@@ -37,11 +37,12 @@ from fastfill import artifact as artifacts
 from fastfill import kernels
 from fastfill.attachment import Stats
 from fastfill.blocks import Plan
-from fastfill.engines import PARTS, profile
+from fastfill.calls import NOT_RUN
+from fastfill.clocks import clocked
 from fastfill.errors import UserError
 from fastfill.ffn import FFN
 from fastfill.kernels import Kernel
-from fastfill.sparse_ffn import SparseFFN, current_plan
+from fastfill.sparse_ffn import AllNeurons, SparseFFN, current_plan
 from fastfill.vllm_plugin import metrics, requests, settings, steps
 from fastfill.vllm_plugin.weights import Checkpoint
 
@@ -51,16 +52,17 @@ LOG_SECONDS = 10.0
 
 class Layer:
     """One FFN as the op finds it. stock: vLLM's module, or None if the sparse one does all. ffn: the sparse one, or None
-    until the weights are there. ranks: processes that share its neurons."""
+    until the weights are there. ranks: processes that share its neurons. all_neurons: dense tokens by the sparse kernel too."""
 
     def __init__(self, stock: nn.Module, ranks: int):
         self.stock: Any = stock
         self.ffn: SparseFFN | None = None
         self.ranks = ranks
+        self.all_neurons = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (T, H), the tokens of all requests of the step -> (T, H)."""
-        if self.stock is not None and (self.ffn is None or current_plan.get() is None):
+        if self.stock is not None and (self.ffn is None or (current_plan.get() is None and not self.all_neurons)):
             return self.stock.forward(x)
         assert self.ffn is not None
         y = self.ffn(x[None])[0]
@@ -75,18 +77,6 @@ class Layer:
             return self.ffn.extra_bytes - self.ffn.down_t.numel() * self.ffn.down_t.element_size()
         packed = self.stock.gate_up_proj.weight.numel() == 0  # vLLM on a CPU has its own layout; the plain weights stay for us
         return self.ffn.extra_bytes + packed * 2 * self.ffn.ffn.gate.nbytes
-
-
-class AllNeurons:
-    """The dense FFN by the sparse kernel: (1, T, H) -> (1, T, H), this process's share of the sum."""
-
-    def __init__(self, ffn: FFN, down_t: torch.Tensor, kernel: Kernel):
-        self.weights, self.kernel = (ffn.gate, ffn.up, down_t), kernel
-        self.activation = ffn.activation
-        self.ids = torch.arange(ffn.neurons, dtype=torch.int32, device=ffn.gate.device)[None]
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.sparse_ffn(x[0], *self.weights, self.ids, activation=self.activation, kernel=self.kernel.name)[None]
 
 
 def _ffn(x: torch.Tensor, layer: str) -> torch.Tensor:
@@ -159,7 +149,8 @@ class SparsePrefill:
         self.predictor_seconds = self._begin = 0.0
         self._metrics = metrics.counters() if get_tensor_model_parallel_rank() == 0 else None
         self._clocks: ExitStack | None = None
-        self._watch: profile.Stopwatch | None = None
+        self._seconds: dict[str, float] = {}
+        self._all_neurons = False
         self._logged = (time.monotonic(), Stats())
         if self._prefill.sparsity == 0:
             return
@@ -264,8 +255,19 @@ class SparsePrefill:
                 self._prefill.min_tokens,
                 self.extra_bytes / 1e6,
             )
-        plan = self._plan(metadata, tokens) if metadata is not None else None
-        if plan is None:
+        if metadata is None:
+            return self.model(*call)
+        plan, reasons = self._plan(metadata, tokens)
+        output = self._run(call, plan, metadata)
+        sparse = plan.sparse_tokens if plan and plan.runs else 0  # what the op ran, not what was planned
+        if plan and not sparse:
+            reasons = {*reasons, NOT_RUN}
+        self._count(sparse, getattr(metadata, "num_actual_tokens", tokens) - sparse, reasons)
+        return output
+
+    def _run(self, call: tuple[Any, ...], plan: Plan | None, metadata: Any) -> torch.Tensor | IntermediateTensors:
+        """The stock model, or its second view where a part is sparse."""
+        if plan is None and not (self._all_neurons and metadata.max_query_len > 1):
             return self.model(*call)
         context, before = get_forward_context(), get_forward_context().cudagraph_runtime_mode
         context.cudagraph_runtime_mode = CUDAGraphMode.NONE  # what was captured knows nothing of this step's selection
@@ -283,24 +285,27 @@ class SparsePrefill:
         sparse = [layer.ffn for layer in self._layers if layer.ffn]
         device = attentions[0].o_proj.weight.device
         self._clocks = ExitStack()
-        self._watch = self._clocks.enter_context(profile.clocks_on(device, attentions, ffns, sparse))
+        self._seconds = self._clocks.enter_context(clocked(device, attentions, ffns, sparse))
 
     def stop_clocks(self) -> dict[str, float]:
         """Seconds by part since `start_clocks`."""
-        assert self._clocks and self._watch
-        parts = {part: self._watch.seconds(part) for part in PARTS}
+        assert self._clocks
         self._clocks.close()
-        self._clocks = self._watch = None
-        return parts
+        self._clocks = None
+        return self._seconds
 
-    def _plan(self, metadata: Any, tokens: int) -> Plan | None:
-        """Which rows of this step are sparse; counts them, and the reasons for which others are not."""
+    def set_all_neurons(self, on: bool) -> None:
+        """Whether steps that prefill run the sparse kernel for dense tokens too."""
+        self._all_neurons = on
+        for layer in self._layers:
+            layer.all_neurons = on
+
+    def _plan(self, metadata: Any, tokens: int) -> tuple[Plan | None, set[str]]:
+        """Which rows of this step are to be sparse, and the reasons for which others are not."""
         plan, reasons = steps.plan(metadata, requests.of(self._vllm_config).prompts, tokens, self._prefill)
         if plan and self._state() != self._taken:
-            plan, reasons = None, {*reasons, steps.NEW_WEIGHTS}
-        sparse = plan.sparse_tokens if plan else 0
-        self._count(sparse, getattr(metadata, "num_actual_tokens", tokens) - sparse, reasons)
-        return plan
+            return None, {*reasons, steps.NEW_WEIGHTS}
+        return plan, reasons
 
     def _state(self) -> tuple[Any, ...]:
         """Something else as soon as anybody writes to the FFN weights of which the sparse kernel has its own form."""
@@ -309,6 +314,7 @@ class SparsePrefill:
         return tuple((weight.data_ptr(), weight._version) for weight in weights)
 
     def _count(self, sparse: int, dense: int, reasons: set[str]) -> None:
+        """Count the tokens of a step that has run."""
         stats = self.stats
         stats.sparse_tokens += sparse
         stats.dense_tokens += dense
@@ -366,6 +372,9 @@ class WorkerExtension:
 
     def fastfill_stop_clocks(self) -> dict[str, float]:
         return self.model_runner.get_model().stop_clocks()
+
+    def fastfill_all_neurons(self, on: bool) -> None:
+        self.model_runner.get_model().set_all_neurons(on)
 
 
 class FastfillLlamaForCausalLM(SparsePrefill, LlamaForCausalLM):

@@ -52,7 +52,7 @@ class AnswerTask(Task):
         from fastfill.lab import runner
         from fastfill.lab.example import identity
 
-        score = self.score or ("both" if getattr(engine, "engine", "transformers") == "transformers" else "answers")
+        score = self.score or ("both" if engine.engine == "transformers" else "answers")
         store = self.store(engine, out, identity(examples), score=score, **more)
         found = runner.run(engine, tokenizer, examples, store, seed=self.seed, score=score, minutes=self.minutes)
         if engine.config.sparsity and not found["sparse_tokens"]:

@@ -83,21 +83,23 @@ class Task:
     def run(self, engine: Any, tokenizer: Any, items: Any = None, *, out: str | Path | None = None) -> dict[str, Any]:
         """Measure, dense beside sparse. Returns what `fastfill evaluate --json` prints.
 
-        engine: what `fastfill.attach` gave, or a runner of vLLM. items: in the place of what `read` gives. out: a folder that
+        engine: what `fastfill.attach` gave, or an `Engine`. items: in the place of what `read` gives. out: a folder that
         keeps what is done; the same call goes on from there after a kill.
         Raises UserError for items that do not fit the model.
         """
         from fastfill import machine
+        from fastfill.engines.transformers import engine_of
 
-        name, choices, ranks = getattr(engine, "engine", "transformers"), engine.choices, engine.artifact.ranks
+        engine = engine_of(engine, tokenizer)
+        name, choices, ranks = engine.engine, engine.choices, engine.artifact.ranks
         predictor, whole = _predictor(choices["predictor"]), choices["compensator"] or not ranks["linear"] + ranks["silu"]
         self.check(engine=name, learned=predictor == "learned", compensator=whole, out=out)
         found = self.measure(engine, tokenizer, self.read() if items is None else items, out)
         return {
             "task": self.name,
             "engine": name,
-            "model": engine.artifact.base_model["name"],
-            "dtype": str(engine.model.dtype).removeprefix("torch."),
+            "model": engine.name,
+            "dtype": engine.dtype,
             "predictor": predictor,
             "compensator": choices["compensator"],
             **to_dict(engine.config),
@@ -131,7 +133,7 @@ def positions(engine: Any) -> int:
     """Tokens that the model holds."""
     from fastfill import context
 
-    return context.positions(engine.model.config) or context.UNLIMITED
+    return context.positions(engine.shape) or context.UNLIMITED
 
 
 def calibrated_on(sources: Collection[str], artifact: Any) -> int:

@@ -59,14 +59,14 @@ class Pareto(ReadingTask):
         from fastfill.lab import pareto, published
 
         texts = self.texts(engine, tokenizer, items)
-        if self.prompt_tokens >= positions(engine) or not published.Cost.of(engine, self.prompt_tokens).sparse:
+        if self.prompt_tokens >= positions(engine) or not published.Cost.of(engine.attachment, self.prompt_tokens).sparse:
             raise UserError(f"--prompt-tokens {self.prompt_tokens} is too short to be sparse, or more than the model holds.")
         origin = self.origin(engine, texts)
         more = {name: getattr(self, name) for name in ("continuation", "prompt_tokens", "repeats", "seed")}
         # Times of two machines are not one result.
         more |= {"cpu": machine.describe()["cpu"], "threads": torch.get_num_threads()}
         found = pareto.evaluate(
-            engine,
+            engine.attachment,
             engine.artifact,
             texts,
             sparsities=self.sparsities,

@@ -46,7 +46,7 @@ class Peers(ReadingTask):
 
         documents, others = items
         texts = self.texts(engine, tokenizer, documents)
-        if not published.Cost.of(engine, self.tokens).sparse or not engine.config.sparsity:
+        if not published.Cost.of(engine.attachment, self.tokens).sparse or not engine.config.sparsity:
             raise UserError("--task peers needs a sparsity above 0 and documents long enough to be sparse (--tokens).")
         origin = self.origin(engine, texts)
         thresholds = resume.digest([other.text for other in others])
@@ -55,7 +55,7 @@ class Peers(ReadingTask):
         length = min(published.SEQUENCE_LENGTH, self.tokens)
         sequences = data.sequences(tokenizer, others, length, self.seed)[: published.SEQUENCES]
         found = published.evaluate(
-            engine, engine.artifact, texts, sequences, continuation=self.continuation, store=store, seed=self.seed
+            engine.attachment, engine.artifact, texts, sequences, continuation=self.continuation, store=store, seed=self.seed
         )
         return {**found, "calibration": [other.source for other in others], **origin}
 

@@ -23,7 +23,7 @@ class Perplexity(ReadingTask):
         texts = self.texts(engine, tokenizer, items)
         origin = self.origin(engine, texts)
         store = self.store(engine, out, self.identity(texts), continuation=self.continuation)
-        found = perplexity.evaluate(engine, texts, continuation=self.continuation, store=store, seed=self.seed)
+        found = perplexity.evaluate(engine.attachment, texts, continuation=self.continuation, store=store, seed=self.seed)
         return {**found, **origin}
 
     @staticmethod

@@ -46,7 +46,7 @@ class Picks(DocumentTask):
 
         document = items[0]
         ids = data.encode(tokenizer, document, self.tokens)[: min(self.tokens, positions(engine))]
-        return picks.evaluate(engine, (document.source, torch.tensor(ids)))
+        return picks.evaluate(engine.attachment, (document.source, torch.tensor(ids)))
 
     @staticmethod
     def show(result: dict[str, Any]) -> None:

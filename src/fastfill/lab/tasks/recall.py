@@ -21,7 +21,7 @@ class Recall(DocumentTask):
 
         texts = self.texts(engine, tokenizer, items)
         origin = self.origin(engine, texts)
-        return {**recall.evaluate(engine, texts, self.store(engine, out, self.identity(texts))), **origin}
+        return {**recall.evaluate(engine.attachment, texts, self.store(engine, out, self.identity(texts))), **origin}
 
     @staticmethod
     def show(result: dict[str, Any]) -> None:
