@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastfill import config as cfg
-from fastfill import families, files, partner, schedule, schema
+from fastfill import families, files, hub, partner, schedule, schema
 from fastfill import tensors as stored
 from fastfill.compensator import Compensator
 from fastfill.config import PrefillConfig
@@ -109,6 +110,25 @@ class Artifact:
         was learned for, requantised or rounded, or fine-tuned where that is allowed: see `partner`."""
         found = partner.check_model(self.base_model, self.samples, anatomy, allow_finetuned)
         return found + partner.notes(self.base_model, self.samples, anatomy)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a fastfill artifact",
+    ) -> str:
+        """Upload it to a repository on the hub ('org/name'), which is made if it is not there, as a branch if a `revision` is
+        named. Its README.md is the folder's own, or made. Returns the address of the commit. Raises UserError."""
+        page = readme(self)
+        if self.folder is not None and (self.folder / README).is_file():
+            with files.reading(self.folder / README, "cannot be read", "restore it, or delete it"):
+                page = files.read_bytes(self.folder / README, hub.FILES[README][0]).decode()
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "artifact"
+            save(self, folder, page)
+            return hub.push(folder, repository, revision, private, token, commit_message)
 
     def summary(self) -> dict[str, Any]:
         """What `fastfill inspect --json` prints."""
@@ -216,7 +236,7 @@ def record(artifact: Artifact, folder: str | Path, quality: dict[str, Any]) -> N
 
     Raises UserError if there is another artifact by now, or the folder cannot be written.
     """
-    folder = folder_of(folder)
+    folder = _own(folder)
     held = files.hold(folder, files.WAIT_S)
     document, now = _read_config(folder)
     same = (now.base_model, now.prefill, now.ranks, now.layer_importance, now.calibration, now.checksums) == (
@@ -237,12 +257,20 @@ def record(artifact: Artifact, folder: str | Path, quality: dict[str, Any]) -> N
     del held
 
 
+def _own(name: str | Path) -> Path:
+    """The user's own folder, or UserError: one in the hub's cache must stay what the hub has."""
+    folder = folder_of(name)
+    if hub.is_cached(folder):
+        raise UserError(f"{name} is on the hub, and its copy here must stay as it is; copy it to a folder of yours first.")
+    return folder
+
+
 def add_samples(folder: str | Path, model: Any) -> Artifact:
     """Store samples of its model in an artifact that an older fastfill made, so that it knows the model requantised, too.
 
     Raises UserError if the model is not exactly the one it was learned for, or the folder cannot be written.
     """
-    folder = folder_of(folder)
+    folder = _own(folder)
     artifact, anatomy = load(folder), families.dissect(model)
     artifact.check_partner(anatomy)
     artifact.samples = partner.samples(anatomy)
@@ -250,11 +278,16 @@ def add_samples(folder: str | Path, model: Any) -> Artifact:
     return artifact
 
 
-def folder_of(name: str | Path) -> Path:
-    """The folder that is meant: itself, or by name one that comes with fastfill: 'default' (of the embedded model), or that of
-    another model, 'qwen2.5-coder-1.5b', which a source checkout has and a wheel has not."""
+def folder_of(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+    """The folder that is meant: itself; by name one that comes with fastfill: 'default' (of the embedded model), or that of
+    another model, 'qwen2.5-coder-1.5b', which a source checkout has and a wheel has not; else, where no such folder is, the
+    hub's 'org/name' or 'org/name@revision', downloaded (`hub.fetch`). Raises UserError."""
     known = DEFAULT_ARTIFACT if name == "default" else SHIPPED.get(str(name))
     if known is None or (name != "default" and Path(name).exists()):
+        if (found_there := hub.split(name)) is not None:
+            return hub.fetch(found_there[0], revision or found_there[1], cache_dir)
+        if revision is not None:
+            raise UserError(f"{name} is a local folder, which has no revision; leave it out, or name a repository (org/name).")
         return Path(name)
     import fastfill
 
@@ -270,13 +303,14 @@ def folder_of(name: str | Path) -> Path:
     return found or places[0]
 
 
-def load(folder: str | Path) -> Artifact:
-    """Read and check an artifact folder ('default': the shipped one). The tensors are copies of what is in the files.
+def load(folder: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> Artifact:
+    """Read and check an artifact: a folder, a name that is shipped ('default'), or a repository on the hub ('org/name', of
+    which a `revision` may be named). The tensors are copies of what is in the files.
 
     Raises UserError with one sentence if it is missing, truncated, damaged, of a newer schema, or holds unknown or missing
     keys, values out of range, wrong shapes, NaN or infinite weights, or values that are not those of its checksums.
     """
-    folder = folder_of(folder)
+    folder = folder_of(folder, revision, cache_dir)
     with files.reading(folder, "cannot be read", "name an artifact folder"):
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).exists():
@@ -377,11 +411,19 @@ def documents(artifact: Artifact) -> str:
     return ", ".join(shown) or "unknown sources"
 
 
+def _front_matter(name: str) -> list[str]:
+    """What the hub reads of a page. base_model: where the model's name is that of a repository. The license is the author's to
+    name."""
+    base = [f"base_model: {name}"] if hub.is_repository(name) and not name.endswith(".gguf") else []
+    return ["---", *base, "library_name: fastfill", "tags:", "- fastfill", "- sparse-prefill", "---", ""]
+
+
 def readme(artifact: Artifact) -> str:
-    """The artifact's own page: what it is for, how it was made, what it scores."""
+    """The artifact's own page, a model card: what it is for, how it was made, what it scores."""
     base, prefill, record, quality = artifact.base_model, artifact.prefill, artifact.calibration, artifact.quality
     shares = artifact.flops()
     lines = [
+        *_front_matter(base["name"]),
         f"# fastfill artifact for {base['name']}",
         "",
         f"Sparse prefill for this model at {prefill.sparsity:.0%} FFN sparsity in blocks of {prefill.block_size} tokens: "

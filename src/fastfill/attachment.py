@@ -254,6 +254,8 @@ def attach(
     compensator: bool = True,
     kernel: str | Kernel = "auto",
     allow_finetuned: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
     **fields: Any,
 ) -> Attachment:
     """Make a loaded `transformers` model read prompts with a sparse FFN.
@@ -263,7 +265,8 @@ def attach(
     (`fastfill.lab.baselines.named("oracle")`). compensator: False leaves the correction out. kernel: a name (see
     `fastfill.kernels`), or what `kernels.resolve` gave. Decode steps and short calls stay dense.
 
-    allow_finetuned: accept a model that was fine-tuned since (`fastfill.partner`).
+    allow_finetuned: accept a model that was fine-tuned since (`fastfill.partner`). revision, cache_dir: of an artifact on the
+    Hugging Face hub, which is named 'org/name'.
 
     Raises UserError for a model or an artifact that does not fit, or a model that is attached already. Warns if the FFNs were
     requantised, or what is outside them (embeddings, attention, norms, unmerged adapters) is not what the artifact was learned
@@ -271,7 +274,7 @@ def attach(
     """
     with torch.inference_mode(False):
         if not isinstance(artifact, Artifact):
-            artifact = artifacts.load(artifact)
+            artifact = artifacts.load(artifact, revision, cache_dir)
     anatomy = families.dissect(model)
     check_detached(anatomy)
     notes = artifact.check_partner(anatomy, allow_finetuned)
