@@ -245,9 +245,9 @@ def broken(folder, what):
     if what == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif what == "newer schema":
-        config.write_text(config.read_text().replace('"schema_version": 1', '"schema_version": 3'))
+        config.write_text(config.read_text().replace('"schema_version": 3', '"schema_version": 4'))
     elif what == "unknown keys":
-        config.write_text(config.read_text().replace('"schema_version": 1', '"schema_version": 1, "colour": "red"'))
+        config.write_text(config.read_text().replace('"schema_version": 3', '"schema_version": 3, "colour": "red"'))
     elif what == "NaN weights":
         tensors = load_file(weights)
         tensors["layers.0.predictor.bias"][3] = float("nan")

@@ -56,7 +56,8 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
 
     set_threads(arguments)
     model, artifact = _bench_model(arguments)
-    settings = {key: getattr(arguments, key) for key in ("dtype", "device", "kernel")} | settings_of(arguments)
+    options = ("dtype", "device", "kernel", "allow_finetuned")
+    settings = {key: getattr(arguments, key) for key in options} | settings_of(arguments)
     with engines.load(arguments.engine, model, artifact, **settings) as engine:
         limit = context.positions(engine.shape)
         fitting = speed.fitting(lengths, limit)

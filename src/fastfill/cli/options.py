@@ -13,6 +13,7 @@ from fastfill.config import PREFILL_FIELDS, PrefillConfig, check_integer
 from fastfill.errors import UserError
 
 PROMPT_BYTES = 1 << 26  # of a prompt's file, more than any model holds: told before the model is loaded
+ARTIFACT_HELP = "folder, 'default' for the shipped one, or org/name[@revision] on the Hugging Face hub"
 MODEL_HELP = "a Hugging Face id, a local folder, a .gguf file, or 'default' (the embedded SmolLM2-135M-Instruct)"
 
 
@@ -51,10 +52,15 @@ def attach_options(sub: argparse.ArgumentParser, required: bool = True, default:
         metavar="DIR",
         required=required,
         default=None if required else default,
-        help="folder, or 'default' for the shipped one",
+        help=ARTIFACT_HELP,
     )
+    finetuned_option(sub)
     settings_options(sub)
     sub.add_argument("--kernel", default="auto", help="auto, native, triton or torch (default: auto)")
+
+
+def finetuned_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--allow-finetuned", action="store_true", help="accept a model that was fine-tuned since")
 
 
 def settings_options(sub: argparse.ArgumentParser, **other_names: str) -> None:
@@ -97,7 +103,8 @@ def load_model(arguments: argparse.Namespace) -> Any:
 def attach_model(arguments: argparse.Namespace, model: Any, artifact: Any, **extra: Any) -> Any:
     from fastfill.attachment import attach
 
-    return attach(model, artifact, kernel=arguments.kernel, **settings_of(arguments), **extra)
+    allow = arguments.allow_finetuned
+    return attach(model, artifact, kernel=arguments.kernel, allow_finetuned=allow, **settings_of(arguments), **extra)
 
 
 def read_text(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastfill.cli.options import MODEL_HELP, Commands, settings_of, settings_options
+from fastfill.cli.options import ARTIFACT_HELP, MODEL_HELP, Commands, finetuned_option, settings_of, settings_options
 
 
 def add_serve(commands: Commands) -> None:
@@ -19,7 +19,8 @@ def add_serve(commands: Commands) -> None:
     )
     serve.set_defaults(run=run_serve, json=False, takes_rest=True)
     serve.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    serve.add_argument("--artifact", metavar="DIR", required=True, help="folder, or 'default' for the shipped one")
+    serve.add_argument("--artifact", metavar="DIR", required=True, help=ARTIFACT_HELP)
+    finetuned_option(serve)
     settings_options(serve, block_size="--sparse-block-size")  # --block-size is vLLM's own
     serve.add_argument("--kernel", help="auto, native or torch (default: auto)")
     serve.add_argument(
@@ -39,4 +40,5 @@ def run_serve(arguments: argparse.Namespace) -> None:
         **settings_of(arguments),
         kernel=arguments.kernel,
         one_copy=arguments.one_copy or None,
+        allow_finetuned=arguments.allow_finetuned or None,
     )

@@ -34,7 +34,8 @@ LONGEST = 16384  # tokens of the longest prompt that bench keeps room for
 def options(model: str, artifact: str, **overrides: Any) -> dict[str, Any]:
     """Arguments for `vllm.LLM(**...)` that turn the artifact on: `model` and `hf_overrides`.
 
-    model: as everywhere (an id, a folder, a .gguf file, 'default'). overrides: fields of `PrefillConfig`, kernel, one_copy.
+    model: as everywhere (an id, a folder, a .gguf file, 'default'). overrides: fields of `PrefillConfig`, kernel,
+    one_copy, allow_finetuned.
     Raises UserError for a model that cannot be found or is of no supported type, and for settings that there are not.
     """
     import transformers
@@ -212,7 +213,14 @@ class VllmEngine:
 
 @contextmanager
 def load(
-    model: str, artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", kernel: str = "auto", **fields: Any
+    model: str,
+    artifact: Artifact,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    kernel: str = "auto",
+    allow_finetuned: bool = False,
+    **fields: Any,
 ) -> Iterator[VllmEngine]:
     """See `fastfill.engines`. fields: of `PrefillConfig`, in place of the artifact's.
 
@@ -242,6 +250,7 @@ def load(
         "enable_prefix_caching": False,
     }
     config = settings.in_force(artifact, fields)
-    with engine(model, str(artifact.folder), overrides={"kernel": kernel, **fields}, **arguments) as llm:
+    overrides = {"kernel": kernel, "allow_finetuned": allow_finetuned, **fields}
+    with engine(model, str(artifact.folder), overrides=overrides, **arguments) as llm:
         name = models.DEFAULT_NAME if model == "default" else model
         yield VllmEngine(llm, name, folder, artifact, config, kernels.choose(kernel), shape, device)
