@@ -266,7 +266,8 @@ def test_the_embedded_model_in_other_formats():
     quants = pytest.importorskip("gguf.quants")
     from gguf import GGMLQuantizationType as Kind
 
-    anatomy = families.dissect(models.load("default", "bf16").model)
+    model = models.load("default", "bf16").model
+    anatomy = families.dissect(model)
     ffns = [[ffn.gate.float(), ffn.up.float(), ffn.down.float()] for ffn in anatomy.ffns[::6]]
 
     def runs(change):
@@ -281,5 +282,13 @@ def test_the_embedded_model_in_other_formats():
         made = runs(lambda w, kind=kind: packed(w.numpy(), kind))
         assert partner.compare(known, made).kind == partner.compare(made, known).kind == partner.ROUNDED, kind.name
     assert partner.compare(known, runs(lambda w: rounded(w, "int8"))).kind == partner.ROUNDED
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in made.model.parameters():
+            if weight.dim() == 2:
+                weight.copy_(rounded(weight, "int8"))
+    with pytest.warns(UserWarning, match="requantised or rounded") as told:  # once
+        attach(made, artifacts.load("default"), sparsity=0.0).detach()
+    assert len(told) == 1
     assert partner.compare(known, runs(lambda w: tuned(w, 0.03))).kind == partner.FINETUNED
     assert partner.compare(known, runs(lambda w: w.roll(1, 0))).kind == partner.ANOTHER

@@ -109,7 +109,7 @@ class Artifact:
         """What to warn of, a sentence each, before this is put on the model. Raises UserError unless the model is the one it
         was learned for, requantised or rounded, or fine-tuned where that is allowed: see `partner`."""
         found = partner.check_model(self.base_model, self.samples, anatomy, allow_finetuned)
-        return found + partner.notes(self.base_model, self.samples, anatomy)
+        return found + partner.notes(self.base_model, self.samples, anatomy, requantised=bool(found))
 
     def push_to_hub(
         self,

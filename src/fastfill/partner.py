@@ -10,9 +10,9 @@ rounded     what rounding to a grid explains. If b is a rounded to steps s, |b -
             2^-8 |a|, two roundings to bf16. Entries at an end of their block are left out. Of the others at most EXCESS of a
             tensor and EXCESS_ALL of the model may lie beyond that bound. The differences must also be as large as rounding
             makes them: errors that are uniform over a step are s / 4 in the mean, and LEAST s is asked for; smaller ones are
-            a change of weights that were on the grid before, of which those up to EIGHT_BITS of the largest value, some 1 %
-            of sigma, cannot be told from int8 made of them. A step s gives the relative distance s / (sqrt(12) sigma), 8.8 %
-            at 4 bits (Q4_0), 15.4 % at 3 (Q3_K), and two grids add in squares; ROUNDED_MOST is the limit.
+            a change of weights that were on the grid before, of which those up to EIGHT_BITS cannot be told from int8 made of
+            them. A step s gives the relative distance s / (sqrt(12) sigma), 8.8 % at 4 bits (Q4_0), 15.4 % at 3 (Q3_K), and
+            two grids add in squares; ROUNDED_MOST is the limit.
 fine-tuned  further than that, and less than ANOTHER_FROM away. A change of relative size e takes those entries over the bound
             that are nearer to it than the change, the share 0.8 e sigma / s where errors are uniform over s. Measured on
             low-rank changes, EXCESS_ALL is crossed from e = 0.1 % on without a grid (24 % of the entries) and in Q8_0, 0.2 % in
@@ -51,7 +51,7 @@ RUNS, RUNS_OUTSIDE, RUNS_ONCE = 16, 4, 64  # of an FFN's matrix, of another tens
 EXCESS, EXCESS_ALL = 0.02, 0.005
 ROUNDED_MOST = 0.2
 LEAST = 0.15
-EIGHT_BITS = 2.5 / 254  # half a step of int8 per channel, where rows reach 2.5 times as far as the entries looked at
+EIGHT_BITS = 0.015  # int8 per channel of rows that reach to r sigma is r / (127 sqrt(12)) away: measured 0.7 to 1.3 %
 ANOTHER_FROM = 0.5
 CLEAR = {16: 0.85, 32: 0.75}  # block -> `period`'s clearness from which it is one. By chance: exp(-n clear^2) a step tried
 OUTSIDE = "outside."
@@ -203,13 +203,17 @@ def check_model(base_model: dict[str, Any], known: Samples, anatomy: families.An
     return check(base_model, known, _layers(anatomy), allow_finetuned)
 
 
-def notes(base_model: dict[str, Any], known: Samples, anatomy: families.Anatomy) -> list[str]:
-    """What a user should know who puts the artifact on this model: one sentence each, for what differs outside the FFNs."""
+def notes(base_model: dict[str, Any], known: Samples, anatomy: families.Anatomy, requantised: bool = False) -> list[str]:
+    """What a user should know who puts the artifact on this model: one sentence each, for what differs outside the FFNs.
+
+    requantised: the FFNs are, which was said; what is as near as rounding may be, is not worth another sentence then.
+    """
     prints = base_model.get("fingerprints", {})
     if known:
         mine = {name.removeprefix(OUTSIDE): runs for name, runs in known.items() if name.startswith(OUTSIDE)}
         found = outside(anatomy)
-        like = mine.keys() == found.keys() and compare(mine, found).kind in (SAME, ROUNDED)
+        verdict = compare(mine, found)
+        like = verdict.kind in (SAME, ROUNDED) or (requantised and verdict.distance <= ROUNDED_MOST)
     else:
         like = any(prints.get(f"outside_{name}") == value for name, value in fingerprints_outside(anatomy).items())
     if like:
@@ -294,8 +298,7 @@ def _beyond(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         fits = torch.where(step.flatten(1).amax(1) > 0, large, over == 0)
         best = torch.minimum(best, torch.where(fits, over, of).long())
     both = (step_a.flatten(1).amax(1) > 0) & (step_b.flatten(1).amax(1) > 0)
-    eight = EIGHT_BITS * a.abs().flatten(1).amax(1)[:, None, None] + a.abs() / 256
-    return torch.where(both, torch.minimum(best, total((apart > eight).float()).long()), best), of
+    return torch.where(both & (_distance(a, b) <= EIGHT_BITS), 0, best), of
 
 
 def _grid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
