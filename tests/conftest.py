@@ -30,7 +30,7 @@ import transformers
 from hypothesis import settings
 
 from fastfill import artifact as artifacts
-from fastfill import families, kernels, partner
+from fastfill import choice, families, kernels, partner
 from fastfill.config import PrefillConfig
 
 FAMILIES = tuple(families.FAMILIES)
@@ -129,6 +129,12 @@ def tiny_tokenizer():
     )
     tokenizer.chat_template = "{% for m in messages %}w5 {{ m['content'] }} w6 {% endfor %}w7"
     return tokenizer
+
+
+@pytest.fixture(autouse=True)
+def gains(monkeypatch):
+    """Sparse is faster from the artifact's `min_tokens` on, whatever a tiny model on a busy machine would tell."""
+    monkeypatch.setattr(choice, "choose", lambda ffns, config: choice.Choice(ffns[0].kernel, config.min_tokens))
 
 
 @pytest.fixture

@@ -356,7 +356,8 @@ def test_an_engine_tells_what_is_attached(model, model_folder, artifact_folder):
     settings = {"dtype": "fp32", "device": "cpu", "sparsity": 0.25, "kernel": "torch"}
     with engines.load("transformers", str(model_folder), artifact, **settings) as made:
         assert (made.engine, made.name, made.dtype, made.device) == ("transformers", str(model_folder), "float32", "cpu")
-        assert made.choices == {"kernel": "torch", "predictor": "LearnedPredictor", "compensator": True}
+        why = {"kernel_reason": "asked for", "expected_gain": None}
+        assert made.choices == {"kernel": "torch", **why, "predictor": "LearnedPredictor", "compensator": True}
         assert made.config.sparsity == 0.25 and sum(made.cost.kept) == round(0.75 * LAYERS * INTERMEDIATE)
         # what the objects on the model say of themselves, and what their ranks say
         assert made.cost == artifact.cost(0.25) == Cost(HIDDEN, INTERMEDIATE, made.cost.kept, 8 * (HIDDEN + INTERMEDIATE), 512)

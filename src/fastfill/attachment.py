@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastfill import artifact as artifacts
-from fastfill import families, partner
+from fastfill import choice, families, partner
 from fastfill.artifact import Artifact
 from fastfill.blocks import Plan
 from fastfill.calls import Calls, GenerateHook, Prompt, Stats
@@ -44,14 +44,20 @@ class Attachment:
     """
 
     def __init__(
-        self, model: Any, anatomy: families.Anatomy, artifact: Artifact, config: PrefillConfig, followers: list[Follower]
+        self,
+        model: Any,
+        anatomy: families.Anatomy,
+        artifact: Artifact,
+        config: PrefillConfig,
+        followers: list[Follower],
+        gains: bool = True,
     ):
         self.model, self.config = model, config
         self.ffns = [follower.ffn for follower in followers]
         self.kept = [ffn.kept for ffn in self.ffns]
         self._anatomy, self._artifact, self._followers = anatomy, artifact, followers
         thins = any(ffn.kept < anatomy.intermediate for ffn in self.ffns)  # False at sparsity 0: all of it is dense
-        self._calls = Calls(config, list(inspect.signature(anatomy.base.forward).parameters), thins)
+        self._calls = Calls(config, list(inspect.signature(anatomy.base.forward).parameters), thins, gains)
         self.stats = self._calls.stats
         self._lock = threading.RLock()
         self._swaps = Swaps()
@@ -71,10 +77,15 @@ class Attachment:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What results depend on beside `config`."""
+        """What results depend on beside `config`, and why this kernel runs."""
         first = self.ffns[0]
-        predictor, compensator = type(first.predictor).__name__, first.compensator is not None
-        return {"kernel": first.kernel.name, "predictor": predictor, "compensator": compensator}
+        return {
+            "kernel": first.kernel.name,
+            "kernel_reason": first.kernel.reason,
+            "expected_gain": first.kernel.expected_gain,
+            "predictor": type(first.predictor).__name__,
+            "compensator": first.compensator is not None,
+        }
 
     @property
     def extra_bytes(self) -> int:
@@ -265,6 +276,10 @@ def attach(
     (`fastfill.lab.baselines.named("oracle")`). compensator: False leaves the correction out. kernel: a name (see
     `fastfill.kernels`), or what `kernels.resolve` gave. Decode steps and short calls stay dense.
 
+    Where kernel is "auto" and neither `prefill` nor `min_tokens` is given, one layer is timed, dense and sparse
+    (`fastfill.choice`; remembered): the faster kernel runs, `min_tokens` is raised to the shortest prompt that gains, and
+    where none gains a warning says so and all stays dense. Move the model to its device and dtype before.
+
     allow_finetuned: accept a model that was fine-tuned since (`fastfill.partner`). revision, cache_dir: of an artifact on the
     Hugging Face hub, which is named 'org/name'.
 
@@ -296,7 +311,15 @@ def attach(
 
     counts = artifact.kept(config.sparsity)
     followers = [follower(layer, part, kept) for layer, (part, kept) in enumerate(zip(anatomy.ffns, counts, strict=True))]
-    attachment = Attachment(model, anatomy, artifact, config, followers)
+    chosen = None
+    if kernel == "auto" and prefill is None and fields.get("min_tokens") is None:
+        chosen = choice.choose([layer.ffn for layer in followers], config)
+    if chosen:
+        for layer in followers:
+            layer.choose(chosen.kernel)
+        config = config.with_(min_tokens=max(config.min_tokens, chosen.first or 0))
+        notes = notes if chosen.first else [*notes, chosen.warning]
+    attachment = Attachment(model, anatomy, artifact, config, followers, gains=not chosen or chosen.first is not None)
     with _attaching:  # of two threads that got this far, one finds the other's artifact
         check_detached(anatomy)
         attachment._swap()

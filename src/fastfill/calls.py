@@ -41,6 +41,7 @@ STATIC_CACHE = "static cache"  # with a mask that is not the plain causal one, a
 OTHER_MASK = "mask of another shape"
 OTHER_CACHE = "cache of unknown length"
 OTHER_TEXT = "another text inside a prompt"
+SLOWER = "sparse is not faster on this machine"  # measured at attach, which has told it
 NOT_RUN = "FFNs that were given other shapes than the model"
 
 
@@ -119,11 +120,12 @@ class _Said(threading.local):
 class Calls:
     """Reads and counts the calls of one attached model, from any number of threads.
 
-    parameters: names of the base model's arguments, in order. thins: False if no layer skips a neuron.
+    parameters: names of the base model's arguments, in order. thins: False if no layer skips a neuron. gains: False if sparse
+    was found to be no faster, and all stays dense.
     """
 
-    def __init__(self, config: PrefillConfig, parameters: list[str], thins: bool):
-        self.config, self.parameters, self.thins = config, parameters, thins
+    def __init__(self, config: PrefillConfig, parameters: list[str], thins: bool, gains: bool = True):
+        self.config, self.parameters, self.thins, self.gains = config, parameters, thins, gains
         self.stats = Stats()
         self.said = _Said()
         self._lock = threading.Lock()
@@ -169,7 +171,7 @@ class Calls:
             stats.dense_tokens += running.tokens - sparse
             stats.sparse_calls += sparse > 0
             stats.dense_calls += sparse == 0
-            known = reason is None or reason in stats.dense_because
+            known = reason in (None, SLOWER) or reason in stats.dense_because
             if reason:
                 stats.dense_because[reason] = stats.dense_because.get(reason, 0) + 1
         if not known:
@@ -204,6 +206,8 @@ class Calls:
         if past is not None and mine and not isinstance(rows, str):
             parts = [prompt.part(row, past, width) for row in rows] if prompt else None
             running.plan = blocks.make_plan(rows, width, self.config, parts)
+            if running.plan and not self.gains:
+                running.plan, running.reason = None, SLOWER
         elif (prompt.size if prompt and mine else width) >= least:
             running.reason = rows if isinstance(rows, str) else OTHER_TEXT
 

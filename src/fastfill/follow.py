@@ -32,7 +32,17 @@ class Follower:
     def __init__(self, part: ModuleFFN, kept: int, learned: Learned, kernel: str | Kernel):
         self.part, self._learned, self._kernel = part, learned, kernel
         self._stamps: list[Any] = []
+        self._chosen: dict[Any, Kernel] = {}  # type and device of the weights -> kernel
         self.ffn = SparseFFN(dense=part.module.forward, kept=kept, **self._made(kept))
+
+    def choose(self, kernel: Kernel) -> None:
+        """Take this kernel, as long as the weights have the type and the device that they have now; not where it cannot run
+        on them, as on a layer that lies elsewhere than the others."""
+        gate = self.ffn.ffn.gate
+        if kernel.name not in (self.ffn.kernel.name, "torch"):
+            return
+        self._chosen = {(gate.dtype, gate.device): kernel}
+        self.ffn.kernel = kernel
 
     def renew(self) -> None:
         """Make everything anew from the weights that are there now. Raises UserError if they cannot be followed."""
@@ -53,6 +63,7 @@ class Follower:
             kernel = self._kernel if isinstance(self._kernel, Kernel) else kernels.resolve(self._kernel, ffn.gate)
         except ValueError as error:
             raise UserError(str(error)) from error
+        kernel = self._chosen.get((ffn.gate.dtype, ffn.gate.device), kernel)
         predictor, compensator = self._learned(ffn.gate)
         down_t = ffn.down.t().contiguous() if kept < ffn.neurons else ffn.down.new_empty(0)
         self._stamps = _stamps(ffn)

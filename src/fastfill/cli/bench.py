@@ -70,7 +70,8 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
             "model": engine.name,
             "dtype": engine.dtype,
             **cfg.to_dict(engine.config),
-            "kernel": engine.choices["kernel"],
+            **{name: engine.choices[name] for name in ("kernel", "kernel_reason", "expected_gain")},
+            "choice": _choice(arguments, engine),
             "engine": arguments.engine,
             "repeats": arguments.repeats,
             "seed": arguments.seed,
@@ -86,6 +87,20 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
             result["ways"] = timed.ways
             result["ffn_op"] = ffn_op.of_engine(engine, fitting, arguments.repeats)
         return result, engine.shape.vocab_size
+
+
+def _choice(arguments: argparse.Namespace, engine: Any) -> dict[str, Any] | None:
+    """What `attach` would choose if nothing were named (`fastfill.choice`). None in vLLM, and where a kernel is named."""
+    from fastfill import choice
+    from fastfill.engines.transformers import TransformersEngine
+
+    if not isinstance(engine, TransformersEngine) or arguments.kernel != "auto":
+        return None
+    found = choice.choose(engine.attachment.ffns, engine.config)
+    if found is None:
+        return None
+    kernel = found.kernel
+    return {"kernel": kernel.name, "min_tokens": found.first, "expected_gain": kernel.expected_gain, "reason": kernel.reason}
 
 
 def _bench_model(arguments: argparse.Namespace) -> tuple[Any, Any]:

@@ -164,8 +164,8 @@ def _evaluated(arguments: argparse.Namespace, artifact: Any) -> Iterator[Any]:
         from fastfill.engines.transformers import TransformersEngine
         from fastfill.lab import baselines
 
-        extra = {"predictor": baselines.named(arguments.predictor), "compensator": not arguments.no_compensator}
-        with attach_model(arguments, loaded.model, artifact, **extra) as attachment:
+        predictor, whole = baselines.named(arguments.predictor), not arguments.no_compensator
+        with attach_model(arguments, loaded.model, artifact, predictor=predictor, compensator=whole) as attachment:
             yield TransformersEngine(attachment, loaded.name, loaded.tokenizer)
         return
     if arguments.predictor != "learned" or arguments.no_compensator:

@@ -39,7 +39,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     loaded = load_model(arguments)
     context.check_characters(loaded.model.config, prompt)
     ids = engine.encode(loaded.tokenizer, prompt, arguments.chat)
-    with attach_model(arguments, loaded.model, artifact) as attachment:
+    with attach_model(arguments, loaded.model, artifact, measured=not arguments.dense) as attachment:
         engine.check_length(loaded.model, ids, arguments.max_new_tokens)
         with attachment.dense() if arguments.dense else nullcontext():
             new = engine.generate(loaded.model, ids, arguments.max_new_tokens)

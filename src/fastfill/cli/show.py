@@ -71,6 +71,9 @@ def bench(result: dict[str, Any]) -> None:
     out.print(
         f"all kept: all neurons, by the {result['kernel']} kernel; what that gains is the kernel's, the rest the sparsity's"
     )
+    if chosen := result.get("choice"):
+        from_where = f"from {chosen['min_tokens']} tokens on" if chosen["min_tokens"] else "nowhere"
+        out.print(f"attach, if nothing is named: kernel {chosen['kernel']}, sparse {from_where} ({chosen['reason']})")
     if any(row["clear"] is False for row in rows):
         most = max(row["rounds"] for row in rows)
         out.print(f"?: the quartiles are farther apart than the gain is large, after {most} rounds")

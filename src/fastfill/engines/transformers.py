@@ -199,5 +199,6 @@ def load(
 ) -> Iterator[TransformersEngine]:
     """See `fastfill.engines`. settings: those of `attach`."""
     loaded = models.load(model, dtype, device) if isinstance(model, str) else model
+    settings["min_tokens"] = settings.get("min_tokens") or artifact.prefill.min_tokens  # named: rows that lose are measured too
     with attach(loaded.model, artifact, **settings) as attachment:
         yield TransformersEngine(attachment, loaded.name, loaded.tokenizer)

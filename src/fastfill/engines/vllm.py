@@ -144,6 +144,8 @@ class VllmEngine:
         self.model_mb, self.attached_mb = held["model_bytes"] / 1e6, held["extra_bytes"] / 1e6
         self.choices = {
             "kernel": kernel,
+            "kernel_reason": "as the plugin has it",
+            "expected_gain": None,
             "predictor": LearnedPredictor.__name__,
             "compensator": self.cost.compensator > 0,
         }

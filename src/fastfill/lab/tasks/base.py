@@ -103,7 +103,7 @@ class Task:
             "predictor": predictor,
             "compensator": choices["compensator"],
             **to_dict(engine.config),
-            "kernel": choices["kernel"],
+            **{name: choices[name] for name in ("kernel", "kernel_reason", "expected_gain")},
             **found,
             "machine": machine.describe(),
         }
