@@ -15,6 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm_tiny import answer, engine, folders, inside, logprobs_of, prompt, tokens_of, vllm_model
 
 import fastfill
+from fastfill import families
 from fastfill.compensator import Compensator
 from fastfill.engines.transformers import generate
 from fastfill.errors import UserError
@@ -48,7 +49,7 @@ def expected(family, artifact, prompts, tokens=12, change=lambda attachment: Non
     return results
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [name for name, row in families.FAMILIES.items() if row.vllm])
 def test_answers_are_those_of_the_transformers_engine(family):
     """Same tokens, and log-probabilities within 1e-4: both run in fp32 (24 bits), the sums differ in order only. Dense answers
     differ from sparse ones for every prompt that is long enough, so a plugin that stays dense would not pass."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,16 @@ from torch import nn
 from fastfill.errors import UserError
 from fastfill.ffn import FFN
 
+ROLES = ("gate", "up", "down")
+
 
 @dataclass(frozen=True)
 class Family:
     """Attribute names, from the base model down to one FFN.
 
     gate_up: one Linear that holds gate's rows and, behind them, up's, in place of `gate` and `up`. scale, cap: names in the
-    config of what the logits are divided by, and of the value c that they are bent to, c tanh(logits / c).
+    config of what the logits are divided by, and of the value c that they are bent to, c tanh(logits / c). vllm: vLLM's
+    architecture; None where it has none of its own.
     """
 
     layers: str = "layers"
@@ -31,19 +34,48 @@ class Family:
     activation: str = "hidden_act"  # in the model's config
     scale: str | None = None
     cap: str | None = None
+    vllm: str | None = None
+
+    @property
+    def fused(self) -> Family:
+        """As vLLM holds it: gate and up in one, in every family."""
+        return replace(self, gate_up=self.gate_up or "gate_up_proj")
+
+    def linear(self, role: str) -> str:
+        """The name of the Linear that holds 'gate', 'up' or 'down'."""
+        return self.down if role == "down" else self.gate_up or getattr(self, role)
+
+    def part(self, module: Any, role: str, kind: str, data: bool = False) -> torch.Tensor | None:
+        """Role's 'weight' or 'bias' in an FFN of torch's or of vLLM's, a view where gate and up are one; None for no bias.
+        data: as autograd does not know it."""
+        whole: torch.Tensor | None = getattr(getattr(module, self.linear(role)), kind)
+        if whole is None:
+            return None
+        whole = whole.data if data else whole
+        if role == "down" or self.gate_up is None:
+            return whole
+        neurons = len(whole) // 2
+        return whole[:neurons] if role == "gate" else whole[neurons:]
+
+    def read(self, module: Any, activation: str, data: bool = False) -> FFN:
+        """The FFN that a module is. Arguments as those of `part`."""
+        parts: dict[str, Any] = {role: self.part(module, role, "weight", data) for role in ROLES}
+        parts |= {f"{role}_bias": self.part(module, role, "bias", data) for role in ROLES}
+        return FFN(**parts, activation=activation)
 
 
 # model_type -> names. One row is all that a new family of gated FFNs needs.
 FAMILIES = {
-    "llama": Family(),  # Llama 2/3.x, SmolLM2 and everything else that uses the LLaMA architecture
-    "mistral": Family(),
-    "qwen2": Family(),  # Qwen2, Qwen2.5
-    "qwen3": Family(),
-    "phi3": Family(gate_up="gate_up_proj"),  # Phi-3, Phi-3.5 and Phi-4-mini
-    "gemma2": Family(activation="hidden_activation", cap="final_logit_softcapping"),
-    "gemma3_text": Family(activation="hidden_activation", cap="final_logit_softcapping"),
-    "olmo2": Family(),
-    "granite": Family(scale="logits_scaling"),
+    # Llama 2/3.x, SmolLM2 and everything else that uses the LLaMA architecture
+    "llama": Family(vllm="LlamaForCausalLM"),
+    "mistral": Family(vllm="MistralForCausalLM"),
+    "qwen2": Family(vllm="Qwen2ForCausalLM"),  # Qwen2, Qwen2.5
+    "qwen3": Family(vllm="Qwen3ForCausalLM"),
+    "phi3": Family(gate_up="gate_up_proj", vllm="Phi3ForCausalLM"),  # Phi-3, Phi-3.5 and Phi-4-mini
+    "gemma2": Family(activation="hidden_activation", cap="final_logit_softcapping", vllm="Gemma2ForCausalLM"),
+    "gemma3_text": Family(activation="hidden_activation", cap="final_logit_softcapping", vllm="Gemma3ForCausalLM"),
+    "olmo2": Family(),  # vLLM runs it by way of transformers' modules
+    "granite": Family(scale="logits_scaling", vllm="GraniteForCausalLM"),
 }
 # An activation in a model's config -> its name in `ffn.ACTIVATIONS`.
 ACTIVATIONS = {
@@ -77,46 +109,36 @@ class ModuleFFN(FFN):
 
     @property
     def gate(self) -> torch.Tensor:
-        return self._rows("gate").weight.data[self._part("gate")]
+        return self.read().gate
 
     @property
     def up(self) -> torch.Tensor:
-        return self._rows("up").weight.data[self._part("up")]
+        return self.read().up
 
     @property
     def down(self) -> torch.Tensor:
-        return self.linear_down.weight.data
+        return self.read().down
 
     @property
     def gate_bias(self) -> torch.Tensor | None:
-        return self._bias("gate")
+        return self.read().gate_bias
 
     @property
     def up_bias(self) -> torch.Tensor | None:
-        return self._bias("up")
+        return self.read().up_bias
 
     @property
     def down_bias(self) -> torch.Tensor | None:
-        bias = self.linear_down.bias
-        return None if bias is None else bias.data
+        return self.read().down_bias
 
     @property
     def linear_down(self) -> Any:
         """The module that holds down."""
         return getattr(self.module, self.family.down)
 
-    def _rows(self, role: str) -> Any:
-        """The Linear among whose rows gate's or up's are."""
-        return getattr(self.module, self.family.gate_up or getattr(self.family, role))
-
-    def _part(self, role: str) -> slice:
-        if self.family.gate_up is None:
-            return slice(None)
-        return slice(self.shape[0]) if role == "gate" else slice(self.shape[0], None)
-
-    def _bias(self, role: str) -> torch.Tensor | None:
-        bias = self._rows(role).bias
-        return None if bias is None else bias.data[self._part(role)]
+    def read(self) -> FFN:
+        """The weights as they are now, unchecked, as autograd does not know them."""
+        return self.family.read(self.module, self.activation, data=True)
 
     def now(self) -> FFN:
         """The weights as they are now, with what autograd knows of them.
@@ -129,7 +151,7 @@ class ModuleFFN(FFN):
             raise UserError(f"Layer {index}: {family.ffn} was replaced while attached; detach, then attach again.")
         neurons, hidden = self.shape
         rows = (2 * neurons if family.gate_up else neurons, hidden)
-        shapes = {family.gate_up or family.gate: rows, family.gate_up or family.up: rows, family.down: (hidden, neurons)}
+        shapes = {family.linear(role): (hidden, neurons) if role == "down" else rows for role in ROLES}
         first: torch.Tensor | None = None
         leading = next(iter(shapes))
         for name, shape in shapes.items():
@@ -146,21 +168,15 @@ class ModuleFFN(FFN):
                         f"Layer {index}: {name} is {tensor.dtype} on {tensor.device}, but {leading} is {first.dtype} on "
                         f"{first.device}; give an FFN's weights one type and one device."
                     )
-        parts: dict[str, Any] = {}
         with torch.inference_mode(False), torch.enable_grad():  # a part learns as the whole does, whoever asks for it
-            for role in ("gate", "up"):
-                linear, part = self._rows(role), self._part(role)
-                whole = family.gate_up is None
-                parts[role] = linear.weight if whole else linear.weight[part]
-                parts[f"{role}_bias"] = linear.bias if whole or linear.bias is None else linear.bias[part]
-        return FFN(**parts, down=self.linear_down.weight, down_bias=self.linear_down.bias, activation=self.activation)
+            return family.read(self.module, self.activation)
 
 
 class Head:
     """Last hidden states -> logits, as the model's own forward makes them. scale, cap: see `Family`."""
 
     def __init__(self, model: Any):
-        family = FAMILIES.get(getattr(model.config, "model_type", ""), Family())
+        family = of(model.config)
         self._model = model
         self.scale: float | None = getattr(model.config, family.scale, None) if family.scale else None
         self.cap: float | None = getattr(model.config, family.cap, None) if family.cap else None
@@ -199,6 +215,28 @@ def supported() -> str:
     return ", ".join(FAMILIES)
 
 
+def of(config: Any) -> Family:
+    """The row of a model's Hugging Face config; that of LLaMA for a type that has none."""
+    return FAMILIES.get(getattr(config, "model_type", ""), Family())
+
+
+def activation_of(config: Any) -> str:
+    """The FFN's activation, as `ffn.ACTIVATIONS` names it. Raises UserError for one that is not supported."""
+    found = getattr(config, of(config).activation, None)
+    if found not in ACTIVATIONS:
+        raise UserError(f"The FFN activation {found!r} is not supported; supported are: {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[found]
+
+
+def roles() -> dict[str, tuple[str, ...]]:
+    """The names of all families' Linears in an FFN -> what lies in one, in this order: gate, up, down."""
+    found: dict[str, tuple[str, ...]] = {}
+    for family in FAMILIES.values():
+        for name in map(family.linear, ROLES):
+            found[name] = tuple(role for role in ROLES if family.linear(role) == name)
+    return found
+
+
 def base_of(model: Any) -> Any:
     """The module that runs the decoder layers: inside a causal LM, which may be inside peft's wrappers."""
     while True:
@@ -224,10 +262,8 @@ def dissect(model: Any) -> Anatomy:
     layers = list(getattr(base, family.layers, []))
     if not layers:
         raise UserError(f"This {model_type} model has no decoder layers at {family.layers!r}; pass the loaded causal LM.")
-    activation = getattr(config, family.activation, None)
-    if activation not in ACTIVATIONS:
-        raise UserError(f"The FFN activation {activation!r} is not supported; supported are: {', '.join(ACTIVATIONS)}.")
-    ffns = [ModuleFFN(layer, family, index, ACTIVATIONS[activation]) for index, layer in enumerate(layers)]
+    activation = activation_of(config)
+    ffns = [ModuleFFN(layer, family, index, activation) for index, layer in enumerate(layers)]
     shape = ffns[0].shape
     if any(ffn.shape != shape for ffn in ffns):
         raise UserError("The layers' FFNs differ in width; only models with one intermediate size are supported.")

@@ -5,9 +5,9 @@ Registering only adds names: without an artifact nothing of this package runs.
 
 from __future__ import annotations
 
-MODELS = {  # vLLM's architecture -> ours
-    stock: f"Fastfill{stock}" for stock in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-}
+from fastfill import families
+
+MODELS = {row.vllm: f"Fastfill{row.vllm}" for row in families.FAMILIES.values() if row.vllm}  # vLLM's architecture -> ours
 
 
 def register() -> None:

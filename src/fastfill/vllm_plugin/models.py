@@ -7,7 +7,9 @@ and captured as ever. A step that does runs a second view of the same modules, i
 from __future__ import annotations
 
 import copy
+import functools
 import time
+import types
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,15 +28,12 @@ from vllm.distributed import (
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from fastfill import artifact as artifacts
-from fastfill import kernels
+from fastfill import families, kernels
 from fastfill.attachment import Stats
 from fastfill.blocks import Plan
 from fastfill.calls import NOT_RUN
@@ -43,7 +42,7 @@ from fastfill.errors import UserError
 from fastfill.ffn import FFN
 from fastfill.kernels import Kernel
 from fastfill.sparse_ffn import AllNeurons, SparseFFN, current_plan
-from fastfill.vllm_plugin import metrics, requests, settings, steps
+from fastfill.vllm_plugin import MODELS, metrics, requests, settings, steps
 from fastfill.vllm_plugin.weights import Checkpoint
 
 logger = init_logger("vllm.fastfill")
@@ -186,7 +185,7 @@ class SparsePrefill:
         """Check the weights, and keep what the sparse kernel reads: vLLM may repack and drop its own right after this."""
         artifact = artifacts.load(self._settings.artifact)
         checkpoint.check(artifact, self._settings.allow_finetuned)
-        parts = [_parts(layer.mlp) for layer in self.model.layers]
+        parts = [_parts(layer.mlp, self._vllm_config.model_config.hf_config) for layer in self.model.layers]
         self.model_bytes = sum(p.numel() * p.element_size() for p in self.parameters())  # type: ignore[attr-defined]
         if not self._layers:
             return
@@ -345,14 +344,12 @@ def _metadata() -> Any:
     return next(iter(found.values())) if isinstance(found, dict) else found
 
 
-def _parts(mlp: Any) -> FFN:
-    """gate and up are views of vLLM's fused weight: (2 F, H), gate first."""
-    fused, down = mlp.gate_up_proj, mlp.down_proj
-    if getattr(fused, "bias", None) is not None or getattr(down, "bias", None) is not None:
+def _parts(mlp: Any, config: Any) -> FFN:
+    """vLLM's FFN module as ours, its weights shared. config: the model's Hugging Face config."""
+    ffn = families.of(config).fused.read(mlp, families.activation_of(config), data=True)
+    if any(bias is not None for bias in (ffn.gate_bias, ffn.up_bias, ffn.down_bias)):
         raise UserError("An FFN with a bias is not supported.")
-    weight = fused.weight.data
-    gate, up = weight.chunk(2)
-    return FFN(gate, up, down.weight.data)
+    return ffn
 
 
 class WorkerExtension:
@@ -377,17 +374,11 @@ class WorkerExtension:
         self.model_runner.get_model().set_all_neurons(on)
 
 
-class FastfillLlamaForCausalLM(SparsePrefill, LlamaForCausalLM):
-    pass
-
-
-class FastfillMistralForCausalLM(SparsePrefill, MistralForCausalLM):
-    pass
-
-
-class FastfillQwen2ForCausalLM(SparsePrefill, Qwen2ForCausalLM):
-    pass
-
-
-class FastfillQwen3ForCausalLM(SparsePrefill, Qwen3ForCausalLM):
-    pass
+@functools.cache
+def __getattr__(name: str) -> type:
+    """FastfillXForCausalLM: `SparsePrefill` in front of vLLM's XForCausalLM, for each in `MODELS`."""
+    stock = {ours: stock for stock, ours in MODELS.items()}.get(name)
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    bases = (SparsePrefill, ModelRegistry.models[stock].load_model_cls())
+    return types.new_class(name, bases, exec_body=lambda body: body.update(__module__=__name__))

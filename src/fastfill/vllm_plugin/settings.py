@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastfill import artifact as artifacts
 from fastfill import config as cfg
-from fastfill import kernels, partner
+from fastfill import families, kernels, partner
 from fastfill.artifact import Artifact
 from fastfill.config import PREFILL_FIELDS, PrefillConfig
 from fastfill.errors import UserError
@@ -218,7 +218,8 @@ def name_range() -> str:
 def refuse(vllm_config: Any) -> None:
     """Raise UserError for what the sparse prefill does not know, rather than be wrong or silently dense."""
     parallel, model, scheduler = vllm_config.parallel_config, vllm_config.model_config, vllm_config.scheduler_config
-    kind, load, offload = getattr(model.hf_config, "hidden_act", None), vllm_config.load_config, vllm_config.offload_config
+    load, offload = vllm_config.load_config, vllm_config.offload_config
+    families.activation_of(model.hf_config)
     for given, what in (
         (vllm_config.speculative_config is not None, "speculative decoding; start without it"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism; start with --pipeline-parallel-size 1"),
@@ -241,7 +242,6 @@ def refuse(vllm_config: Any) -> None:
         (scheduler.scheduler_cls is not None, "another scheduler class; start without --scheduler-cls"),
         (parallel.worker_extension_cls, "another worker extension; start without --worker-extension-cls"),
         (vllm_config.use_v2_model_runner, "vLLM's second model runner; set VLLM_USE_V2_MODEL_RUNNER=0"),
-        (kind not in ("silu", "swish"), f"the FFN activation {kind!r}"),
     ):
         if given:
             raise UserError(f"The sparse prefill does not work with {what}.")
@@ -263,9 +263,9 @@ def check_checkpoint(artifact: Artifact, folder: Path, allow_finetuned: bool = F
     try:
         with ExitStack() as stack:
             rows = _Rows(folder, stack)
-            names = [
-                [f"model.layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")] for i in range(base["layers"])
-            ]
+            row = families.FAMILIES.get(base["model_type"], families.Family())
+            layers = [f"model.{row.layers}.{i}.{row.ffn}" for i in range(base["layers"])]
+            names = [[f"{layer}.{name}.weight" for name in (row.gate, row.up, row.down)] for layer in layers]
             if not all(name in rows.files for layer in names for name in layer):
                 return
             samples = [[rows.sample(name) for name in layer] for layer in names]
@@ -305,7 +305,7 @@ def overrides(model_type: str, artifact: str, **settings: Any) -> dict[str, Any]
     """
     from fastfill.vllm_plugin import MODELS
 
-    ours = {stock.removesuffix("ForCausalLM").lower(): name for stock, name in MODELS.items()}
+    ours = {name: MODELS[row.vllm] for name, row in families.FAMILIES.items() if row.vllm}
     if model_type not in ours:
         raise UserError(f"Models of type {model_type!r} are not supported in vLLM; supported are: {', '.join(ours)}.")
     given = {key: value for key, value in settings.items() if value is not None}

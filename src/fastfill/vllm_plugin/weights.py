@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from fastfill import partner
+from fastfill import families, partner
 from fastfill.artifact import Artifact
 from fastfill.errors import UserError
 
 # Names of an FFN's weights in Hugging Face's format, and in that of Mistral's own `consolidated` files.
-ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+ROLES = {**families.roles(), "w1": ("gate",), "w3": ("up",), "w2": ("down",)}
 log = logging.getLogger("vllm.fastfill")
 _NAME = re.compile(rf"(?:^|\.)layers\.(\d+)\.(?:mlp|feed_forward)\.({'|'.join(ROLES)})\.weight$")
 
@@ -31,7 +31,9 @@ class Checkpoint:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in self._weights:
             if found := _NAME.search(name):
-                self._samples[int(found[1]), ROLES[found[2]]] = partner.sample(weight)
+                roles = ROLES[found[2]]
+                for role, part in zip(roles, weight.chunk(len(roles)), strict=True):
+                    self._samples[int(found[1]), role] = partner.sample(part)
             yield name, weight
 
     def check(self, artifact: Artifact, allow_finetuned: bool = False) -> None:
