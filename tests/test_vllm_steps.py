@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import one_sentence, tiny_artifact, tiny_model
+from conftest import FAMILIES, one_sentence, tiny_artifact, tiny_model
 
 from fastfill import families, partner
 from fastfill.attachment import Stats
@@ -101,7 +101,8 @@ def test_the_checkpoints_own_dtype_is_looked_at_and_everything_is_handed_on():
     assert all(handed_on[name] is not None for name in model.state_dict())
     passed(checkpoint_of(model)).check(artifact)
     passed(checkpoint_of(model, dtype=torch.bfloat16)).check(artifact)
-    mistral = {f".{ours}.": f".{theirs}." for theirs, role in list(ROLES.items())[3:] for ours in [f"{role}_proj"]}
+    mistral = {f"{role}_proj": name for name, (role, *_) in ROLES.items() if name.startswith("w")}
+    assert mistral == {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     passed(checkpoint_of(model, names={"model.layers": "layers", "mlp": "feed_forward", **mistral})).check(artifact)
     with pytest.raises(UserError, match="other weights"):
         passed(checkpoint_of(model, dtype=torch.float16)).check(artifact)
@@ -109,6 +110,14 @@ def test_the_checkpoints_own_dtype_is_looked_at_and_everything_is_handed_on():
         passed(checkpoint_of(tiny_model(seed=1))).check(artifact)
     passed(checkpoint_of(model, dtype=torch.float16)).check(sampled)
     assert artifact.base_model["fingerprint"] == partner.fingerprints(families.dissect(model))["bf16"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_checkpoint_is_known(family):
+    model = tiny_model(family)
+    passed(checkpoint_of(model)).check(tiny_artifact(model))
+    with pytest.raises(UserError, match="other weights"):
+        passed(checkpoint_of(tiny_model(family, seed=1))).check(tiny_artifact(model))
 
 
 def test_a_checkpoint_that_lacks_ffn_weights_is_refused():
