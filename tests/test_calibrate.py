@@ -136,6 +136,16 @@ def test_schedules_and_families(family, schedule, tokenizer, tmp_path):
     assert sum(result.kept()) == round(0.5 * LAYERS * INTERMEDIATE)
 
 
+def test_biases_in_the_ffns(tokenizer, tmp_path):
+    """Through all stages; what was learned is worth something with them."""
+    model = tiny_model(mlp_bias=True)
+    result = calibrate(model, tokenizer, tmp_path / "a", change(steps=60, compensator_lr=5e-2))
+    ids = tokenizer(tiny_text(128, seed=90), return_tensors="pt")["input_ids"]
+    cost = mean_kl(model, result, ids)
+    assert cost < 0.95 * mean_kl(model, result, ids, compensator=False)
+    assert cost < mean_kl(model, result, ids, predictor=named("random"))
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 1e-4])
 def test_nothing_to_skip_is_no_error(model, tokenizer, tmp_path, sparsity):
     prefill = PrefillConfig(sparsity, BLOCK, BLOCK, 2 * BLOCK)

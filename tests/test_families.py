@@ -74,9 +74,13 @@ def test_other_activation_is_refused():
         families.dissect(tiny_model(hidden_act="tanh"))
 
 
-def test_bias_is_refused():
-    with pytest.raises(UserError, match=r"Layer 0: down_proj has a bias"):
-        families.dissect(tiny_model(mlp_bias=True))
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_biases_are_the_ffns(family):
+    ffn = families.dissect(tiny_model(family, mlp_bias=True, dtype=torch.float64)).ffns[1]
+    x = torch.randn(5, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for found in (ffn, ffn.now()):
+        assert all(float(bias.abs().max()) > 1 for bias in (found.gate_bias, found.up_bias, found.down_bias))
+        torch.testing.assert_close(found(x), ffn.module(x), rtol=1e-12, atol=1e-12)
 
 
 class PackedLinear(nn.Linear):

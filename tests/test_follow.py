@@ -114,6 +114,21 @@ def test_weights_that_change_are_those_that_run(model, change, name):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("name", LINEARS)
+def test_biases_that_come_change_and_go_are_those_that_run(model, name):
+    linear = linears(model, name)[1]
+    with attach(model, tiny_artifact(model)):
+        before = logits(model, IDS)
+        linear.bias = nn.Parameter(torch.randn(linear.out_features, generator=torch.Generator().manual_seed(0)))
+        with_bias = logits(model, IDS)
+        assert torch.equal(with_bias, fresh(model)) and not torch.equal(with_bias, before)
+        linear.bias.data *= 2
+        twice = logits(model, IDS)
+        assert torch.equal(twice, fresh(model)) and not torch.equal(twice, with_bias)
+        linear.bias = None
+        assert torch.equal(logits(model, IDS), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_casts_are_followed_there_and_back(model, dtype):
     artifact = tiny_artifact(model)
@@ -259,17 +274,12 @@ def other_ffn(model):
     model.model.layers[1].mlp = copy.deepcopy(model.model.layers[1].mlp)
 
 
-def bias(model):
-    model.model.layers[1].mlp.up_proj.bias = nn.Parameter(torch.zeros(INTERMEDIATE))
-
-
 REFUSED = {
     "adapter": (put("up_proj", Adapter), "Layer 1: up_proj carries an adapter .*merge_and_unload"),
     "quantised": (put("gate_proj", lambda old: Packed(HIDDEN, INTERMEDIATE, bias=False)), "Layer 1: gate_proj is Packed"),
     "one byte": (write("down_proj", lambda old: old.to(torch.float8_e4m3fn)), "Layer 1: down_proj"),
     "integers": (write("down_proj", lambda old: old.to(torch.int32)), "Layer 1: down_proj"),
     "another FFN": (other_ffn, "Layer 1: mlp was replaced"),
-    "a bias": (bias, "Layer 1: up_proj has a bias"),
     "offloaded": (write("down_proj", lambda old: old.to("meta")), "meta"),
     "another width": (write("gate_proj", lambda old: old[:-1]), r"Layer 1: gate_proj has the shape \(95, 32\), not \(96, 32\)"),
     "emptied": (write("down_proj", lambda old: old.new_empty(0)), "Layer 1: down_proj has the shape"),
@@ -295,9 +305,6 @@ def test_what_cannot_be_followed_is_refused_at_the_call(model, name):
             logits(model, IDS[:, :8])  # a short call is the model's own business
         model.model.layers[1].mlp = mlp  # put back, it goes on
         mlp._modules.update(parts)
-        for linear in mlp.children():
-            if isinstance(linear, nn.Linear):
-                linear.bias = None
         for role in LINEARS:
             getattr(mlp, role).weight = nn.Parameter(weights[f"model.layers.1.mlp.{role}.weight"])
         assert torch.equal(logits(model, IDS), sparse)

@@ -38,13 +38,18 @@ class Reference:
         self.gate, self.up, self.down = (
             np.asarray(p.weight.detach(), np.float64) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
+        biases = (p.bias for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.biases = [0.0 if bias is None else np.asarray(bias.detach(), np.float64) for bias in biases]
         prefix = f"layers.{LAYER}."
         self.t = {k[len(prefix) :]: np.asarray(v, np.float64) for k, v in artifact.tensors.items() if k.startswith(prefix)}
         self.linear = artifact.ranks["linear"]
 
+    def hidden(self, x, ids=slice(None)):
+        b, c = (np.broadcast_to(bias, INTERMEDIATE)[ids] for bias in self.biases[:2])
+        return silu(x @ self.gate[ids].T + b) * (x @ self.up[ids].T + c)
+
     def energy(self, x):
-        h = silu(x @ self.gate.T) * (x @ self.up.T)
-        return (h * np.sqrt((self.down**2).sum(0))) ** 2
+        return (self.hidden(x) * np.sqrt((self.down**2).sum(0))) ** 2
 
     def scores(self, kind, block, first_block, index):
         if kind == "learned":
@@ -54,14 +59,14 @@ class Reference:
         if kind == "static":
             return self.t["stats.importance"]
         if kind == "first-block":
-            h = silu(first_block @ self.gate.T) * (first_block @ self.up.T)
+            h = self.hidden(first_block)
             return (h**2 / (h**2).sum(1, keepdims=True)).sum(0)
         return torch.rand(PLAN.blocks, INTERMEDIATE, generator=torch.Generator().manual_seed(LAYER)).numpy()[index]
 
     def __call__(self, x, kind, compensate=True, spoil=lambda ids: ids):
         """x: (2, T, H) -> the output and the smallest gap between kept and skipped scores, relative."""
         x = np.asarray(x, np.float64)
-        y = (silu(x @ self.gate.T) * (x @ self.up.T)) @ self.down.T
+        y = self.hidden(x) @ self.down.T + self.biases[2]
         gap, index = 1.0, 0
         for sequence, first, last in SPARSE:
             start = {0: 0, 1: 4}[sequence]
@@ -71,7 +76,7 @@ class Reference:
                 order = np.argsort(-scores)
                 gap = min(gap, (scores[order[KEPT - 1]] - scores[order[KEPT]]) / scores[order[KEPT]])
                 ids = spoil(order[:KEPT].copy())
-                out = (silu(block @ self.gate[ids].T) * (block @ self.up[ids].T)) @ self.down[:, ids].T
+                out = self.hidden(block, ids) @ self.down[:, ids].T + self.biases[2]
                 if compensate:
                     inner = block @ self.t["compensator.w_in"].T
                     inner[:, self.linear :] = silu(inner[:, self.linear :])
@@ -81,9 +86,9 @@ class Reference:
         return y, gap
 
 
-@pytest.fixture(scope="module")
-def parts():
-    model = tiny_model()
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "biases"])
+def parts(request):
+    model = tiny_model(mlp_bias=request.param)
     artifact = tiny_artifact(model)
     x = torch.randn(2, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(5))
     return model, artifact, x, Reference(model, artifact)
@@ -248,7 +253,9 @@ def test_the_student_with_gradient_has_the_same_value(parts):
 def test_the_students_gradient_is_that_of_the_formula(parts):
     """In fp64, against autograd on the same masked product."""
     part = families.dissect(parts[0]).ffns[LAYER]
-    part = FFN(part.gate.double(), part.up.double(), part.down.double())
+    biases = [None if bias is None else bias.double() for bias in (part.gate_bias, part.up_bias, part.down_bias)]
+    part = FFN(part.gate.double(), part.up.double(), part.down.double(), "silu", *biases)
+    b, c, d = (0.0 if bias is None else bias for bias in biases)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, HIDDEN, generator=generator, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(3, INTERMEDIATE, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -256,7 +263,7 @@ def test_the_students_gradient_is_that_of_the_formula(parts):
     rows = slice(8, 32)
     wide = torch.ones(40, INTERMEDIATE, dtype=torch.float64)
     wide = torch.cat([wide[:8], mask.repeat_interleave(BLOCK, 0), wide[32:]])
-    plain = (torch.nn.functional.silu(x @ part.gate.T) * (x @ part.up.T) * wide) @ part.down.T
+    plain = (torch.nn.functional.silu(x @ part.gate.T + b) * (x @ part.up.T + c) * wide) @ part.down.T + d
     expected = torch.autograd.grad((plain * slope).sum(), (x, mask))
     value = _MaskedFFN.apply(x, mask, part, rows)
     found = torch.autograd.grad((value * slope).sum(), (x, mask))

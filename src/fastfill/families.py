@@ -290,8 +290,6 @@ def _linear(module: nn.Module, name: str, index: int) -> nn.Linear:
             f"Layer {index}: {name} is {type(linear).__name__}, not a plain floating-point Linear; "
             "load the model unquantised and without adapters (merge them first)."
         )
-    if linear.bias is not None:
-        raise UserError(f"Layer {index}: {name} has a bias, which is not supported.")
     if linear.weight.device.type == "meta":
         raise UserError("The model's weights are offloaded (device 'meta'); load it whole on one device.")
     return linear

@@ -347,9 +347,8 @@ def _metadata() -> Any:
 def _parts(mlp: Any, config: Any) -> FFN:
     """vLLM's FFN module as ours, its weights shared. config: the model's Hugging Face config."""
     ffn = families.of(config).fused.read(mlp, families.activation_of(config), data=True)
-    if any(bias is not None for bias in (ffn.gate_bias, ffn.up_bias, ffn.down_bias)):
-        raise UserError("An FFN with a bias is not supported.")
-    return ffn
+    # What the ranks give is added: one of them adds down's bias.
+    return ffn if get_tensor_model_parallel_rank() == 0 else replace(ffn, down_bias=None)
 
 
 class WorkerExtension:
