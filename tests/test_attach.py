@@ -206,7 +206,7 @@ def positions(mask):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing_for_real_tokens(family, side):
-    # Gemma 2 has eager attention alone: its softmax is in fp32, and where padding sees nothing NaN in fp64. Logits are up to 4.
+    # Gemma 2's attention is eager: its softmax is in fp32, and where padding sees nothing NaN in fp64. Logits are up to 4.
     dtype, close = (torch.float32, {"rtol": 0, "atol": 4e-5}) if family == "gemma2" else (torch.float64, EXACT)
     model = tiny_model(family, dtype=dtype)
     lengths = (45, 38, 12)  # the last is shorter than min_tokens: dense

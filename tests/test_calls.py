@@ -65,7 +65,7 @@ def test_every_way_to_generate_reads_the_same_tokens_sparsely(family, attention,
     if OLD and way in OLD_CANNOT:
         pytest.skip(f"transformers 5.0 fails at {way}, with nothing attached too")
     if family == "gemma2" and attention == "sdpa":
-        pytest.skip("transformers has eager attention alone for Gemma 2, which caps its logits")
+        pytest.skip("transformers caps Gemma 2's attention in its eager form alone")
     model = tiny_model(family, dtype=torch.float64, attn_implementation=attention)
     ids, settings = repeating(47), WAYS[way]
     new = settings.get("max_new_tokens", NEW)
