@@ -150,7 +150,7 @@ def test_rows_are_sorted_by_what_they_lose(kind: str) -> None:
 
 def test_peers_caption_leaves_the_oracle_out() -> None:
     assert quality.peers_caption(documents.peers()) == (
-        "Of 8 rows at 58% of the dense FFN's multiply-adds, learned + compensator loses least on the sparsely read tokens "
+        "Of 8 rows at 58% of the dense FFN's multiply-adds, learned + compensator loses least on the sparse tokens "
         "(1.48x), and learned + compensator loses least on what follows (1.02x); an oracle reaches 1.26x and 1.01x. "
         "gate-threshold (CATS-like) and input-threshold (TEAL-like) choose anew for each token, which saves no time "
         "in a prefill."

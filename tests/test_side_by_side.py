@@ -82,7 +82,7 @@ def test_every_state_is_told_if_the_reader_keeps_up(comparison, monkeypatch):
     monkeypatch.setattr(Run, "show", spy)
     last(comparison.ask(DOCUMENT, QUESTION))
     statuses = list(dict.fromkeys(state.status.split()[0] for state in seen))
-    assert statuses == ["Starting.", "Warming", "Reading", "Writing", "Done."]
+    assert statuses == ["Starting.", "Warming", "Prefilling", "Decoding", "Done."]
     assert [len(state.dense.split()) for state in seen if not state.sparse and state.dense][:NEW] == list(range(1, NEW + 1))
     assert all(len(state.dense.split()) == NEW for state in seen if state.ttft_sparse_s)
     seen.clear()

@@ -74,7 +74,7 @@ def test_times():
         return re.findall(r"<dd id='(\w+)'>(.*?)</dd>", web.times(state))
 
     assert [value for _, value in cells(None)] == ["-"] * 4
-    half = State("Writing the dense answer.", 100, ttft_dense_s=1.5)
+    half = State("Decoding the dense answer.", 100, ttft_dense_s=1.5)
     assert cells(half) == [("dense", "1.500 s"), ("sparse", "-"), ("speedup", "-"), ("tokens", "-")]
     end = State("Done.", 1100, ttft_dense_s=1.5, ttft_sparse_s=1.25, sparse_tokens=1024, picks={})
     assert cells(end) == [("dense", "1.500 s"), ("sparse", "1.250 s"), ("speedup", "1.20x"), ("tokens", "1,024 / 76")]
@@ -99,7 +99,7 @@ def test_the_maps_are_figures_with_words(model):
     for figure in [web.all_layers_map(found), *(web.one_layer_map(found, layer) for layer in range(LAYERS))]:
         assert 'role="img"' in figure and re.search(r"<title[^>]*>[^<]+</title>", figure) and "<figcaption>" in figure
     kept, overlap = found["kept"][2], found["overlap"][2]
-    words = f"Layer 2: each block picks {kept} of 96 neurons, {overlap:.0%} of them also picked by the block before."
+    words = f"Layer 2: each block selects {kept} of 96 neurons, {overlap:.0%} of them also selected by the block before."
     assert words in web.one_layer_map(found, 2)
 
 
@@ -276,7 +276,7 @@ def test_both_answers_times_and_the_map(tab):
     page.get_by_label("Document").fill(document)
     page.get_by_label("Question").fill(question)
     page.get_by_label("Question").press("Enter")  # by keyboard
-    wait(page, "Writing the dense answer.")
+    wait(page, "Decoding the dense answer.")
     page.wait_for_function("() => document.querySelector('#answer-dense textarea').value.length > 0")
     assert page.get_by_label("Dense answer").input_value() != dense  # it comes token by token
     assert not page.get_by_label("Sparse answer").input_value()
@@ -317,11 +317,11 @@ def test_what_goes_wrong_is_one_sentence_on_the_page(tab):
 def test_two_tabs_and_stop(tab):
     first, second = tab(), tab()
     first.get_by_role("button", name="Compare").click()
-    wait(first, "Writing")
+    wait(first, "Decoding")
     second.get_by_role("button", name="Compare").click()
     wait(second, "Waiting for the answer in another tab.")
     wait(first, "Done.")
-    wait(second, "Writing")
+    wait(second, "Decoding")
     second.get_by_role("button", name="Stop").click()
     wait(second, "Stopped.")
     ready(second)
@@ -329,7 +329,7 @@ def test_two_tabs_and_stop(tab):
     assert not second.locator("#map").is_visible()
     assert second.inner_text("#dense") != "-" and second.inner_text("#speedup") == "-"
     second.get_by_role("button", name="Compare").click()
-    wait(second, "Writing")
+    wait(second, "Decoding")
     second.close()  # its run ends with it
     first.get_by_role("button", name="Compare").click()
     wait(first, "Done.")

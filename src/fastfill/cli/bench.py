@@ -15,7 +15,7 @@ def add_bench(commands: Commands) -> None:
         commands,
         "bench",
         run_bench,
-        "Time to first token, dense and sparse in alternation.",
+        "Time to first token (TTFT), dense and sparse in alternation.",
         "fastfill bench default --artifact default --prompt-lengths 512,1024,2048,4096 --repeats 5",
     )
     model_options(bench, nargs="?")
@@ -24,8 +24,8 @@ def add_bench(commands: Commands) -> None:
     bench.add_argument("--layers", type=int, help="of the shape, to make it smaller (default: all)")
     bench.add_argument("--engine", default="transformers", choices=["transformers", "vllm"], help="default: transformers")
     lengths = "256,512,1024,2048,4096,8192,16384"
-    bench.add_argument("--prompt-lengths", default=lengths, help=f"tokens, cut to what the model holds (default: {lengths})")
-    bench.add_argument("--repeats", type=int, default=5, help="measurements of each kind after one warm-up (default: 5)")
+    bench.add_argument("--prompt-lengths", default=lengths, help=f"tokens, cut to the context window (default: {lengths})")
+    bench.add_argument("--repeats", type=int, default=5, help="rounds after one warm-up (default: 5)")
     bench.add_argument("--compare", action="store_true", help="also measure vLLM and llama.cpp, where they are installed")
     bench.add_argument("--seed", type=int, default=0)
 

@@ -28,7 +28,7 @@ def add_calibrate(commands: Commands) -> None:
         help=".txt, .jsonl or dataset name; a slice such as [20:100] may follow",
     )
     calibrate.add_argument("--out", required=True, metavar="DIR", help="artifact folder to write")
-    calibrate.add_argument("--resume", action="store_true", help="go on from the checkpoint of a killed run")
+    calibrate.add_argument("--resume", action="store_true", help="continue from the checkpoint of an interrupted run")
     calibrate.add_argument("--processes", type=int, default=1, help="share the work; on CUDA a GPU for each (default: 1)")
     _config_options(calibrate)
 

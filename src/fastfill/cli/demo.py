@@ -11,12 +11,12 @@ from fastfill.terminal import say
 
 
 def add_demo(commands: Commands) -> None:
-    demo = command(commands, "demo", run_demo, "Read a long document, dense and sparse, side by side.", "fastfill demo")
+    demo = command(commands, "demo", run_demo, "Prefill a long document, dense and sparse, side by side.", "fastfill demo")
     model_options(demo, nargs="?", default="default")
     attach_options(demo, required=False)
-    demo.add_argument("--document", metavar="FILE", help="text to read (default: one that comes with the package)")
+    demo.add_argument("--document", metavar="FILE", help="text file (default: one that comes with the package)")
     demo.add_argument("--question", help="question about the document")
-    demo.add_argument("--repeats", type=int, default=5, help="TTFT measurements of each kind (default: 5)")
+    demo.add_argument("--repeats", type=int, default=5, help="rounds of TTFT (default: 5)")
     demo.add_argument("--max-new-tokens", type=int, default=48, help="length of the answers (default: 48)")
     demo.add_argument("--web", action="store_true", help="as a page in the browser, for this machine only (127.0.0.1)")
     demo.add_argument("--port", type=int, default=7860, help="of the page; 0 takes any free one (default: 7860)")

@@ -41,9 +41,9 @@ def add_evaluate(commands: Commands) -> None:
     model_options(evaluate)
     attach_options(evaluate)
     evaluate.add_argument("--engine", default="transformers", choices=["transformers", "vllm"], help="default: transformers")
-    evaluate.add_argument("--out", metavar="DIR", help="keep predictions here; the same command goes on after a kill")
+    evaluate.add_argument("--out", metavar="DIR", help="keep predictions here; the same command resumes")
     evaluate.add_argument("--predictor", default="learned", help="learned, oracle, static, first-block, low-rank or random")
-    evaluate.add_argument("--no-compensator", action="store_true", help="leave the correction out")
+    evaluate.add_argument("--no-compensator", action="store_true", help="without the compensator")
     evaluate.add_argument("--record", action="store_true", help="store the result in the artifact (config.json and README.md)")
     group = evaluate.add_argument_group("options of all tasks")
     actions: dict[str, argparse.Action] = {}

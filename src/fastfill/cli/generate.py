@@ -46,7 +46,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         stats = attachment.stats
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)
     say(text)
-    print(f"({stats.sparse_tokens} tokens read sparsely, {stats.dense_tokens} densely)", file=sys.stderr)
+    print(f"({stats.sparse_tokens:,} tokens prefilled sparsely, {stats.dense_tokens:,} computed densely)", file=sys.stderr)
     return {
         "text": text,
         "prompt_tokens": ids.shape[1],

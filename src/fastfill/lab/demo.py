@@ -56,7 +56,7 @@ def run(
     least = config.shortest_prompt + perplexity.CONTINUATION
     if len(text) < least:
         raise UserError(f"The document has {len(text)} tokens; {least} are needed to measure perplexity, too.")
-    with stage("time to first token", 2 * (repeats + 2)) as bar:
+    with stage("TTFT", 2 * (repeats + 2)) as bar:
         row = speed.ttft(engine, ids, repeats, bar.step)
         row |= speed.split(engine, ids, 1, row["sparse_tokens"], bar.step)
     scores = perplexity.evaluate(engine.attachment, [("the document", text)])
@@ -73,9 +73,14 @@ def run(
         f"median of {row['rounds']}, in alternation",
         ["", "dense", "sparse", ""],
         [
-            ["time to first token", f"{row['ttft_dense_s']:.3f} s", f"{row['ttft_sparse_s']:.3f} s", gain],
+            ["TTFT", f"{row['ttft_dense_s']:.3f} s", f"{row['ttft_sparse_s']:.3f} s", gain],
             ["of which FFN", f"{row['ffn_dense_s']:.3f} s", f"{row['ffn_sparse_s']:.3f} s", f"{row['ffn_ratio']:.2f} of dense"],
-            ["ppl, read sparsely", f"{scores['ppl_dense']:.2f}", f"{scores['ppl_sparse']:.2f}", f"{scores['ppl_ratio']:.2f}x"],
+            [
+                "ppl of sparse tokens",
+                f"{scores['ppl_dense']:.2f}",
+                f"{scores['ppl_sparse']:.2f}",
+                f"{scores['ppl_ratio']:.2f}x",
+            ],
             [
                 "ppl of what follows",
                 f"{scores['cont_ppl_dense']:.2f}",
@@ -86,7 +91,7 @@ def run(
     )
     if row["ceiling"]:
         out.print(f"ceiling {row['ceiling']:.2f}x: the FFN is {row['ffn_share']:.0%} of the dense time")
-    out.print(f"prompt: {row['sparse_tokens']} tokens read sparsely, {row['dense_tokens']} densely")
+    out.print(f"prompt: {row['sparse_tokens']:,} tokens prefilled sparsely, {row['dense_tokens']:,} densely")
     out.headed("\n[bold]Question[/bold] ", question)
     out.headed("[bold]Dense  [/bold] ", answers[0])
     out.headed("[bold]Sparse [/bold] ", answers[1])

@@ -200,7 +200,7 @@ def read_sparse(
         hidden = model.base_model(input_ids=ids, use_cache=False)[0][0]
         cache = model.base_model(input_ids=ids[:, : dense.part], use_cache=True).past_key_values
     with attachment.dense():
-        # Each model's own last prompt token predicts the first; it is left out, so all counted tokens are read densely.
+        # Each model's own last prompt token predicts the first, which is left out: all scored tokens are dense.
         follows = model.base_model(input_ids=ids[:, dense.part :], past_key_values=cache, use_cache=True)[0][0, :-1]
     counted = slice(dense.first, dense.stop)
     strict.add(model, dense.hidden[counted], hidden[counted], ids[0, dense.first + 1 : dense.stop + 1], dense.first)

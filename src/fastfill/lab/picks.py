@@ -1,4 +1,4 @@
-"""Which neurons are picked, by layer and block, on one document: where the sparsity is, seen from inside."""
+"""Selected neurons by layer and block, on one document: where the sparsity is, seen from inside."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def evaluate(attachment: Attachment, document: tuple[str, torch.Tensor]) -> dict
     """Read one document (source, ids (T,)) as a prompt, and summarise what was picked. Raises UserError if all is dense."""
     source, ids = document
     before = attachment.stats.sparse_tokens, attachment.stats.dense_tokens
-    with waiting("reading the document"), watch(attachment) as seen:
+    with waiting("prefilling the document"), watch(attachment) as seen:
         attachment.model.base_model(input_ids=ids[None].to(attachment.model.device), use_cache=False)
     return {
         "document": source,

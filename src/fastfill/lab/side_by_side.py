@@ -141,16 +141,16 @@ class Comparison:
 
             def receive(token: int, seconds: float) -> None:
                 if not new:
-                    run.show(**{f"ttft_{kind}_s": seconds, "status": f"Writing the {kind} answer."})
+                    run.show(**{f"ttft_{kind}_s": seconds, "status": f"Decoding the {kind} answer."})
                 new.append(token)
                 text = engine.tokenizer.decode(new, skip_special_tokens=True).strip()
                 run.show(**{kind: text.rstrip("\ufffd")})  # a character whose last bytes are still to come
 
-            run.show(status=f"Reading {tokens:,} tokens, {'all densely' if kind == 'dense' else 'sparsely'}.")
+            run.show(status=f"Prefilling {tokens:,} tokens, {'all densely' if kind == 'dense' else 'sparsely'}.")
             engine.generate(ids, self.max_new_tokens, receive)
 
         if tokens > self._warm:  # the first time at a length is slower: fresh memory
-            run.show(status=f"Warming up: reading {tokens:,} tokens densely, then sparsely, not timed.")
+            run.show(status=f"Warming up: {tokens:,} tokens are prefilled densely, then sparsely, untimed.")
             with engine.dense():
                 engine.prefill(ids)
             engine.prefill(ids)

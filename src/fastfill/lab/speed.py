@@ -200,7 +200,7 @@ def bench(engine: Engine, lengths: Sequence[int], repeats: int, seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
     work = [max(1, round(sum(flops.prefill(engine.shape, length).values()) / 1e9)) for length in lengths]
     rows = []
-    with stage("time to first token, GFLOP", sum(work) * prefills(repeats)) as bar:  # a long prompt takes its share of the bar
+    with stage("TTFT, in GFLOP", sum(work) * prefills(repeats)) as bar:  # a long prompt takes its share of the bar
         for length, share in zip(lengths, work, strict=True):
             ids = torch.randint(0, engine.shape.vocab_size, (1, length), generator=generator)
             step = partial(_step, bar, share, f"{length} tokens")

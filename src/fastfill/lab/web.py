@@ -74,7 +74,7 @@ def times(state: State | None) -> str:
         ("dense", "Dense TTFT", seconds(dense)),
         ("sparse", "Sparse TTFT", seconds(sparse)),
         ("speedup", "Speed-up", f"{dense / sparse:.2f}x" if dense and sparse else "-"),
-        ("tokens", "Tokens read sparsely / densely", tokens),
+        ("tokens", "Tokens prefilled sparsely / densely", tokens),
     ]
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd id='{key}'>{value}</dd></div>" for key, name, value in cells) + "</dl>"
 
@@ -88,11 +88,11 @@ def one_layer_map(found: dict[str, Any], layer: int) -> str:
     """Blocks x neurons of one layer, from a picks document that has its map, as HTML."""
     one = {**found, "maps": [entry for entry in found["maps"] if entry["layer"] == layer]}
     overlap, always, never = (found[key][layer] for key in ("overlap", "always", "never"))
-    again = "" if overlap is None else f", {overlap:.0%} of them also picked by the block before"
+    again = "" if overlap is None else f", {overlap:.0%} of them also selected by the block before"
     return _figure(
         layers.maps(one, name="one-layer"),
-        f"Layer {layer}: each block picks {found['kept'][layer]:,} of {found['neurons']:,} neurons{again}. "
-        f"Every block picks {always:.0%} of the neurons, none picks {never:.0%}.",
+        f"Layer {layer}: each block selects {found['kept'][layer]:,} of {found['neurons']:,} neurons{again}. "
+        f"Every block selects {always:.0%} of the neurons, none selects {never:.0%}.",
     )
 
 
@@ -128,7 +128,7 @@ def page(comparison: Comparison, document: str, question: str) -> Any:
 
     with gr.Blocks(title="fastfill", analytics_enabled=False) as blocks:
         gr.Markdown(
-            f"# fastfill\n**{_as_text(comparison.engine.name)}**: a document is read densely, and with "
+            f"# fastfill\n**{_as_text(comparison.engine.name)}**: a document is prefilled densely, and with "
             f"{config.sparsity:.0%} of the FFN neurons skipped in blocks of {config.block_size} tokens "
             f"({comparison.engine.choices['kernel']} kernel). Both runs share this machine's cores, so the "
             "dense one goes first and the sparse one follows."

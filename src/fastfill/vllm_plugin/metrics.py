@@ -38,10 +38,10 @@ def _shown() -> tuple:
     from prometheus_client import Counter, Gauge
 
     return (
-        Counter("fastfill:sparse_tokens", "Tokens that were read sparsely."),
+        Counter("fastfill:sparse_tokens", "Tokens prefilled sparsely."),
         Counter("fastfill:dense_tokens", "Tokens that were computed densely, generated ones too."),
         Counter("fastfill:predictor_seconds", "Time in predictors; on CPUs only."),
-        Counter("fastfill:dense_steps", "Steps that should have been read sparsely and were not, or in part.", ["reason"]),
+        Counter("fastfill:dense_steps", "Steps that should have been sparse and were not, or only in part.", ["reason"]),
         Gauge(
             "fastfill:mean_sparsity",
             "Share of the FFN neurons skipped so far, over all tokens.",

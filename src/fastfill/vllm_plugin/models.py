@@ -321,14 +321,14 @@ class SparsePrefill:
         stats.dense_calls += sparse == 0
         for reason in reasons:
             if reason not in stats.dense_because:
-                logger.warning("fastfill: a prompt that should be read sparsely is dense (%s); this is said once.", reason)
+                logger.warning("fastfill: a prompt that should be sparse is dense (%s); this is said once.", reason)
             stats.dense_because[reason] = stats.dense_because.get(reason, 0) + 1
         if self._metrics:
             self._metrics.set(stats, self._prefill.sparsity, self.predictor_seconds)
         then, logged = self._logged
         if stats.sparse_tokens > logged.sparse_tokens and time.monotonic() - then > LOG_SECONDS:
             logger.info(
-                "fastfill: %d tokens read sparsely, %d computed densely since the last line; predictors took %.1f s so far.",
+                "fastfill: %d tokens prefilled sparsely, %d densely since the last line; predictors took %.1f s so far.",
                 stats.sparse_tokens - logged.sparse_tokens,
                 stats.dense_tokens - logged.dense_tokens,
                 self.predictor_seconds,

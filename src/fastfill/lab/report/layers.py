@@ -82,11 +82,11 @@ def picks(document: Document, name: str = "picks") -> str:
     for row, layer in enumerate(share):
         grid[row, : len(layer)] = layer
     overlap = [number(value) for value in document["overlap"]]
-    with Sheet(name, "Which neurons are picked, by layer", picks_caption(document), 130 + 11 * max(len(share), 10)) as sheet:
+    with Sheet(name, "Selected neurons by layer", picks_caption(document), 130 + 11 * max(len(share), 10)) as sheet:
         left, right = sheet.axes(1, 2, width_ratios=(3, 2))
         heat(left, np.nan_to_num(np.clip(grid, 0, 1)), extent=(0, 1, len(share) - 0.5, -0.5))
-        left.set_title("share of blocks that pick a neuron (filled: all)")
-        left.set_xlabel("neurons of the layer, most picked first")
+        left.set_title("share of blocks that select a neuron (filled: all)")
+        left.set_xlabel("neurons of the layer, most selected first")
         left.set_ylabel("layer")
         as_percent(left.xaxis)
         whole_numbers(left.yaxis)
@@ -97,7 +97,7 @@ def picks(document: Document, name: str = "picks") -> str:
         )
         right.set_ylim(len(share) - 0.5, -0.5)
         right.set_xlim(0, 1)
-        right.set_title("picks shared with the block before")
+        right.set_title("selection shared with the block before")
         as_percent(right.xaxis)
         whole_numbers(right.yaxis)
         sheet.legend([right])
@@ -109,9 +109,9 @@ def picks_caption(document: Document) -> str:
     overlap = mean(number(value) for value in document["overlap"])
     always, never = mean(float(v >= 0.95) for v in known(bins)), mean(float(v <= 0.05) for v in known(bins))
     return (
-        f"On {text(document.get('document', 'the document'), 60)}, {percent(always, 0)} of the neurons are picked by nearly "
-        f"every block and {percent(never, 0)} by hardly any; a block shares {percent(overlap, 0)} of its picks with the block "
-        f"before (by chance it would be {percent(mean(_chance(document)), 0)})."
+        f"On {text(document.get('document', 'the document'), 60)}, {percent(always, 0)} of the neurons are selected by nearly "
+        f"every block and {percent(never, 0)} by hardly any; a block shares {percent(overlap, 0)} of its selection with "
+        f"the block before (by chance it would be {percent(mean(_chance(document)), 0)})."
     )
 
 
@@ -128,12 +128,12 @@ def picks_tables(document: Document) -> list[Table]:
     columns = [
         "layer",
         "neurons kept",
-        "picked by 95 % of blocks or more",
+        "selected by 95 % of blocks or more",
         "by 5 % or less",
         "shared with block before",
         "by chance",
     ]
-    return [Table("Picks by layer (shares of the layer's neurons, then of a block's picks)", columns, rows)]
+    return [Table("Selection by layer (shares of the layer's neurons, then of a block's selection)", columns, rows)]
 
 
 def _chance(document: Document) -> list[float]:
@@ -149,7 +149,7 @@ def maps(document: Document, name: str = "maps") -> str:
     Raises UserError if a map is damaged.
     """
     found = [(entry.get("layer"), picked(entry.get("blocks"), document.get("neurons"))) for entry in document["maps"]]
-    with Sheet(name, "Which neurons each block picks", maps_caption(document), 40 + 165 * max(len(found), 1)) as sheet:
+    with Sheet(name, "Selected neurons by block", maps_caption(document), 40 + 165 * max(len(found), 1)) as sheet:
         for ax, (layer, chosen) in zip(sheet.axes(len(found), 1), found, strict=True):
             blocks, neurons = chosen.shape
             heat(ax, _columns(chosen[:, (-chosen.sum(0)).argsort(kind="stable")]), extent=(0, neurons, blocks - 0.5, -0.5))
@@ -157,7 +157,7 @@ def maps(document: Document, name: str = "maps") -> str:
             ax.set_ylabel("block")
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             whole_numbers(ax.yaxis)
-        ax.set_xlabel("neurons of the layer, most picked first (filled: picked)")
+        ax.set_xlabel("neurons of the layer, most selected first (filled: selected)")
     return sheet.svg
 
 
@@ -168,7 +168,7 @@ def maps_caption(document: Document) -> str:
         always, ever = chosen.all(0).sum(), chosen.any(0).sum()
         parts.append(f"layer {count(entry.get('layer'))}: {always:,} in every block, {ever:,} in any")
     neurons = count(document.get("neurons"))
-    return f"What the blocks of one document pick of the {neurons} neurons. " + "; ".join(parts).capitalize() + "."
+    return f"What the blocks of one document select of the {neurons} neurons. " + "; ".join(parts).capitalize() + "."
 
 
 def maps_tables(document: Document) -> list[Table]:
@@ -178,8 +178,8 @@ def maps_tables(document: Document) -> list[Table]:
         counts = chosen.sum(1) if len(chosen) else [0]
         numbers_ = (len(chosen), min(counts), max(counts), chosen.all(0).sum(), chosen.any(0).sum())
         rows.append([count(entry.get("layer")), *(f"{value:,}" for value in numbers_)])
-    columns = ["layer", "blocks", "fewest picked in a block", "most", "picked in every block", "picked in any"]
-    return [Table("Neurons picked by the blocks of one document", columns, rows)]
+    columns = ["layer", "blocks", "fewest selected in a block", "most", "selected in every block", "selected in any"]
+    return [Table("Neurons selected by the blocks of one document", columns, rows)]
 
 
 def picked(blocks: Any, neurons: Any) -> Any:
@@ -222,8 +222,8 @@ def recall(documents: Sequence[Document]) -> str:
             right.plot(at, numbers(layers, "held_oracle"), label=f"oracle{name}", gid=f"oracle-{index}", **options)
             options |= {"color": HEX["muted"], "linestyle": ":"}
             left.plot(at, numbers(layers, "by_chance"), label=f"by chance{name}", gid=f"chance-{index}", **options)
-        left.set_title("oracle's neurons that are picked")
-        right.set_title("importance that the picks hold")
+        left.set_title("oracle's neurons that are selected")
+        right.set_title("importance that the selection holds")
         for ax in (left, right):
             ax.set_xlabel("layer")
             ax.set_ylim(0, 1.02)
@@ -243,7 +243,7 @@ def recall_caption(documents: Sequence[Document]) -> str:
     worst = min(layers, key=lambda line: number(line["recovery"]), default=None)
     end = f", least in layer {count(worst.get('layer'))} ({percent(worst['recovery'])})" if worst else ""
     return (
-        f"The predictor picks {percent(document.get('recall'))} of the oracle's neurons, and its picks hold "
+        f"The predictor selects {percent(document.get('recall'))} of the oracle's neurons, and its selection holds "
         f"{percent(document.get('recovery'))} of the importance that the oracle's hold{end}."
     )
 
@@ -253,7 +253,7 @@ def recall_tables(documents: Sequence[Document]) -> list[Table]:
     columns = [
         "layer",
         "neurons kept",
-        "oracle's neurons picked",
+        "oracle's neurons selected",
         "by chance",
         "importance held",
         "held by oracle",

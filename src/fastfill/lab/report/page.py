@@ -66,8 +66,8 @@ FIGURES = (
     _figure("suite", "Recovery on the suite", "suite", quality, "recovery", True, quality.scored),
     _figure("recall", "Predictor recall by layer", "recall", layers, "recall", False, itemgetter("layers")),
     _figure("sparsity", "Sparsity by layer", "inspect", layers, "sparsity", False, itemgetter("layer_sparsity")),
-    _figure("picks", "Which neurons are picked, by layer", "picks", layers, "picks", True, itemgetter("share")),
-    _figure("maps", "Which neurons each block picks", "picks", layers, "maps", True, itemgetter("maps")),
+    _figure("picks", "Selected neurons by layer", "picks", layers, "picks", True, itemgetter("share")),
+    _figure("maps", "Selected neurons by block", "picks", layers, "maps", True, itemgetter("maps")),
     _figure("kernel", "The FFN kernel alone", "kernel", speed, "kernel", False),
 )
 
@@ -151,11 +151,11 @@ def claims(runs: Sequence[Run]) -> list[str]:
     own = [d for d in perplexities if d.get("predictor") == "learned" and d.get("compensator")]
     for document in own[:1] or perplexities[:1]:
         found.append(
-            f"Quality: text after a sparsely read prompt has perplexity {plain(document.get('cont_ppl_sparse'))} instead of "
-            f"{plain(document.get('cont_ppl_dense'))} ({times(document.get('cont_ppl_ratio'))}); the sparsely read tokens "
+            f"Quality: text after a sparse prefill has perplexity {plain(document.get('cont_ppl_sparse'))} instead of "
+            f"{plain(document.get('cont_ppl_dense'))} ({times(document.get('cont_ppl_ratio'))}); the sparse tokens "
             f"{plain(document.get('ppl_sparse'))} instead of {plain(document.get('ppl_dense'))} "
-            f"({times(document.get('ppl_ratio'))}). Of what the context was worth, {percent(document.get('context_kept'), 0)} "
-            "is kept."
+            f"({times(document.get('ppl_ratio'))}). {percent(document.get('context_kept'), 0)} of the context's worth is "
+            "retained."
         )
     for run in runs:
         if run.kind in quality.TASKS and quality.scored(run.document):

@@ -110,7 +110,7 @@ def pareto_caption(document: Document) -> str:
     sentence = (
         f"At {budget(row)} sparsity and {count(document.get('prompt_tokens'))} tokens the learned "
         f"selection reaches the first token {times(row['speedup'])} as fast as dense; perplexity is "
-        f"{times(row.get('ppl_ratio'))} the dense one on the sparsely read tokens (strict) and "
+        f"{times(row.get('ppl_ratio'))} the dense one on the sparse tokens (strict) and "
         f"{times(row.get('cont_ppl_ratio'))} on what follows (continuation)"
     )
     oracle = [r for r in document["rows"] if _method(r) == "oracle" and r.get("sparsity") == row.get("sparsity")]
@@ -194,7 +194,7 @@ def peers_caption(document: Document) -> str:
     flops = sorted({percent(value, 0) for value in known(numbers(real, "ffn_flops"))})
     spread = f" at {' to '.join(dict.fromkeys((flops[0], flops[-1])))} of the dense FFN's multiply-adds" if flops else ""
     best = []
-    for place, key in (("the sparsely read tokens", "ppl_ratio"), ("what follows", "cont_ppl_ratio")):
+    for place, key in (("the sparse tokens", "ppl_ratio"), ("what follows", "cont_ppl_ratio")):
         measured = [row for row in real if known([number(row.get(key))])]
         if measured:
             row = min(measured, key=lambda row: number(row[key]))

@@ -123,7 +123,7 @@ def ttft_caption(documents: Sequence[Document]) -> str:
             sentence += f"; time grows with the length to the power {growth[0]:.2f} dense and {growth[1]:.2f} sparse"
         sentence = f"{name}: {sentence}" if name else sentence
         sentences.append(sentence[0].upper() + sentence[1:] + ".")
-    return " ".join(sentences) or "No prompt of these runs was read sparsely and timed."
+    return " ".join(sentences) or "No prompt of these runs was sparse and timed."
 
 
 def ttft_tables(documents: Sequence[Document]) -> list[Table]:
@@ -144,7 +144,7 @@ def ttft_tables(documents: Sequence[Document]) -> list[Table]:
             "FLOPs sparse": lambda row: _flops(row.get("flops_sparse")),
             "peak memory dense (MB)": lambda row: plain(row.get("peak_dense_mb")),
             "peak memory sparse (MB)": lambda row: plain(row.get("peak_sparse_mb")),
-            "tokens read sparsely": lambda row: count(row.get("sparse_tokens")),
+            "sparse tokens": lambda row: count(row.get("sparse_tokens")),
         }
         cells = {title: [cell(row) for row in document["rows"]] for title, cell in columns.items()}
         cells = {title: column for title, column in cells.items() if title == "prompt tokens" or set(column) != {MISSING}}

@@ -44,7 +44,7 @@ class AnswerTask(Task):
 
     def check(self, *, engine: str = "transformers", **attached: Any) -> None:
         if engine != "transformers" and self.score not in (None, "answers"):
-            raise UserError(f"--score {self.score} reads inside the model; it needs --engine transformers.")
+            raise UserError(f"--score {self.score} looks inside the model; it needs --engine transformers.")
         super().check(engine=engine, **attached)
 
     def answer(self, engine: Any, tokenizer: Any, examples: Sequence[Example], out: Any, **more: Any) -> dict[str, Any]:

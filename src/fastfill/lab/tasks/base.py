@@ -156,4 +156,4 @@ def show_counts(result: dict[str, Any]) -> None:
     from fastfill.tables import console
 
     counts = (result.get(f"{kind}_tokens", "-") for kind in ("sparse", "dense"))
-    console().print("{} tokens read sparsely, {} densely".format(*counts))
+    console().print("{} tokens prefilled sparsely, {} densely".format(*counts))

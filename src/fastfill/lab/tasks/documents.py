@@ -20,7 +20,7 @@ Texts = list[tuple[str, "torch.Tensor"]]  # (source, ids (T,)), all of one lengt
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentTask(Task):
-    tokens: int = option(2048, "first tokens of each document that are read")
+    tokens: int = option(2048, "first tokens of each document that are used")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +59,7 @@ class DocumentTask(Task):
 class ReadingTask(DocumentTask):
     """Two readings of each document: strict, and of its end as a continuation (`lab.perplexity`)."""
 
-    continuation: int = option(256, "last tokens, read densely")
+    continuation: int = option(256, "last tokens, teacher-forced densely")
 
     def __post_init__(self) -> None:
         super().__post_init__()

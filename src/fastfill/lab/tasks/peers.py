@@ -19,7 +19,7 @@ class Peers(ReadingTask):
     """
 
     name = "peers"
-    about = "what do other ways of saving the same arithmetic cost?"
+    about = "what do published methods lose at equal arithmetic?"
 
     calibration: Sequence[str] = files_option("text for thresholds (default: the package's demo document)")
 
@@ -84,7 +84,7 @@ class Peers(ReadingTask):
         )
         console().print(
             "comp.: with our compensators. FFN: share of the dense prefill FFN's\n"
-            "multiply-adds. ppl: over dense, on sparsely read tokens and after them.\n"
+            "multiply-adds. ppl: over dense, on sparse tokens and after them.\n"
             "NAME-like: re-implemented from the description; notes are in the JSON.\n"
             "Thresholds are from "
             f"{', '.join(result['calibration'])}."

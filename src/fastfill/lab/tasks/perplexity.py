@@ -15,7 +15,7 @@ class Perplexity(ReadingTask):
     """Perplexities, KL and agreement in both readings, and the loss along the prompt."""
 
     name = "perplexity"
-    about = "how much worse is text predicted, and does it grow along the prompt?"
+    about = "how much worse is text predicted, and does the loss grow along the prompt?"
 
     def measure(self, engine: Any, tokenizer: Any, items: Any, out: Any) -> dict[str, Any]:
         from fastfill.lab import perplexity
@@ -37,11 +37,11 @@ class Perplexity(ReadingTask):
         ]
         title = f"{result.get('documents', '-')} documents, {cell(result.get('sparsity'), '.0%')} sparsity, "
         title += f"blocks of {result.get('block_size', '-')}, predictor {result.get('predictor', '-')}"
-        table(title, ["reading", "dense ppl", "sparse ppl", "ratio", "KL nats", "top-1"], lines)
+        table(title, ["", "dense ppl", "sparse ppl", "ratio", "KL nats", "top-1"], lines)
         if result.get("context_kept") is not None:
             console().print(
                 f"without context the continuation has ppl {cell(result.get('no_context_ppl'), '.2f')}: "
-                f"{result['context_kept']:.1%} of the context's worth is kept"
+                f"{result['context_kept']:.1%} of the context's worth is retained"
             )
         if len(result.get("curve", ())) > 1:
             table(

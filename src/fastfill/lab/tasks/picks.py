@@ -10,15 +10,15 @@ from fastfill.errors import UserError
 from fastfill.lab.tasks.base import files_option, positions, show_counts
 from fastfill.lab.tasks.documents import DocumentTask
 
-ONE = "--task picks reads one document, the first; leave --limit and --out out."
+ONE = "--task picks takes one document, the first; leave --limit and --out out."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picks(DocumentTask):
-    """The neurons that the blocks of one document pick, by layer: the first that `data` names, or the demo's."""
+    """The neurons that the blocks of one document select, by layer: the first that `data` names, or the demo's."""
 
     name = "picks"
-    about = "which neurons are picked, and how does that change from block to block?"
+    about = "which neurons are selected, and how does that change from block to block?"
     needs_data = False
 
     data: Sequence[str] = files_option("text, as for calibrate (default: the demo's)")
@@ -60,7 +60,7 @@ class Picks(DocumentTask):
         title = f"{result['document']}: {result['blocks']} blocks, {result['neurons']} neurons a layer, "
         table(
             title + f"predictor {result['predictor']}",
-            ["layer", "kept", "as the block before", "by chance", "picked by all blocks", "by none"],
+            ["layer", "kept", "as the block before", "by chance", "selected by all", "by none"],
             lines,
         )
         show_counts(result)

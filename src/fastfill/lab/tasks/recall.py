@@ -14,7 +14,7 @@ class Recall(DocumentTask):
     """Per layer, the importance that the predictor's neurons hold, beside the most that as many could."""
 
     name = "recall"
-    about = "does the predictor pick what an oracle would?"
+    about = "does the predictor select what an oracle would?"
 
     def measure(self, engine: Any, tokenizer: Any, items: Any, out: Any) -> dict[str, Any]:
         from fastfill.lab import recall
