@@ -1,7 +1,7 @@
 """What a call of the model is: which of its rows are tokens, which of these are prompt, and what of them ran sparsely.
 
-An FFN sees only (batch, T, H). So the base model's pre-hook reads each call before it runs and makes its `Plan`. Only prompt
-is read sparsely, and this is what counts as prompt:
+An FFN sees only (batch, T, H). So the base model's pre-hook inspects each call before it runs and makes its `Plan`. Only
+prompt is prefilled sparsely, and this counts as prompt:
 
 1. Inside `Attachment.prompt(end)`: the columns before `end`, of the cache and the call together.
 2. Inside `model.generate`: the columns of its input. It says so itself, through `GenerateHook`.

@@ -95,8 +95,8 @@ class CalibrationConfig:
     schedule_tokens: tokens on which the schedule is measured.
     steps: end-to-end distillation steps, each of `batch` sequences of `sequence_length` tokens; 0 skips the stage. Several
         processes share the batch: it must be a multiple of their number.
-    answer, answer_weight: share of each of these sequences, at its end, that is read densely after the sparse rest, as
-        an answer is; its weight in the loss beside the rest.
+    answer, answer_weight: share of each of these sequences, at its end, that is teacher-forced densely after the sparse
+        rest, as an answer is; its weight in the loss.
     loss_stride: of the tokens before the answer every n-th is compared with the dense model, others at each step; of the
         tokens on which the schedule is measured too.
     compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth, times the standard deviation of each tensor.

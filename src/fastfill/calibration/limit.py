@@ -78,7 +78,7 @@ def at_sparsity(artifact: Artifact, sparsity: float) -> Artifact:
 
 
 class _Reading:
-    """A sequence (1, T) read densely. nll: of the tokens behind `part`, each in nats; none: without what is before `part`."""
+    """A sequence (1, T), computed densely. nll: of the tokens behind `part`, each in nats; none: without the tokens before."""
 
     @torch.no_grad()
     def __init__(self, model: Any, ids: torch.Tensor, part: int):

@@ -212,7 +212,7 @@ def _ranks(config: CalibrationConfig, anatomy: families.Anatomy) -> dict[str, in
 
 def _fit_layers(job: Job) -> tuple[list[Weights], list[list[float]], Teacher]:
     """Layer by layer: statistics, predictor, closed-form compensator. Shares: importance held per layer, [learned, oracle]. The
-    teacher knows the text that was read here, unless a checkpoint made that needless."""
+    teacher knows the text that was used here, unless a checkpoint made that needless."""
     anatomy, tokens, config, ranks, checkpoint = job.anatomy, job.tokens, job.config, job.ranks, job.checkpoint
     team = job.team
     block, head = job.prefill.block_size, job.prefill.first_sparse

@@ -1,4 +1,4 @@
-"""What a user would pick instead, beside `bench`: stock vLLM, llama-cpp-python, and llama.cpp's own llama-bench.
+"""What a user would choose instead, beside `bench`: stock vLLM, llama-cpp-python, and llama.cpp's own llama-bench.
 
 Each runs in a process of its own, one after the other, with as many threads as we had, so that no two thread pools
 compete. What is not installed or fails is listed with its reason. The inside of such a process is
@@ -111,7 +111,7 @@ def _llama_cpp(job: Job) -> dict[str, Any]:
 
 
 def _llama_bench(job: Job) -> dict[str, Any]:
-    """llama-bench reads a prompt of each length; it warms up by itself, and samples no token."""
+    """llama-bench prefills a prompt of each length; it warms up by itself, and samples no token."""
     gguf, program = _gguf(job), shutil.which("llama-bench")
     if program is None:
         raise _Skipped("not on PATH (it comes with llama.cpp)")

@@ -1,4 +1,4 @@
-"""Floating-point operations of a prefill, from the model's config and the tokens as they were read."""
+"""Floating-point operations of a prefill, from the model's config and how each token was computed."""
 
 from __future__ import annotations
 

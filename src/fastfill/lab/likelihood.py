@@ -1,6 +1,6 @@
-"""How likely the right answer is after a prompt that was read densely or sparsely: every example counts, guessed or not.
+"""How likely the right answer is after a dense or a sparse prefill: every example counts, guessed or not.
 
-A prompt is read once, in one call of the base model. What follows starts from its last hidden state and the cache it left, and
+A prompt is prefilled once, in one call of the base model. What follows starts from its last hidden state and its cache, and
 is dense, as decoding is: the tokens of the right answer (teacher-forced), and the answer that the model writes itself (greedy).
 The vocabulary's logits are only taken where they are needed, a few tokens at a time.
 """
@@ -55,7 +55,7 @@ def _behind(tokenizer: Any, before: str, text: str) -> list[int]:
 
 @dataclass
 class Prompt:
-    """A prompt that was read. state: (1, H), the last hidden state of its last token. cache: keys and values of all."""
+    """A prefilled prompt. state: (1, H), the last hidden state of its last token. cache: keys and values of all."""
 
     state: torch.Tensor
     cache: Any
@@ -110,7 +110,7 @@ def nats(model: Any, hidden: torch.Tensor, answer: torch.Tensor) -> float:
 
 @torch.no_grad()
 def compare(model: Any, dense: torch.Tensor, sparse: torch.Tensor, answer: torch.Tensor) -> Row:
-    """Sums over the tokens of an answer (n,), by the states (n, H) of both readings: minus log-likelihood, KL(dense || sparse)
+    """Sums over the tokens of an answer (n,), by the states (n, H) of both runs: minus log-likelihood, KL(dense || sparse)
     of the next token's distribution, and how often the most likely token is the same, apart for the first."""
     head, answer = Head(model), answer.to(model.device)
     nll_dense = nll_sparse = kl = 0.0
@@ -132,7 +132,7 @@ def compare(model: Any, dense: torch.Tensor, sparse: torch.Tensor, answer: torch
 
 
 def summarize(groups: Sequence[Sequence[Row]], seed: int = 0) -> Row | None:
-    """Nats per answer token of both readings, their paired difference with its interval, KL and agreement.
+    """Nats per answer token after both prefills, their paired difference with its interval, KL and agreement.
 
     groups: rows of `compare`, by set. Within a set the tokens of all examples are pooled; sets weigh the same. None without
     rows.

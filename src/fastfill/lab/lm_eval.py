@@ -84,8 +84,8 @@ class FastfillLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether it is the greedy one) of each request, one at a time.
 
-        As in use: the context is read sparsely, the continuation densely from the cache that it left; a context that several
-        requests share is read once. Rolling requests (perplexity of a whole text) have no context: the text is read sparsely.
+        As in use: the context is prefilled sparsely, once for all requests that share it; the continuation is teacher-forced
+        densely on its cache. Rolling requests (perplexity of a whole text) have no context: sparse tokens are scored.
         """
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (requests[i][1], len(requests[i][2])))

@@ -1,4 +1,4 @@
-"""What the sparse prefill costs in quality, in two readings.
+"""What the sparse prefill costs in quality, measured in two ways.
 
 Strict: the loss on prompt tokens that were themselves computed sparsely. Continuation, what a user gets: the first part of a
 document is prefilled sparsely, the tokens after it are read densely from the cache it left, as decode does.
@@ -29,7 +29,7 @@ BUCKET = 256  # positions that share a point of the curve
 
 
 class _Sums:
-    """Token sums for one reading: losses of both models, KL, agreement of the most likely token; losses also by position."""
+    """Token sums for one of the two: losses of both models, KL, agreement of the most likely token; losses also by position."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -102,13 +102,13 @@ def evaluate(
     store: Store | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Perplexities, KL and agreement of an attached model over documents [(source, ids (T,))], all tokens of a reading pooled.
+    """Perplexities, KL and agreement of an attached model over documents [(source, ids (T,))], all tokens pooled.
 
     Strict counts the targets that follow a sparsely computed token; `curve` has its losses by position. `context_kept`: share
-    of what the context is worth, in nats per token, that the sparse prefill keeps: (none - sparse) / (none - dense). ours.
-    The intervals are 95 % bootstraps over documents. `sparse_tokens` and `dense_tokens` are those of the sparse readings: the
+    of the context's worth, in nats per token, that the sparse prefill retains: (none - sparse) / (none - dense). ours.
+    The intervals are 95 % bootstraps over documents. `sparse_tokens` and `dense_tokens` are those of the sparse runs: the
     whole document once, then all but its continuation, and the continuation. store: takes each document's sums, and has
-    those of a killed run.
+    those of an interrupted run.
 
     Raises UserError if a document is so short that nothing of it would be sparse.
     """
@@ -134,7 +134,7 @@ def evaluate(
 
 
 def summarize(rows: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
-    """The readings of documents whose sums `read_sparse` gave, pooled."""
+    """The results of documents whose sums `read_sparse` gave, pooled."""
     strict, after, alone = _Sums(), _Sums(), _Sums()
     for row in rows:
         for sums, name in ((strict, "strict"), (after, "after"), (alone, "alone")):
@@ -155,10 +155,10 @@ def summarize(rows: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reading:
-    """A document (1, T), read densely: what any number of sparse readings are compared with.
+    """A document (1, T), computed densely: what any number of sparse runs are compared with.
 
-    [first, stop): the positions of the strict reading; the continuation begins at `part`. hidden: (T, H) last hidden states.
-    alone: sums of the continuation read with nothing before it.
+    [first, stop): the positions scored strictly; the continuation begins at `part`. hidden: (T, H) last hidden states.
+    alone: sums of the continuation without context.
     """
 
     ids: torch.Tensor
@@ -190,7 +190,7 @@ def read_dense(attachment: Attachment, source: str, row: torch.Tensor, continuat
 def read_sparse(
     attachment: Attachment, dense: Reading, sparse: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> dict[str, Any]:
-    """The sums of all readings of one document, as JSON: its prompt tokens read sparsely, the continuation densely.
+    """The sums of one document, as JSON: its prompt tokens are computed sparsely, the continuation densely.
 
     sparse: entered around every sparse prefill; it may make the model sparse in another way than the attachment does.
     """

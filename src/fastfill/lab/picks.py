@@ -37,7 +37,7 @@ def watch(attachment: Attachment) -> Iterator[list[list[torch.Tensor]]]:
 
 
 def table(calls: Sequence[torch.Tensor], blocks: int, neurons: int) -> np.ndarray:
-    """The ids (N, K) that one layer picked -> (N, F) bool. No ids at all: a layer that keeps all its neurons."""
+    """The ids (N, K) that one layer selected -> (N, F) bool. No ids at all: a layer that keeps all its neurons."""
     if not calls:
         return np.ones((blocks, neurons), dtype=bool)
     chosen = torch.zeros(blocks, neurons, dtype=torch.bool).scatter_(1, torch.cat(list(calls)).long(), True)
@@ -49,9 +49,9 @@ def summarize(
 ) -> dict[str, Any]:
     """What `watch` saw of one sequence, as numbers.
 
-    share: per layer its neurons, sorted by how often they are picked, in 64 bins (fewer if F < 64): the share of blocks that
-    pick them, the often picked first. overlap: per layer, the mean share of a block's picks that the block before also
-    picked; None with a single block. always, never: per layer, the share of neurons that every block picks, and that none
+    share: per layer its neurons, sorted by selection frequency, in 64 bins (fewer if F < 64): the share of blocks that
+    select them, the frequent first. overlap: per layer, the mean share of a block's selection that the block before shares;
+    None with a single block. always, never: per layer, the share of neurons that every block selects, and that none
     does. maps: for the layers in `mapped` (default: first, middle, last) and each block its set of neurons as base64 of
     ceil(F / 8) bytes, the first neuron in the highest bit (numpy.packbits).
 
@@ -81,7 +81,7 @@ def summarize(
 
 @torch.no_grad()
 def evaluate(attachment: Attachment, document: tuple[str, torch.Tensor]) -> dict[str, Any]:
-    """Read one document (source, ids (T,)) as a prompt, and summarise what was picked. Raises UserError if all is dense."""
+    """Prefill one document (source, ids (T,)), and summarise the selections. Raises UserError if all is dense."""
     source, ids = document
     before = attachment.stats.sparse_tokens, attachment.stats.dense_tokens
     with waiting("prefilling the document"), watch(attachment) as seen:

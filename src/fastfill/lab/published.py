@@ -163,7 +163,7 @@ def level(values: torch.Tensor, share: float) -> float:
 
 @torch.no_grad()
 def calibrate_levels(attachment: Attachment, sequences: torch.Tensor, gate_share: float, input_share: float) -> list[Levels]:
-    """Thresholds per layer from sequences (S, T) read densely: `gate_share` of the gates fall below theirs, `input_share` of
+    """Thresholds per layer from sequences (S, T), run densely: `gate_share` of the gates fall below theirs, `input_share` of
     either input below theirs. The dense head is left out: no threshold applies to it."""
     found: list[Levels] = []
     head = attachment.config.first_sparse
@@ -222,7 +222,7 @@ class Tally:
 
 @contextmanager
 def thresholded(attachment: Attachment, rule: Rule, levels: Sequence[Levels], tally: Tally) -> Iterator[None]:
-    """Inside, the tokens that the attachment would read sparsely go through `rule` instead, token by token."""
+    """Inside, the tokens that the attachment would compute sparsely go through `rule` instead, token by token."""
 
     def forward(part: FFN, own: Levels, dense: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
         def run(x: torch.Tensor) -> torch.Tensor:
@@ -292,7 +292,7 @@ class Attacher:
 
 
 class Documents:
-    """Documents [(source, ids (T,))], read densely once, when first needed."""
+    """Documents [(source, ids (T,))], computed densely once, when first needed."""
 
     def __init__(self, documents: Sequence[tuple[str, torch.Tensor]], continuation: int):
         self.documents, self.continuation = documents, continuation

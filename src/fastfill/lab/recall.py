@@ -1,4 +1,4 @@
-"""How well the predictor picks: its neurons against the best choice that hindsight allows, per layer, on the real forward."""
+"""How well the predictor selects: its neurons against the best choice that hindsight allows, per layer, on the real forward."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Layer:
 
 @contextmanager
 def watch(attachment: Attachment) -> Iterator[list[_Layer]]:
-    """Per layer what is picked while the block runs; the forward is untouched. Layers that skip nothing see no blocks."""
+    """Per layer the selected neurons while the block runs; the forward is untouched. Layers that skip nothing see no blocks."""
     parts = families.dissect(attachment.model).ffns
     layers = [_Layer(ffn.kept, part) for ffn, part in zip(attachment.ffns, parts, strict=True)]
     with ExitStack() as stack:
@@ -62,9 +62,9 @@ def watch(attachment: Attachment) -> Iterator[list[_Layer]]:
 def evaluate(
     attachment: Attachment, documents: Sequence[tuple[str, torch.Tensor]], store: Store | None = None
 ) -> dict[str, Any]:
-    """Per layer, means over blocks: `held`, the share of the FFN output's importance (`FFN.importance`) that the picked
-    neurons make; `held_oracle`, the most that K neurons can; `recovery`, held over held_oracle; `recall`, the share of the
-    oracle's ids that were picked (K / F by chance). documents: [(source, ids (T,))]. ours.
+    """Per layer, means over blocks: `held`, the share of the FFN output's importance (`FFN.importance`) that the
+    selected neurons hold; `held_oracle`, the most that K neurons can; `recovery`, held over held_oracle; `recall`, the share
+    of the oracle's ids that were selected (K / F by chance). documents: [(source, ids (T,))]. ours.
 
     The inputs are those of the sparse model, so errors of earlier layers are in them, as they are in use.
 

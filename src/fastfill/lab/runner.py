@@ -1,7 +1,7 @@
-"""Examples that are read twice, by the dense and by the sparse model, and what the sparse one recovers.
+"""Examples for the dense and the sparse model, and what the sparse one recovers.
 
-Two measures: the score of the answer that is written, and how likely the right answer is (`likelihood`). Answers are greedy.
-The dense reading is dense throughout; the sparse one reads the prompt sparsely and is dense after it.
+Two measures: the score of the generated answer, and how likely the right answer is (`likelihood`). Answers are greedy.
+The dense run is dense throughout; the sparse run prefills sparsely and decodes densely.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _levels(examples: Sequence[Example], rows: Sequence[Row]) -> dict[str, list[
 
 
 def answer(engine: Engine, tokenizer: Any, example: Example, score: str = SCORES[0]) -> Row:
-    """Both readings of one example: the answers written and their scores, the likelihood of the right answer (of several forms
-    the one that is most likely after the dense prompt), and the tokens of the sparse reading by how they were computed."""
+    """Both runs of one example: the generated answers and their scores, the likelihood of the right answer (of several forms
+    the one that is most likely after the dense prompt), and the tokens of the sparse run by how they were computed."""
     golds = example.golds if score != "answers" else ()
     texts = score != "likelihood"
     with engine.dense():

@@ -139,7 +139,7 @@ def _ffn(parts: dict[str, float]) -> float:
 
 
 def cost(engine: Engine, tokens: int, sparse_tokens: int) -> dict[str, Any]:
-    """FLOPs of the whole prefill, dense and as it was read sparsely; see `flops.prefill`. ffn_flops_ratio: of the FFNs alone,
+    """FLOPs of the whole prefill, dense and sparse; see `flops.prefill`. ffn_flops_ratio: of the FFNs alone,
     predictor and compensator counted."""
     dense = flops.prefill(engine.shape, tokens)
     sparse = flops.prefill(engine.shape, tokens, sparse_tokens, engine.cost)

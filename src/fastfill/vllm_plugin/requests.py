@@ -1,4 +1,4 @@
-"""Which requests of a step are read sparsely, and how long their prompts are.
+"""Which requests of a step are prefilled sparsely, and how long their prompts are.
 
 A model sees only where each request's tokens lie. vLLM tells logits processors what else is known of a request, before
 every step and row by row; so this is one, which leaves all logits alone.
@@ -47,7 +47,7 @@ class Requests(LogitsProcessor):
 
 
 def is_sparse(params: Any, prompt_tokens: int, min_tokens: int) -> bool:
-    """Whether a request is read sparsely at all; scheduler and model decide by the same rule."""
+    """Whether a request is prefilled sparsely at all; scheduler and model decide by the same rule."""
     return prompt_tokens >= min_tokens and settings.wants_sparse(params.extra_args if params is not None else None)
 
 

@@ -14,8 +14,7 @@ from fastfill.vllm_plugin.requests import is_sparse
 
 
 class _Salted:
-    """Adds a salt to the cache of requests that are read sparsely. So a dense request never gets keys and values that were
-    computed sparsely, and the other way round."""
+    """Salts the cache of requests that are prefilled sparsely, so that sparse and dense requests share no keys and values."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
         prefill = settings.read(vllm_config).prefill
@@ -30,7 +29,7 @@ class _Salted:
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         super()._update_request_as_session(session, update)  # type: ignore[misc]
-        self._salt(session)  # a prompt that comes in parts can grow to one that is read sparsely
+        self._salt(session)  # a prompt that comes in parts can grow to one that is sparse
 
     def _salt(self, request: Any) -> None:
         if request.prompt_token_ids is None or self._is_salted(request):
@@ -54,7 +53,7 @@ class _Salted:
 
     def _mamba_block_aligned_split(self, request: Any, new_tokens: int, *computed: int) -> int:
         """How many of these tokens of a request are computed now: vLLM's hook for models whose chunks must not end anywhere.
-        No chunk of ours cuts a block, so that a prompt is read the same way however it is chunked. computed: by others."""
+        No chunk of ours cuts a block, so that chunking does not change how a prompt is computed. computed: by others."""
         start = request.num_computed_tokens + sum(computed)
         end = start + new_tokens
         if end >= request.num_prompt_tokens or not self._is_salted(request):

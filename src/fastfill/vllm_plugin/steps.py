@@ -40,7 +40,7 @@ def plan(metadata: Any, prompts: dict[int, int], tokens: int, config: PrefillCon
             if last - first > 1 and lengths[index] >= config.min_tokens:
                 reasons.add(AS_EMBEDDINGS)
             continue
-        # What was generated is read again after a preemption; it was dense then and is dense now.
+        # Generated tokens are recomputed after a preemption, densely as before.
         stop = min(last, first + prompt - config.dense_tail - position)
         rows.append((first, max(first, stop), position))
         wanted += _sparse_part(position, position + last - first, prompt, config)
@@ -51,5 +51,5 @@ def plan(metadata: Any, prompts: dict[int, int], tokens: int, config: PrefillCon
 
 
 def _sparse_part(start: int, stop: int, prompt: int, config: PrefillConfig) -> int:
-    """How many of the positions [start, stop) lie in sparse blocks if the prompt is read as a whole."""
+    """How many of the positions [start, stop) lie in sparse blocks if the prompt is prefilled as a whole."""
     return max(0, min(stop, config.sparse_end(prompt)) - max(start, config.first_sparse))

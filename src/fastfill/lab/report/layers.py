@@ -1,4 +1,4 @@
-"""Figures by layer: sparsity, which neurons are picked, and how well the predictor finds them."""
+"""Figures by layer: sparsity, which neurons are selected, and how well the predictor finds them."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def _artifact_name(document: Document, documents: Sequence[Document]) -> str:
 
 
 def picks(document: Document, name: str = "picks") -> str:
-    """Left: neurons of each layer, sorted by how often a block picks them. Right: how alike the picks of two blocks in
-    sequence are. document: what `evaluate --task picks` prints. name: prefix of the ids."""
+    """Left: neurons of each layer, sorted by how often a block selects them. Right: what two blocks in sequence
+    share. document: what `evaluate --task picks` prints. name: prefix of the ids."""
     import numpy as np
 
     share = [[number(value) for value in layer] for layer in document["share"]]
@@ -143,7 +143,7 @@ def _chance(document: Document) -> list[float]:
 
 
 def maps(document: Document, name: str = "maps") -> str:
-    """Block by neuron, a panel per layer of document["maps"]; neurons most picked first. Needs only `neurons` and `maps` of
+    """Block by neuron, a panel per layer of document["maps"]; neurons most selected first. Needs only `neurons` and `maps` of
     what `evaluate --task picks` prints. name: prefix of the ids.
 
     Raises UserError if a map is damaged.

@@ -152,7 +152,7 @@ def cell(value: float | None, form: str) -> str:
 
 
 def show_counts(result: dict[str, Any]) -> None:
-    """How the prompts' tokens were read."""
+    """How the prompts' tokens were computed."""
     from fastfill.tables import console
 
     counts = (result.get(f"{kind}_tokens", "-") for kind in ("sparse", "dense"))

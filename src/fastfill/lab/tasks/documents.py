@@ -57,7 +57,7 @@ class DocumentTask(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingTask(DocumentTask):
-    """Two readings of each document: strict, and of its end as a continuation (`lab.perplexity`)."""
+    """Each document is scored strictly, and its end as a continuation (`lab.perplexity`)."""
 
     continuation: int = option(256, "last tokens, teacher-forced densely")
 

@@ -21,7 +21,7 @@ def numbers(text: str) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Pareto(ReadingTask):
-    """Both readings and the TTFT, a row per sparsity and predictor.
+    """Strict and continuation perplexity, and TTFT; a row per sparsity and predictor.
 
     It takes the artifact off the model, and puts it on again for each row.
     """

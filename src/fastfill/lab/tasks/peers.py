@@ -13,7 +13,7 @@ from fastfill.lab.tasks.documents import ReadingTask
 
 @dataclass(frozen=True, kw_only=True)
 class Peers(ReadingTask):
-    """Both readings for ours, its baselines and published methods that save the same arithmetic.
+    """Strict and continuation perplexity of ours, its baselines and published methods that save the same arithmetic.
 
     It takes the artifact off the model, and puts it on again for each method.
     """

@@ -12,7 +12,7 @@ from fastfill.schema import READINGS
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(ReadingTask):
-    """Perplexities, KL and agreement in both readings, and the loss along the prompt."""
+    """Perplexities, KL and agreement, strict and continuation, and the loss along the prompt."""
 
     name = "perplexity"
     about = "how much worse is text predicted, and does the loss grow along the prompt?"

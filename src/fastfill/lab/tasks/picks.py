@@ -1,4 +1,4 @@
-"""Which neurons are picked, seen from inside."""
+"""Which neurons are selected, seen from inside."""
 
 from __future__ import annotations
 

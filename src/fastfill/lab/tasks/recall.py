@@ -1,4 +1,4 @@
-"""Whether the predictor picks what an oracle would."""
+"""Whether the predictor selects what an oracle would."""
 
 from __future__ import annotations
 
