@@ -112,7 +112,7 @@ def excess(y: Tensor, p: dict, activation="silu", kernel="native") -> float:
 
 
 def run(p: dict, **kwargs) -> Tensor:
-    p = dict(p, **kwargs)
+    p = {**p, **kwargs}
     return kernels.sparse_ffn(p.pop("x"), p.pop("gate"), p.pop("up"), p.pop("down_t"), p.pop("ids"), **p)
 
 

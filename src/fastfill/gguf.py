@@ -275,8 +275,9 @@ def _wanted(config: Any, tensors: dict[str, Tensor], name: str) -> dict[str, Ten
 
     if config.num_hidden_layers > len(tensors):  # before a model of so many layers is built
         raise UserError(f"{name} says that it has {config.num_hidden_layers} layers, and holds {len(tensors)} tensors.")
+    auto = transformers.AutoModelForCausalLM  # imported before: what a module computes while it is imported must be real
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = auto.from_config(config)
     config.architectures = [type(model).__name__]
     shapes = {key: tuple(values.shape) for key, values in model.state_dict().items()}
     if config.tie_word_embeddings:
