@@ -254,7 +254,7 @@ for kind in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool
         "non-float or too narrow",
     )
 for group, known in (("prefill", PREFILL.__dict__), ("base_model", artifacts.schema.BASE_KEYS), ("ranks", {"silu"})):
-    for key in known:
+    for key in sorted(known):
         DAMAGES[f"without {group}.{key}"] = (lambda f, g=group, k=key: edit(f, lambda d: d[g].pop(k)), f"{group} lacks {key}")
 
 

@@ -3,7 +3,10 @@ import pytest
 import torch
 from conftest import HIDDEN
 
+from fastfill import kernels
 from fastfill.compensator import Compensator
+
+TORCH = kernels.Kernel("torch")
 
 
 def make(linear, silu, dtype=torch.float32):
@@ -24,9 +27,9 @@ def test_formula(linear, silu):
     expected = inner @ w_out.T + bias
     # Two fp32 products of sums of H and r terms of order one: eps * (sqrt(H) + sqrt(r)), with a margin of four.
     tolerance = 4 * 1.2e-7 * (HIDDEN**0.5 + (linear + silu) ** 0.5) * np.abs(expected).max()
-    np.testing.assert_allclose(c(x).numpy(), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(c(x, TORCH).numpy(), expected, rtol=0, atol=tolerance)
     swapped = Compensator(c.w_in, c.w_out, c.bias, linear + (1 if silu else -1))  # one row on the wrong side
-    assert np.abs(swapped(x).numpy() - expected).max() > 100 * tolerance
+    assert np.abs(swapped(x, TORCH).numpy() - expected).max() > 100 * tolerance
 
 
 def test_cost_counts_both_matrices():
@@ -40,4 +43,4 @@ def test_shards_of_ranks_add_up(linear, silu):
     x = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(1))
     shards = [c.shard(rank, 3) for rank in range(3)]
     assert sum(shard.w_in.shape[0] for shard in shards if shard) == linear + silu
-    torch.testing.assert_close(sum(shard(x) for shard in shards if shard), c(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sum(shard(x, TORCH) for shard in shards if shard), c(x, TORCH), rtol=0, atol=1e-5)
