@@ -64,7 +64,11 @@ def plain(model, artifact, continuation=CONTINUATION, **settings):
 SETTINGS = [{"block_size": 4}, {"predictor": named("first-block")}, {"compensator": False}]
 
 
-@pytest.mark.parametrize(("family", "settings"), [*((f, {}) for f in FAMILIES), *(("llama", s) for s in SETTINGS)], ids=lambda v: v if isinstance(v, str) else " ".join(v))
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [*((f, {}) for f in FAMILIES), *(("llama", s) for s in SETTINGS)],
+    ids=lambda v: v if isinstance(v, str) else " ".join(v),
+)
 def test_both_readings_equal_a_plain_computation(family, settings):
     model = tiny_model(family, dtype=torch.float64)
     artifact = tiny_artifact(model)
