@@ -296,12 +296,13 @@ def row(step: Speed, tokens: int, sparse_tokens: int, times: Any, split: Any) ->
     # predictor and compensator are inside
     ffn_dense, ffn_sparse = (statistics.median(parts["ffn"] for parts in split[kind]) for kind in ("off", "sparse"))
     share = statistics.median(parts["ffn"] / parts["total"] for parts in split["off"])
-    ceiling = 1 / (1 - step.sparsity * share)
+    ceiling = 1 / (1 - step.sparsity * sparse_tokens / tokens * share)  # dense tokens skip nothing
     return {
         "prompt_tokens": tokens,
         "sparse_tokens": sparse_tokens,
         **{f"ttft_{kind}_s": round(statistics.median(found), 5) for kind, found in times.items()},
         **{f"ttft_{kind}_quartiles_s": quartiles(found) for kind, found in times.items()},
+        "rounds": len(times["stock"]),
         "speedup": round(stock / sparse, 4),
         "off_ratio": round(stock / off, 4),
         "ffn_dense_s": round(ffn_dense, 5),

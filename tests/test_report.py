@@ -73,7 +73,7 @@ def test_ttft_marks_and_table() -> None:
     document = documents.bench()
     svg, rows = speed.ttft([document]), document["rows"]
     ys, times = [], []
-    for kind in ("dense", "sparse"):
+    for kind in ("dense", "all_neurons", "sparse"):
         points = marks(svg, f"ttft-{kind}-0")
         assert_axis(points[:, 0], column(rows, "prompt_tokens"))
         ys += list(points[:, 1])
@@ -83,12 +83,16 @@ def test_ttft_marks_and_table() -> None:
     times += [entry["ttft_s"] for entry in document["compare"] if "ttft_s" in entry]
     assert_axis(ys, times, rising=False)  # one axis for all of them; y grows downwards
     ratios = np.concatenate([marks(svg, f"ttft-{kind}-0")[:, 1] for kind in ("speedup", "ceiling")])
-    assert_axis(ratios, column(rows, "speedup") + column(rows, "ceiling"), rising=False)
-    assert_axis(marks(svg, "ttft-speedup-0")[:, 0], np.log2(column(rows, "prompt_tokens")))
+    sparse = [row for row in rows if row["sparse_tokens"]]  # what is all dense has neither
+    assert_axis(ratios, column(sparse, "speedup") + column(sparse, "ceiling"), rising=False)
+    assert_axis(marks(svg, "ttft-speedup-0")[:, 0], np.log2(column(sparse, "prompt_tokens")))
     table, others = speed.ttft_tables([document])
     assert cells(table, "prompt tokens") == ["128", "256", "512", "1,024", "2,048", "4,096"]
     assert [float(c) for c in cells(table, "sparse TTFT (s)")] == pytest.approx(column(rows, "ttft_sparse_s"), rel=1e-3)
-    assert cells(table, "speed-up") == [f"{row['speedup']:.2f}x" for row in rows]
+    assert cells(table, "speed-up") == ["all dense", *(f"{row['speedup']:.2f}x" for row in sparse)]
+    assert cells(table, "FFN time, all kept / dense") == ["0.9"] * 6
+    known = [float(c) for c in cells(table, "TTFT, all neurons kept (s)")]
+    assert known == pytest.approx(column(rows, "ttft_all_neurons_s"), rel=1e-3)
     assert others.rows[-1] == ["onnxruntime", "-", "skipped: not installed"]
     assert "onnxruntime" not in svg  # nothing to draw
 
@@ -107,8 +111,8 @@ def test_ttft_caption_names_gain_and_losses() -> None:
         {"prompt_tokens": 128, "ttft_dense_s": 0.1, "ttft_sparse_s": 0.05, "speedup": 2.0, "ceiling": 1.2, "sparse_tokens": 0},
     ]
     assert speed.ttft_caption([{"rows": rows}]) == (
-        "The largest gain is at 2,048 tokens, 3.00 s to 2.50 s (1.20x, ceiling 1.25x); sparse is slower at 512."
-    )  # the prompt that stayed dense is no gain
+        "The largest gain is at 2,048 tokens, 3.00 s to 2.50 s (1.20x, ceiling 1.24x); sparse is slower at 512."
+    )  # the prompt that stayed dense is no gain; a row without rounds counted its 64 dense tokens: 1 / (1 - 1984 / 2048 * 0.2)
     assert "slower at every length (at best 0.80x)" in speed.ttft_caption([{"rows": rows[:1]}])
 
 
@@ -346,7 +350,7 @@ def test_page_has_its_parts_in_order(tmp_path: Path) -> None:
     assert {a["href"] for tag, a in tags if tag == "a"} <= {f"#{name}" for name in ids}
     assert dict(tags[0][1]) == {"lang": "en"}
     assert "SmolLM2-135M-Instruct" in content and "AMD EPYC, 2 threads" in content and "not recorded" in content  # the date
-    assert "1.16x (ceiling 1.17x; 50% of the FFN neurons skipped, native kernel)" in content
+    assert "1.16x (ceiling 1.16x; 50% of the FFN neurons skipped, native kernel)" in content
     assert "http" not in re.sub(r'xmlns="http://www.w3.org/2000/svg"|http-equiv', "", content)
     assert "not in these runs" not in content
 

@@ -100,7 +100,7 @@ def run(
         "prompt_tokens": row["prompt_tokens"],
         **cfg.to_dict(config),
         "kernel": engine.choices["kernel"],
-        **{key: row[key] for key in ("ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_share", "ceiling")},
+        **{key: row[key] for key in ("ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_share", "ceiling", "rounds")},
         **{key: row[key] for key in ("ffn_dense_s", "ffn_sparse_s", "sparse_tokens", "dense_tokens")},
         **{key: scores[key] for key in ("ppl_dense", "ppl_sparse", "ppl_ratio", "kl")},
         **{key: scores[key] for key in ("cont_ppl_dense", "cont_ppl_sparse", "cont_ppl_ratio", "context_kept")},

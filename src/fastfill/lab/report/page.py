@@ -16,6 +16,7 @@ from fastfill.lab.report.runs import Run
 from fastfill.lab.report.values import (
     MISSING,
     Table,
+    ceiling,
     count,
     distinct,
     known,
@@ -24,6 +25,7 @@ from fastfill.lab.report.values import (
     plain,
     seconds,
     short,
+    speedup,
     text,
     times,
 )
@@ -143,8 +145,8 @@ def claims(runs: Sequence[Run]) -> list[str]:
         row = min(bench["rows"], key=lambda row: _distance(number(row.get("prompt_tokens"))))
         found.append(
             f"Speed: a prompt of {count(row.get('prompt_tokens'))} tokens gives its first token after "
-            f"{seconds(row.get('ttft_sparse_s'))} instead of {seconds(row.get('ttft_dense_s'))}, {times(row.get('speedup'))} "
-            f"(ceiling {times(row.get('ceiling'))}; {percent(bench.get('sparsity'), 0)} of the FFN neurons skipped, "
+            f"{seconds(row.get('ttft_sparse_s'))} instead of {seconds(row.get('ttft_dense_s'))}, {times(speedup(row))} "
+            f"(ceiling {times(ceiling(row))}; {percent(bench.get('sparsity'), 0)} of the FFN neurons skipped, "
             f"{text(bench.get('kernel', 'unknown'), 30)} kernel)."
         )
     perplexities = [run.document for run in runs if run.kind == "perplexity"]

@@ -11,6 +11,7 @@ from fastfill.lab.report.values import (
     MISSING,
     NAN,
     Table,
+    ceiling,
     count,
     differing,
     distinct,
@@ -21,6 +22,7 @@ from fastfill.lab.report.values import (
     percent,
     plain,
     seconds,
+    speedup,
     text,
     times,
 )
@@ -33,6 +35,7 @@ PARTS = (
     ("compensator", "purple", "xx"),
     ("rest", "grey", "--"),
 )
+SHOWN = {"all_neurons": "all neurons kept"}
 NAMED_BY = ("model", "engine", "kernel", "dtype", "sparsity", "block_size")
 
 
@@ -48,15 +51,24 @@ def ttft(documents: Sequence[Document]) -> str:
             name = f", {name}" if name else ""
             at, colour = numbers(rows, "prompt_tokens"), HEX[look.colour]
             lengths += at
-            for kind, line, face in (("dense", "--", HEX["page"]), ("sparse", "-", colour)):
+            for kind, line, face in (("dense", "--", HEX["page"]), ("all_neurons", ":", HEX["page"]), ("sparse", "-", colour)):
+                if not known(numbers(rows, f"ttft_{kind}_s")):
+                    continue  # results of before have no run with all neurons
+                shown = label(SHOWN.get(kind, kind) + name, 60)
                 series = {"color": colour, "marker": look.marker, "markerfacecolor": face, "linestyle": line}
-                left.plot(at, numbers(rows, f"ttft_{kind}_s"), label=label(kind + name, 60), gid=f"{kind}-{index}", **series)
+                left.plot(
+                    at,
+                    numbers(rows, f"ttft_{kind}_s"),
+                    label=shown,
+                    gid=f"{kind}-{index}",
+                    **series,
+                )
                 quartiles = [_ends(row.get(f"ttft_{kind}_quartiles_s")) for row in rows]
                 left.vlines(at, *zip(*quartiles, strict=True), color=colour, linewidth=1)
-            right.plot(at, numbers(rows, "speedup"), color=colour, marker=look.marker, gid=f"speedup-{index}")
+            right.plot(at, [speedup(row) for row in rows], color=colour, marker=look.marker, gid=f"speedup-{index}")
             right.plot(
                 at,
-                numbers(rows, "ceiling"),
+                [ceiling(row) for row in rows],
                 color=colour,
                 linestyle=":",
                 label=label("ceiling" + name, 60),
@@ -105,14 +117,14 @@ def _engine(entry: Document) -> str:
 def ttft_caption(documents: Sequence[Document]) -> str:
     sentences = []
     for document, name in zip(documents, distinct(documents, NAMED_BY), strict=True):
-        rows = [row for row in document["rows"] if known([number(row.get("speedup"))]) and number(row.get("sparse_tokens", 1))]
+        rows = [row for row in document["rows"] if known([speedup(row)])]
         if not rows:
             continue
         best = max(rows, key=lambda row: number(row["speedup"]))
         lost = [count(row.get("prompt_tokens")) for row in rows if number(row["speedup"]) < 1]
         sentence = (
             f"the largest gain is at {count(best.get('prompt_tokens'))} tokens, {seconds(best.get('ttft_dense_s'))} to "
-            f"{seconds(best.get('ttft_sparse_s'))} ({times(best['speedup'])}, ceiling {times(best.get('ceiling'))})"
+            f"{seconds(best.get('ttft_sparse_s'))} ({times(best['speedup'])}, ceiling {times(ceiling(best))})"
         )
         if len(lost) == len(rows):
             sentence = f"sparse is slower at every length (at best {times(best['speedup'])})"
@@ -133,12 +145,15 @@ def ttft_tables(documents: Sequence[Document]) -> list[Table]:
             "prompt tokens": lambda row: count(row.get("prompt_tokens")),
             "dense TTFT (s)": lambda row: plain(row.get("ttft_dense_s")),
             "dense quartiles (s)": lambda row: _quartiles(row.get("ttft_dense_quartiles_s")),
+            "TTFT, all neurons kept (s)": lambda row: plain(row.get("ttft_all_neurons_s")),
             "sparse TTFT (s)": lambda row: plain(row.get("ttft_sparse_s")),
             "sparse quartiles (s)": lambda row: _quartiles(row.get("ttft_sparse_quartiles_s")),
-            "speed-up": lambda row: times(row.get("speedup")),
-            "ceiling": lambda row: times(row.get("ceiling")),
+            "speed-up": _gain,
+            "speed-up, quartiles": lambda row: _quartiles(row.get("ratio_quartiles")),
+            "ceiling": lambda row: times(ceiling(row)),
             "FFN share of dense": lambda row: percent(row.get("ffn_share")),
             "FFN time, sparse / dense": lambda row: plain(row.get("ffn_ratio"), 3),
+            "FFN time, all kept / dense": lambda row: plain(_share(row, "ffn_all_neurons_s", "ffn_dense_s"), 3),
             "FFN FLOPs, sparse / dense": lambda row: percent(row.get("ffn_flops_ratio")),
             "FLOPs dense": lambda row: _flops(row.get("flops_dense")),
             "FLOPs sparse": lambda row: _flops(row.get("flops_sparse")),
@@ -162,6 +177,17 @@ def ttft_tables(documents: Sequence[Document]) -> list[Table]:
         ]
         tables.append(Table("Other engines on the same prompts", ["engine", "prompt tokens", "TTFT (s)"], lines))
     return tables
+
+
+def _gain(row: Document) -> str:
+    if row.get("sparse_tokens") == 0:
+        return "all dense"
+    return times(row.get("speedup")) + (" (within the noise)" if row.get("clear") is False else "")
+
+
+def _share(row: Document, part: str, whole: str) -> float:
+    whole_s = number(row.get(whole))
+    return number(row.get(part)) / whole_s if whole_s > 0 else NAN
 
 
 def _ends(value: Any) -> tuple[float, float]:
@@ -249,7 +275,8 @@ def split_tables(document: Document) -> list[Table]:
 def bars(document: Document, name: str = "bars") -> str:
     """Two bars, dense and sparse TTFT of one prompt, and the time that the ceiling allows. Needs `ttft_dense_s` and
     `ttft_sparse_s`; `ceiling` may be missing. name: prefix of the ids."""
-    dense, sparse, ceiling = (number(document.get(key)) for key in ("ttft_dense_s", "ttft_sparse_s", "ceiling"))
+    dense, sparse = (number(document.get(key)) for key in ("ttft_dense_s", "ttft_sparse_s"))
+    most = ceiling(document)
     with Sheet(name, "Time to first token of one prompt", bars_caption(document), 170) as sheet:
         (ax,) = sheet.axes()
         for at, (value, colour, hatch) in enumerate(((dense, "grey", "///"), (sparse, "blue", ""))):
@@ -257,8 +284,8 @@ def bars(document: Document, name: str = "bars") -> str:
             place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
             box = {"facecolor": HEX["page"], "edgecolor": "none", "pad": 1}
             ax.annotate(seconds(value), (0 if math.isnan(value) else value, at), bbox=box, **place)
-        if ceiling > 0 and dense > 0:
-            ax.axvline(dense / ceiling, color=HEX["ink"], linewidth=1.5, linestyle=":", label="what the ceiling allows")
+        if most > 0 and dense > 0:
+            ax.axvline(dense / most, color=HEX["ink"], linewidth=1.5, linestyle=":", label="what the ceiling allows")
         ticks(ax.yaxis, [0, 1], ["dense", "sparse"])
         ax.invert_yaxis()
         ax.margins(x=0.15)
@@ -271,12 +298,10 @@ def bars(document: Document, name: str = "bars") -> str:
 def bars_caption(document: Document) -> str:
     tokens = number(document.get("prompt_tokens"))
     prompt = "The prompt" if math.isnan(tokens) else f"A prompt of {tokens:,.0f} tokens"
-    allowed = (
-        f", where {times(document.get('ceiling'))} would be the most possible" if number(document.get("ceiling")) > 0 else ""
-    )
+    allowed = f", where {times(ceiling(document))} would be the most possible" if ceiling(document) > 0 else ""
     return (
         f"{prompt} gives its first token after {seconds(document.get('ttft_dense_s'))} dense and "
-        f"{seconds(document.get('ttft_sparse_s'))} sparse ({times(document.get('speedup'))}{allowed})."
+        f"{seconds(document.get('ttft_sparse_s'))} sparse ({times(speedup(document))}{allowed})."
     )
 
 

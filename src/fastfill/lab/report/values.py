@@ -35,6 +35,23 @@ def numbers(rows: Iterable[dict[str, Any]], key: str) -> list[float]:
     return [number(row.get(key)) for row in rows]
 
 
+def speedup(row: dict[str, Any]) -> float:
+    """Of a row of `bench`; NaN where all is dense, and the ratio is noise."""
+    return NAN if row.get("sparse_tokens") == 0 else number(row.get("speedup"))
+
+
+def ceiling(row: dict[str, Any]) -> float:
+    """Of a row of `bench`; NaN where all is dense. Before rows had `rounds`, they counted dense tokens as if these skipped
+    neurons too: put right here."""
+    most, tokens, sparse = (number(row.get(key)) for key in ("ceiling", "prompt_tokens", "sparse_tokens"))
+    if sparse == 0:
+        return NAN
+    if "rounds" in row or not (most > 0 and tokens > 0 and sparse > 0):
+        return most
+    left = 1 - sparse / tokens * (1 - 1 / most)
+    return 1 / left if left > 0 else NAN
+
+
 def pair(value: Any) -> tuple[float, float]:
     """The two ends of an interval; NaN where there is none."""
     if isinstance(value, (list, tuple)) and len(value) == 2:
