@@ -1,4 +1,4 @@
-"""Put an artifact on a loaded model: swap the forward of each FFN instance, and put it back bit-identical afterwards."""
+"""Put an artifact on a loaded model: swap the forward of each FFN instance, and restore it bit for bit."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ class Attachment:
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
 
     def refresh(self) -> None:
-        """Take the model's FFN weights as they are now.
+        """Use the model's current FFN weights.
 
-        Changes are seen by themselves, with one exception: writing some entries of a weight through `weight.data`, as in
+        Changes are detected, with one exception: writing some entries of a weight through `weight.data`, as in
         `weight.data[:, 3] = 0`. Raises UserError if the weights cannot be followed (an adapter was put on an FFN).
         """
         with self._lock:
@@ -110,7 +110,7 @@ class Attachment:
                 self._check_partner()
 
     def _check_partner(self) -> None:
-        """Warn once when the FFNs have become others than those that the artifact was put on."""
+        """Warn once when the FFNs are no longer those that the artifact was put on."""
         if self._known and not partner.same(self._before, partner.inside(self._anatomy)):
             self._known = False
             warnings.warn(
@@ -136,7 +136,7 @@ class Attachment:
                 raise
 
     def detach(self) -> None:
-        """Restore the model. Safe to call twice. Calls that other threads are in go on as they began; the last of them restores
+        """Restore the model. Safe to call twice. Calls of other threads end as they began; the last of them restores
         the FFNs."""
         with self._lock:
             self._attached = False
@@ -249,7 +249,7 @@ def attached_to(base: Any) -> Attachment | None:
 
 
 def detach(model: Any) -> bool:
-    """Take off whatever artifact is on the model, where the `Attachment` is lost. Returns whether there was one."""
+    """Detach whatever artifact is on the model, where the `Attachment` is lost. Returns whether there was one."""
     attachment = attached_to(families.base_of(model))
     if attachment is not None:
         attachment.detach()
@@ -269,11 +269,11 @@ def attach(
     cache_dir: str | Path | None = None,
     **fields: Any,
 ) -> Attachment:
-    """Make a loaded `transformers` model read prompts with a sparse FFN.
+    """Make a loaded `transformers` model prefill prompts with a sparse FFN.
 
     prefill: settings in place of the artifact's. fields: of `PrefillConfig` (sparsity=0.3, dense_head=0, ...), in place of
-    those of `prefill` or of the artifact; None leaves one. predictor: makes another one in place of the learned
-    (`fastfill.lab.baselines.named("oracle")`). compensator: False leaves the correction out. kernel: a name (see
+    those of `prefill` or of the artifact; None leaves one. predictor: makes another in place of the learned one
+    (`fastfill.lab.baselines.named("oracle")`). compensator: False omits the correction. kernel: a name (see
     `fastfill.kernels`), or what `kernels.resolve` gave. Decode steps and short calls stay dense.
 
     Where kernel is "auto" and neither `prefill` nor `min_tokens` is given, one layer is timed, dense and sparse

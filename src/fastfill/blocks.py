@@ -29,7 +29,7 @@ class Plan:
     """Which rows of a flattened (batch * T, H) call are sparse; all others are dense.
 
     T tokens, N blocks, B block size, H hidden size. valid: rows that are tokens and not padding. runs: gets an entry from
-    each FFN that has computed the sparse rows, so that what ran is counted, not what was planned.
+    each FFN that has computed the sparse rows: what ran is counted, not what was planned.
     """
 
     batch: int
@@ -106,7 +106,7 @@ def make_plan(
     rows: per sequence (first, last, position): its tokens are rows [first, last) of its T = `tokens` columns and the first
     of them has this absolute position (tokens already in the cache). Block b covers positions [bB, (b+1)B); it is
     sparse if it lies whole inside the call, behind the dense head and before the last `dense_tail` tokens of the prompt.
-    What is left over at either end is dense, and so is a prompt that brings fewer than `min_tokens`.
+    Remainders at either end are dense, and so is a prompt with fewer than `min_tokens` new tokens.
 
     prompts: per sequence, how many tokens its prompt brings, in this call and others, and the row that it ends at, which may
     lie beyond the call or before it. None: what the sequence has in the call is its prompt.
@@ -125,7 +125,7 @@ def make_plan(
 def make_packed_plan(rows: list[tuple[int, int, int]], tokens: int, block_size: int, dense_head: int) -> Plan | None:
     """As `make_plan`, for a call that packs its sequences into one row of T = `tokens` tokens, as serving engines do.
 
-    rows: (first, last, position) of what may be sparse, in rising order; every other token is dense.
+    rows: (first, last, position) of what may be sparse, ascending; every other token is dense.
     """
     spans = [span for first, last, at in rows for span in _span(first, last - first, at, block_size, dense_head)]
     return Plan(1, tokens, tokens, block_size, tuple(spans)) if spans else None

@@ -32,12 +32,12 @@ class PrefillConfig:
         counted from the sequence's first token, so a prompt gives the same blocks however it is chunked.
     dense_head: first tokens of every sequence that stay dense; they hold the attention sink. A block is
         sparse only if all of it lies behind the head.
-    min_tokens: prompts that bring fewer tokens per sequence stay dense, short multi-turn extensions among them; so do
-        shorter calls of which nobody says that they are part of a prompt (decode, speculative checks). An engine may begin
-        later where sparse is the slower one, and says so.
+    min_tokens: prompts with fewer new tokens per sequence stay dense, short turns of a conversation among them; so do shorter
+        calls that nobody declares part of a prompt (decode, speculative checks). An engine may begin later where sparse is
+        slower, and says so.
     dense_tail: last tokens of every prompt that stay dense; they ask the question. A block is sparse only if all of it lies
-        before the tail. Where nobody says where a prompt ends, the end of a call is taken for it (`fastfill.calls`). What a
-        cache holds stays as it was computed: where a conversation goes on, the tails of its earlier prompts are dense, too.
+        before the tail. Where nobody says where a prompt ends, a call's end counts (`fastfill.calls`). A cache keeps what was
+        computed: in a conversation the tails of earlier prompts are dense, too.
     """
 
     sparsity: float = _setting(0.5, f"share of FFN neurons skipped, 0 to {MAX_SPARSITY}")
@@ -55,7 +55,7 @@ class PrefillConfig:
     def with_(self, **fields: Any) -> PrefillConfig:
         """These settings with the given fields in place of their own; None leaves one as it is.
 
-        Raises UserError for a field that there is not, and for a value out of range.
+        Raises UserError for an unknown field, and for a value out of range.
         """
         if unknown := [name for name in fields if name not in PREFILL_FIELDS]:
             raise UserError(f"{quoted(unknown[0])} is no setting of the prefill; there are {', '.join(PREFILL_FIELDS)}.")
@@ -83,9 +83,9 @@ PREFILL_FIELDS = tuple(field.name for field in dataclasses.fields(PrefillConfig)
 class CalibrationConfig:
     """What `calibrate` learns, and for how long.
 
-    minutes: a budget. The recipe then takes as many `fit_tokens` (at most those given here) and `steps` as fit into it on this
-        machine, and the artifact says how many; loading the model and the text are not counted.
-    max_loss: `1%`, a share of what the context is worth, or `0.02`, a KL in nats: at the end the artifact's sparsity becomes
+    minutes: a time budget. The recipe takes as many `fit_tokens` (at most those given here) and `steps` as fit into it on
+        this machine, and the artifact records them; loading model and text is not counted.
+    max_loss: `1%`, a share of the context's worth, or `0.02`, a KL in nats: at the end the artifact's sparsity becomes
         the highest that keeps the loss of what follows a prompt within it, on sequences set aside.
     predictor_rank, linear_rank, silu_rank: inner widths; None takes the default for the model's size
         (`default_ranks`: at most 8 % of the dense FFN's FLOPs at H = 576, 4 % at H >= 2048).
@@ -97,7 +97,7 @@ class CalibrationConfig:
         processes share the batch: it must be a multiple of their number.
     answer, answer_weight: share of each of these sequences, at its end, that is teacher-forced densely after the sparse
         rest, as an answer is; its weight in the loss.
-    loss_stride: of the tokens before the answer every n-th is compared with the dense model, others at each step; of the
+    loss_stride: of the tokens before the answer every n-th is scored against the dense model, others at each step; of the
         tokens on which the schedule is measured too.
     compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth, times the standard deviation of each tensor.
     gate_temperature: width of the soft gate through which the predictor gets its gradient (in nats of score).

@@ -1,4 +1,4 @@
-"""How many tokens a model holds, and how much text that can be at the most."""
+"""How many tokens a model holds, and how much text that is at most."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def positions(config: Any) -> int | None:
 
 
 def check_characters(config: Any, text: str, what: str = "The prompt") -> None:
-    """Raises UserError for text that cannot have so few tokens as the model holds, before it is tokenized."""
+    """Raises UserError, before tokenizing, for text with certainly more tokens than the model holds."""
     most = positions(config) or UNLIMITED
     if len(text) > most * CHARACTERS_PER_TOKEN:
         raise UserError(

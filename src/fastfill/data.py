@@ -56,7 +56,7 @@ def split_slice(source: str) -> tuple[str, slice]:
 
 
 def demo_document() -> Document:
-    """The text that comes with the package."""
+    """The demo document of the package."""
     name = "demo_document.txt"
     return Document((resources.files("fastfill") / name).read_text(encoding="utf-8").strip(), name)
 
@@ -138,9 +138,9 @@ def _from_hub(name: str) -> list[Document]:
 
 
 def encode(tokenizer: Any, document: Document, least: int | None = None) -> list[int]:
-    """Token ids of a document, all or, for `least`, at least so many from its begin. A chat goes through the chat template.
+    """Token ids of a document, all or, for `least`, at least so many from its start. A chat goes through the chat template.
 
-    Text is tokenized in pieces of a million characters, cut before white space, so that memory does not grow with it.
+    Text is tokenized in pieces of a million characters, split before white space, to bound memory.
     """
     special, text = True, document.text
     if document.messages and getattr(tokenizer, "chat_template", None):
@@ -172,7 +172,7 @@ def _pieces(text: str) -> Iterator[str]:
 def sequences(tokenizer: Any, documents: Sequence[Document], length: int, seed: int) -> torch.Tensor:
     """Cut documents into sequences of exactly `length` tokens, shuffled by seed -> (S, length).
 
-    Raises UserError if there is not one whole sequence.
+    Raises UserError if there is no whole sequence.
     """
     rows = []
     for document in documents:

@@ -20,7 +20,7 @@ class Predictor(ABC):
         """x: (batch * T, H), the FFN's input in this call. Returns (N, F); larger means kept first."""
 
     def macs_per_token(self) -> int:
-        """Multiply-adds that scoring adds to each sparse token; 0 for the oracle and for those that do not look at it."""
+        """Multiply-adds that scoring adds to each sparse token; 0 for the oracle and for those that ignore it."""
         return 0
 
 

@@ -1,4 +1,4 @@
-"""Progress on stderr, with what is left: a bar on a terminal, a line a minute elsewhere (a log of `nohup`, say)."""
+"""Progress on stderr, with the time left: a bar on a terminal, a line a minute elsewhere (a log of `nohup`, say)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class _Lines(Stage):
 
 @contextmanager
 def stage(title: str, total: int, done: int = 0) -> Iterator[Stage]:
-    """Show the way from `done` to `total` while the block runs."""
+    """Show progress from `done` to `total` while the block runs."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(text_of(title), total, done)
@@ -80,7 +80,7 @@ def stage(title: str, total: int, done: int = 0) -> Iterator[Stage]:
 
 @contextmanager
 def waiting(title: str) -> Iterator[None]:
-    """Show that something goes on whose end cannot be told, while the block runs."""
+    """Show that work of unknown length goes on, while the block runs."""
     console = Console(stderr=True)
     with console.status(Text(text_of(title))) if console.is_terminal else nullcontext():
         yield

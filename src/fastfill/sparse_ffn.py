@@ -108,12 +108,12 @@ class SparseFFN:
         return copy.deepcopy(self.dense, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """So is a pickled model, and reading it needs nothing of ours."""
+        """So is a pickled model, and loading it needs nothing of ours."""
         return copy.copy, (self.dense,)
 
 
 class AllNeurons:
-    """The dense FFN by the sparse kernel: no neuron is left out, and nothing is predicted or corrected."""
+    """The dense FFN by the sparse kernel: all neurons kept, nothing predicted or corrected."""
 
     def __init__(self, ffn: FFN, down_t: torch.Tensor, kernel: Kernel):
         self.ffn, self.down_t, self.kernel = ffn, down_t, kernel

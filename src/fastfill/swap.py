@@ -64,5 +64,5 @@ class StandIn:
         return copy.deepcopy(self._original, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """So does a pickled model, and reading it needs nothing of ours."""
+        """So does a pickled model, and loading it needs nothing of ours."""
         return copy.copy, (self._original,)

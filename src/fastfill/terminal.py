@@ -1,4 +1,4 @@
-"""Text that others wrote, on its way to a terminal: it may not steer it."""
+"""Text that others wrote, on its way to a terminal, which it may not control."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _written_out(match: re.Match[str]) -> str:
 
 
 def say(text: str) -> None:
-    """Print for people, to stdout."""
+    """Print to stdout, for people."""
     print(text_of(text))
 
 

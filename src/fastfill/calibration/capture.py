@@ -18,9 +18,9 @@ Calls = list[tuple[torch.Tensor, dict[str, Any]]]
 
 @torch.no_grad()
 def embed(anatomy: Anatomy, tokens: torch.Tensor) -> tuple[torch.Tensor, Calls]:
-    """What the first layer reads of tokens (S, T), (S, T, H), and how the model calls its layers for one sequence.
+    """The first layer's input for tokens (S, T), (S, T, H), and how the model calls its layers for one sequence.
 
-    By the model itself, whose layers pass on what they read: some families scale their embeddings.
+    Taken from the model itself: some families scale their embeddings.
     """
     inputs, calls = [], Calls()
     with swapped((layer, _pass_on) for layer in anatomy.layers):
@@ -39,11 +39,11 @@ def _pass_on(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.
 def stream_ffns(
     anatomy: Anatomy, hidden: torch.Tensor, calls: Calls, part: slice = slice(None)
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield (layer, X, A) for each layer in turn, dense below: X (S, T', H) is what its FFN reads of each sequence's
-    `part` of T' tokens, A (S, T', F) the activations that its down projection reads of it. Both are written anew for the next
-    layer; `hidden` (S, T, H), from `embed`, becomes what the last layer gives.
+    """Yield (layer, X, A) for each layer in turn, dense below: X (S, T', H) are its FFN's inputs in each sequence's
+    `part` of T' tokens, A (S, T', F) the inputs of its down projection. Both are overwritten for the next layer; `hidden`
+    (S, T, H), from `embed`, becomes the last layer's output.
 
-    Memory: S * T * (2 H + F) values, in the model's dtype. Taking A as it passes saves two thirds of an FFN twice a layer.
+    Memory: S * T * (2 H + F) values, in the model's dtype. Capturing A saves two thirds of an FFN twice a layer.
     """
     inputs = torch.empty_like(hidden[:, part])
     activations = hidden.new_empty(*inputs.shape[:2], anatomy.intermediate)

@@ -1,6 +1,6 @@
-"""A calibration's unfinished work, beside the artifact it will become. Tensors and JSON only; every file is written whole
-or not at all, so that killing the process at any moment loses at most the step it was in. Each file has a checksum over what is
-in it, its name and the settings: one that a power cut damaged, or that comes from elsewhere, is named and refused."""
+"""A calibration's unfinished work, beside the artifact it will become. Tensors and JSON only; files are written atomically,
+so that killing the process loses at most the current step. Each file has a checksum over what is
+in it, its name and the settings: a damaged or foreign one is named and refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS, SUM = "settings", "checksum"
 
 class Checkpoint:
     """Folder `<out>.checkpoint`. settings: everything the result depends on; a checkpoint of other settings is refused.
-    write: False for the other processes of a team, which only read what the first one wrote.
+    write: False for the other processes of a team, which only load what the first one wrote.
 
     Raises UserError, here and below, if the checkpoint is another's, is damaged, is being written by another process, or if it
     or `out` cannot be written.

@@ -19,8 +19,8 @@ TRAINED = tuple(f"{part}.{name}" for part in ("predictor", "compensator") for na
 
 
 class Teacher:
-    """The dense model's last hidden states. outputs: those of the last layer, (S, T, H), for sequences (S, T) that were read
-    already: a quarter of a step that need not be computed again."""
+    """The dense model's last hidden states. outputs: those of the last layer, (S, T, H), for sequences (S, T) already
+    computed, which saves a quarter of a step."""
 
     def __init__(self, model: Any, anatomy: Anatomy, tokens: torch.Tensor, outputs: torch.Tensor):
         self.model, self.anatomy = model, anatomy
@@ -70,8 +70,8 @@ class Distiller:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
     def step(self, ids: torch.Tensor) -> float:
-        """One step on ids (batch, T), of which each process of a team reads its share. Loss: mean over the tokens behind the
-        dense head of KL(dense || sparse) of the logits, nats, and `answer_weight` times that over the densely read answer.
+        """One step on ids (batch, T), of which each process of a team takes its share. Loss: mean over the tokens behind the
+        dense head of KL(dense || sparse) of the logits, nats, and `answer_weight` times that over the teacher-forced answer.
         Raises UserError when it is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._warm_cosine()
@@ -92,7 +92,7 @@ class Distiller:
         return loss
 
     def rehearse(self, ids: torch.Tensor) -> None:
-        """The work of a step on ids (batch, T), of which nothing stays: to see how long it takes."""
+        """The work of a step on ids (batch, T), without effect, to time it."""
         for row in ids[self.team.share(len(ids))].to(self.anatomy.ffns[0].gate.device):
             self._backward(row[None], len(ids))
         self.optimizer.zero_grad(set_to_none=True)

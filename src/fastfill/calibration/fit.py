@@ -86,7 +86,7 @@ def fit_predictor(
 
 
 def block_scores(x: torch.Tensor, weights: dict[str, torch.Tensor], block_size: int) -> torch.Tensor:
-    """The learned scores of x (N * B, H) -> (N, F), as `LearnedPredictor` has them, in fp32; differentiable in the weights."""
+    """Learned scores of x (N * B, H) -> (N, F), as `LearnedPredictor` has them, in fp32; differentiable in the weights."""
     logits = F.linear(F.linear(x, weights["w_in"].to(x.dtype)), weights["w_out"].to(x.dtype), weights["bias"].to(x.dtype))
     return logits.softmax(-1).view(-1, block_size, logits.shape[-1]).sum(1, dtype=torch.float32)
 

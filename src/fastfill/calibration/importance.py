@@ -22,7 +22,7 @@ def sensitivity(
     """Mean KL (nats per token) to the dense logits when one layer alone is sparse, for each layer. Ours. tokens: (S, T); every
     `stride`-th behind the dense head is scored.
 
-    The layers before the sparse one are not computed again, and the head only on what is scored.
+    Layers before the sparse one are not recomputed; the head runs only on scored tokens.
     """
     head = anatomy.head
     rows = tokens[team.share(len(tokens))]

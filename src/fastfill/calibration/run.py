@@ -63,8 +63,8 @@ def calibrate(
 ) -> Artifact:
     """Learn an artifact for `model` from text and write it to the folder `out`.
 
-    documents: texts, or `data.load_documents(...)`. name: how the artifact names its base model. resume: go on from the
-    checkpoint that a killed run left beside `out`; the result is the same as if it had not been killed.
+    documents: texts, or `data.load_documents(...)`. name: how the artifact names its base model. resume: continue from the
+    checkpoint that an interrupted run left beside `out`; the result is the same as without the interruption.
 
     In a process that `accelerate launch` started, all processes calibrate together; the result is that of one process to
     rounding. On CUDA matrix products are in bf16 (autocast), whatever the model's dtype.
@@ -161,7 +161,7 @@ def _precision(device: torch.device) -> torch.autocast:
 
 
 def _with_fit_tokens(job: Job) -> Job:
-    """The job with as many tokens to fit on as its budget allows. A sequence costs twice its dense prefill: once to capture its
+    """The job with as many fit tokens as its budget allows. A sequence costs twice its dense prefill: once to capture its
     activations, once to fit to them."""
     config, tokens = job.config, job.tokens
     if config.minutes is None:
@@ -289,7 +289,7 @@ def _students(job: Job, weights: list[Weights], kept: list[int], answer: float =
 
 
 def _distill(job: Job, weights: list[Weights], kept: list[int], teacher: Teacher, begin: float) -> list[float]:
-    """The end-to-end stage. Sequences come in their shuffled order, again from the start when they run out."""
+    """The end-to-end stage. Sequences come in their shuffled order, and repeat when they run out."""
     config, tokens, checkpoint = job.config, job.tokens, job.checkpoint
     if config.steps == 0 or min(kept) == job.anatomy.intermediate:  # nothing to train, or nothing skipped
         return []

@@ -1,4 +1,4 @@
-"""The sparse forward in a differentiable form, for distillation: skipped neurons are masked rather than left out.
+"""The sparse forward in a differentiable form, for distillation: skipped neurons are masked, not left out.
 
 Equal to `sparse_ffn.SparseFFN` to rounding (a test holds them together); only this one has gradients.
 """
@@ -24,7 +24,7 @@ class StudentFFN:
     """Stands in for one FFN's forward during distillation.
 
     The first `head` tokens of the sequence, whole blocks (`PrefillConfig.first_sparse`), and what does not fill a block stay
-    dense, and so does the share `answer` at the sequence's end, which reads a sparse prompt as an answer does. The predictor
+    dense, and so does the share `answer` at the sequence's end, teacher-forced after a sparse prompt. The predictor
     gets its gradient through a soft gate (straight-through, ours): forward 1 for kept and 0 for skipped neurons, backward the
     slope of sigmoid((log score - log score of the K-th) / temperature).
     """
@@ -80,7 +80,7 @@ class StudentFFN:
 
 class _MaskedFFN(torch.autograd.Function):
     """`FFN` with h * mask in place of h; gradients for x and mask, none for the weights. By hand: autograd
-    keeps and reads again eight (T, F) tensors where two do.
+    keeps eight (T, F) tensors where two do.
 
     x: (T, H). mask: (N, F), over the blocks of the tokens `rows`; all others are not masked.
     """

@@ -1,4 +1,4 @@
-"""Processes that calibrate together: each reads its share of the text, and what they find is added up (data parallel).
+"""Processes that calibrate together: each takes its share of the text, and results are summed (data parallel).
 
 They are started by `fastfill calibrate --processes N` or by `accelerate launch`; every process runs the same code, ends
 with the same weights, and the first one writes. One process is a team of one.
@@ -34,7 +34,7 @@ class Team:
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
     def sum(self, *tensors: torch.Tensor) -> None:
-        """Add tensors up over the team, in place; every process gets the same."""
+        """Sum tensors over the team, in place; every process gets the same."""
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
@@ -110,7 +110,7 @@ def join(device: str | torch.device) -> Team:
 
 
 def leave() -> None:
-    """At the end of a process: part from the others in good order."""
+    """At the end of a process: leave the group in good order."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -103,8 +103,8 @@ def scratch_bytes() -> int:
 
 
 def release() -> None:
-    """Give the native kernels' scratch memory back to the system, but for what a call is using now. The next call allocates
-    anew, which costs it a few percent once."""
+    """Free the native kernels' scratch memory that no call is using. The next call allocates it again, which costs a few
+    percent once."""
     cpu.release()
 
 
