@@ -42,7 +42,13 @@ SPECIAL = {
     # Not SDPA, which some versions of transformers take, without the cap. No short window: eager gives padding NaN in fp64.
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 8.0, "attn_implementation": "eager"},
     "gemma3_text": {**_GEMMA, "sliding_window": 24, "sliding_window_pattern": 2},  # layer 1 sees all
-    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.7, "attention_multiplier": 0.4},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.4,
+        "mlp_bias": True,
+    },
 }
 PREFILL = PrefillConfig(sparsity=0.5, block_size=BLOCK, dense_head=BLOCK, min_tokens=2 * BLOCK, dense_tail=0)
 
@@ -76,7 +82,7 @@ def tiny_model(family="llama", seed=0, dtype=torch.float32, **changes):
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
     for name, bias in model.named_parameters():
         if ".mlp." in name and name.endswith("bias"):  # they come as zeros
-            bias.data.normal_()
+            bias.data.normal_(std=0.3)
     if model.config.tie_word_embeddings:  # at full size it would say the word it has just read, whatever the FFNs do
         model.get_input_embeddings().weight.data *= 0.3
     model.generation_config.eos_token_id = None  # generate as many tokens as asked, whatever they are
