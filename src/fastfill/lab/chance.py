@@ -1,8 +1,8 @@
-"""What a set's answers score without being right: the level under which a recovery says nothing.
+"""Chance level of a set: at or below it, a recovery means nothing.
 
 Chance is measured, for all sets in one way: what the dense model's answers score as answers to *other* examples of their set.
-For classes that is guessing each as often as this model does, for retrieval one in so many paragraphs, for summaries and code
-what any two have in common, for hidden numbers 0.
+For classes that is guessing at the model's own frequencies, for retrieval one in the number of paragraphs, for summaries and
+code what any two have in common, for hidden numbers 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OTHERS = 5  # answers of other examples that an example is scored with
 
 
 def levels(answers: Sequence[str], scores: Sequence[Callable[[str], float]]) -> list[float] | None:
-    """For each example of a set the mean score of the answers that the next few gave (in a circle); None for one example.
+    """For each example of a set the mean score of the answers that the next few gave (cyclically); None for one example.
 
     answers: dense ones. scores: of each example, answer -> 0 to 1.
     """

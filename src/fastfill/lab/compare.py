@@ -1,7 +1,7 @@
 """What a user would choose instead, beside `bench`: stock vLLM, llama-cpp-python, and llama.cpp's own llama-bench.
 
-Each runs in a process of its own, one after the other, with as many threads as we had, so that no two thread pools
-compete. What is not installed or fails is listed with its reason. The inside of such a process is
+Each runs in its own process, one after the other, with as many threads as we had, so that thread pools do not
+compete. Missing and failing engines are listed with the reason. The inside of such a process is
 
     python -m fastfill.lab.compare MODULE ANSWER
 

@@ -1,4 +1,4 @@
-"""Prefill on a GPU, dense and sparse each in the fastest way there is, timed by CUDA events."""
+"""Prefill on a GPU, dense and sparse each in its fastest way, timed by CUDA events."""
 
 from __future__ import annotations
 

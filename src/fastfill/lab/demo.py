@@ -18,7 +18,7 @@ QUESTION = "According to the report, what is the name of the ship and who was he
 
 
 def fill_in(document: str | None, question: str | None) -> tuple[str, str]:
-    """What is not given comes with the package; a document of one's own gets a question that fits any."""
+    """Defaults come with the package; a document of the user's gets a question that fits any."""
     question = question or (QUESTION if document is None else "What is this document about?")
     return (data.demo_document().text if document is None else document), question
 

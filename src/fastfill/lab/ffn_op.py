@@ -1,4 +1,4 @@
-"""The sparse FFN of one layer on its own, part by part, beside the least time that its arithmetic and memory traffic allow."""
+"""The sparse FFN of one layer on its own, part by part, beside the lower bounds of its arithmetic and memory traffic."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def floors(size: Size, chip: Chip) -> dict[str, float]:
 
 
 def prefill_floors(shape: Any, tokens: int, prefill: cfg.PrefillConfig, chip: Chip, item: int = 2) -> dict[str, float]:
-    """The least seconds of a whole prefill: FLOPs (`flops.prefill`) or reading all weights once, whichever takes longer.
+    """The least seconds of a whole prefill: FLOPs (`flops.prefill`) or loading all weights once, whichever takes longer.
     bare: without predictor and compensator, what their skipped neurons alone would allow."""
     ranks = dict(zip(("predictor", "linear", "silu"), cfg.default_ranks(shape.hidden_size), strict=True))
     kept = [round((1 - prefill.sparsity) * shape.intermediate_size)] * shape.num_hidden_layers

@@ -1,8 +1,8 @@
 """How likely the right answer is after a dense or a sparse prefill: every example counts, guessed or not.
 
 A prompt is prefilled once, in one call of the base model. What follows starts from its last hidden state and its cache, and
-is dense, as decoding is: the tokens of the right answer (teacher-forced), and the answer that the model writes itself (greedy).
-The vocabulary's logits are only taken where they are needed, a few tokens at a time.
+is dense, as decoding is: the tokens of the right answer (teacher-forced), and the answer that the model generates (greedy).
+Logits are computed only where they are needed, a few tokens at a time.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def cut_middle(tokenizer: Any, text: str, tokens: int) -> tuple[str, bool]:
 def encode(tokenizer: Any, row: Row, most: int, chat: bool = True) -> tuple[torch.Tensor, bool]:
     """The whole prompt of a row as ids (1, T), T <= most, and whether it was cut.
 
-    Cut text may take a few tokens more than it was cut to, and the chat template adds some: then it is cut again, shorter.
+    Truncated text may have a few tokens more than asked, and the chat template adds some: then it is cut again, shorter.
     """
     text = prompt_of(row)
     room = most
@@ -215,7 +215,7 @@ def prompt_of(row: Row) -> str:
 
 
 def _fill(prompt: str, fields: dict[str, Any]) -> str:
-    """Put context and input in their places at once, so that braces in the one are not taken for the other's place."""
+    """Fill in context and input at once, so that braces in one are not taken for the place of the other."""
     return re.sub(r"\{(context|input)\}", lambda match: fields[match[1]], prompt)
 
 
@@ -228,7 +228,7 @@ def examples(
     max_new_tokens: int | None = None,
     chat: bool = True,
 ) -> list[Example]:
-    """Rows as examples. positions: how many tokens the model can hold; prompt and answer both must fit.
+    """Rows as examples. positions: how many tokens the model can hold; prompt and answer must fit together.
 
     max_prompt_tokens: cut prompts to this (default: what leaves room for the answer). max_new_tokens: caps LongBench's own
     answer lengths, which saves time and is no longer comparable. chat: False for base models.

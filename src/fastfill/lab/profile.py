@@ -37,12 +37,12 @@ def peak_mb(engine: Engine, ids: torch.Tensor) -> float | None:
 
 
 def rise_mb(device: str, run: Callable[[], Any]) -> float | None:
-    """MB (10^6 bytes) by which `run` raises memory above what was held before, at the highest.
+    """Peak memory of `run` above what was held before, MB (10^6 bytes).
 
     On CUDA: tensors, by torch.cuda.max_memory_allocated. On a CPU: resident memory of this process, by Linux's high-water
     mark, which is reset before; freed memory is handed back to the system first, so that earlier runs do not hide it.
     Activations, KV cache and temporary buffers count; weights and buffers that a library keeps between calls do not.
-    None where the system does not tell.
+    None where the system does not report it.
     """
     gc.collect()
     if torch.device(device).type == "cuda":

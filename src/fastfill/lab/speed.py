@@ -122,7 +122,7 @@ def split(
 
 
 def ceiling(ffn_share: float, skipped: float, sparse_share: float) -> float:
-    """The speed-up if every neuron skipped took its share of the FFN's time with it, and nothing were added.
+    """The speed-up if every skipped neuron took its share of the FFN's time with it, and nothing were added.
 
     ffn_share: of the FFN in the dense TTFT. skipped: share of neurons that a sparse token skips. sparse_share: of the tokens;
     the dense head and tail of a prompt, and what is left of a block, skip nothing.
@@ -175,7 +175,7 @@ def prefills(repeats: int) -> int:
 
 
 def fitting(lengths: Sequence[int], limit: int | None) -> list[int]:
-    """The prompt lengths, cut to what the model holds, each once."""
+    """The prompt lengths, cut to the context window, each once."""
     return list(dict.fromkeys(min(length, limit or length) for length in lengths))
 
 

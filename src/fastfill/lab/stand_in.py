@@ -1,4 +1,4 @@
-"""Models and artifacts of a given shape with random weights: for measuring time, which does not depend on what they are."""
+"""Models and artifacts of a given shape with random weights: for measuring time, which does not depend on them."""
 
 from __future__ import annotations
 

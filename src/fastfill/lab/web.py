@@ -1,6 +1,6 @@
 """The demo as a local page: paste a document and a question, and watch the dense and the sparse answer side by side.
 
-Needs the extra `web`. Nothing leaves the machine, and nothing is loaded from another one.
+Needs the extra `web`. Nothing leaves the machine, and nothing is loaded from elsewhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The page: every figure whose data is there, in one HTML file that asks the network for nothing."""
+"""The page: every figure that has data, in one HTML file that loads nothing from the network."""
 
 from __future__ import annotations
 

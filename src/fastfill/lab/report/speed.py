@@ -236,7 +236,7 @@ def split(document: Document, name: str = "split") -> str:
 
 
 def split_rows(document: Document) -> list[Document]:
-    """The rows that say where the time went."""
+    """The rows with a split of the time."""
     return [row for row in document["rows"] if all(isinstance(row.get(f"split_{kind}"), dict) for kind in ("dense", "sparse"))]
 
 

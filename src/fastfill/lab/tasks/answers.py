@@ -1,4 +1,4 @@
-"""Tasks over questions with right answers: their scores and likelihoods, and what is recovered (`lab.runner`)."""
+"""Tasks with reference answers: scores, likelihoods and recovery (`lab.runner`)."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _show_scores(result: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Non
 
 
 def _show_likelihoods(result: dict[str, Any]) -> None:
-    """The right answer's nats per token after the dense and after the sparse prompt."""
+    """The right answer's nats per token after the dense and the sparse prefill."""
     from fastfill.tables import console, table
 
     lines = [(line["dataset"], line["likelihood"]) for line in result["datasets"] if "likelihood" in line]

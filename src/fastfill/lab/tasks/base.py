@@ -84,7 +84,7 @@ class Task:
         """Measure, dense beside sparse. Returns what `fastfill evaluate --json` prints.
 
         engine: what `fastfill.attach` gave, or an `Engine`. items: in the place of what `read` gives. out: a folder that
-        keeps what is done; the same call goes on from there after a kill.
+        keeps what is done; the same call resumes from there.
         Raises UserError for items that do not fit the model.
         """
         from fastfill import machine

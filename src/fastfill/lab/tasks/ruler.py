@@ -1,4 +1,4 @@
-"""What stands somewhere in a long prompt."""
+"""Information hidden in a long prompt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Ruler(AnswerTask):
     """RULER's tasks, made with a seed (`lab.ruler`). A length may be a range, (1024, 4096); `data` has rows for `qa`."""
 
     name = "ruler"
-    about = "is what stands somewhere in a long prompt still found?"
+    about = "is information anywhere in a long prompt still found?"
     needs_data = False
 
     data: Sequence[str] = files_option("rows for qa, as for longbench")

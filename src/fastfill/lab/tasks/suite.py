@@ -1,4 +1,4 @@
-"""Rows and hidden things together."""
+"""Rows and hidden information together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Suite(LongBench, Ruler):
     """Rows in LongBench's format, and RULER's needles and variables beside them: one run, one table, one mean."""
 
     name = "suite"
-    about = "both at once: what is kept, over all tasks that the model can do?"
+    about = "both at once: what is retained over all tasks that the model can do?"
     needs_data = True
 
     limit: int = option(100, "examples of each set")
