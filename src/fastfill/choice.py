@@ -27,7 +27,7 @@ from fastfill.kernels import Kernel
 from fastfill.sparse_ffn import SparseFFN, current_plan
 
 MARGIN = 1.03  # a gain below it may be noise
-ROUNDS = 3  # of which the fastest counts, after one to warm up
+ROUNDS = 5  # of which the fastest counts, after one to warm up
 DOUBLINGS = 3  # of the shortest prompt, at most; more tokens would gain hardly more, and take longer to time
 MOST = 4096  # tokens that are timed, unless the shortest prompt has more
 
