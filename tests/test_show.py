@@ -53,8 +53,9 @@ def _line(name):
 
 
 def _bench():
-    kinds, parts = ("dense", "sparse"), ("attention", "ffn", "predictor", "compensator", "rest")
+    kinds, parts = ("dense", "all_neurons", "sparse"), ("attention", "ffn", "predictor", "compensator", "rest")
     row = {"speedup": 12.34, "ceiling": 19.99, "ffn_share": 1.0, "ffn_ratio": 12.34, "ffn_flops_ratio": 12.34}
+    row |= {"ratio_quartiles": [12.34] * 3, "clear": False, "rounds": 400, "sparse_tokens": 131_072}
     for kind in kinds:
         row |= {f"ttft_{kind}_s": 123.456, f"ttft_{kind}_quartiles_s": [123.456] * 3, f"ffn_{kind}_s": 123.456}
         row |= {f"flops_{kind}": 1.23e16, f"peak_{kind}_mb": 123_456.0, f"split_{kind}": dict.fromkeys(parts, 123.456)}
@@ -62,7 +63,9 @@ def _bench():
     other = {"name": "llama.cpp", "version": "b10000", "weights": "a-file.gguf", "prompt_tokens": 131_072}
     others = [{**other, "ttft_s": 123.456}, {**other, "skipped": "it is not installed"}]
     growth = {"growth_dense": 1.23, "growth_sparse": 1.23, "model_mb": 123_456.0, "attached_mb": 123_456.0}
-    return {**COMMON, **growth, "engine": "transformers", "repeats": 100, "rows": rows, "compare": others}
+    reason = "fastest, 12.34x of the dense FFN's speed at 131072 tokens"
+    choice = {"kernel": "native", "min_tokens": 131_072, "expected_gain": 12.34, "reason": reason}
+    return {**COMMON, **growth, "engine": "transformers", "repeats": 100, "rows": rows, "choice": choice, "compare": others}
 
 
 def _quality():

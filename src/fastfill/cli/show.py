@@ -68,15 +68,13 @@ def bench(result: dict[str, Any]) -> None:
             for row in rows
         ],
     )
-    out.print(
-        f"all kept: all neurons, by the {result['kernel']} kernel; what that gains is the kernel's, the rest the sparsity's"
-    )
+    out.print(f"all kept: the {result['kernel']} kernel with all neurons; its gain is the kernel's, the rest is the sparsity's")
     if chosen := result.get("choice"):
         from_where = f"from {chosen['min_tokens']} tokens on" if chosen["min_tokens"] else "nowhere"
         out.print(f"attach, if nothing is named: kernel {chosen['kernel']}, sparse {from_where} ({chosen['reason']})")
     if any(row["clear"] is False for row in rows):
         most = max(row["rounds"] for row in rows)
-        out.print(f"?: the quartiles are farther apart than the gain is large, after {most} rounds")
+        out.print(f"?: within the noise after {most} rounds (quartiles farther apart than the gain)")
     out.print(
         f"medians of {result['repeats']} rounds or more; {machine['cpu']}, {machine['threads']} threads, "
         f"torch {machine['torch']}, transformers {machine['transformers']}"
