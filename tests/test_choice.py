@@ -78,8 +78,10 @@ def test_where_nothing_gains_all_stays_dense_and_says_so_once(clock):
     assert max(tokens for tokens, _ in clock.timed) <= choice.MOST
 
 
-@pytest.mark.parametrize("named", [{"kernel": "torch"}, {"min_tokens": 16}, {"prefill": PREFILL}, {"sparsity": 0.0}])
-def test_nothing_is_measured_where_the_user_says_what_runs(clock, named):
+@pytest.mark.parametrize(
+    "named", [{"kernel": "torch"}, {"min_tokens": 16}, {"prefill": PREFILL}, {"sparsity": 0.0}, {"dense_head": 2**31 - 1}]
+)
+def test_nothing_is_measured_where_the_user_says_what_runs_or_prompts_have_no_bound(clock, named):
     with attached(**named)[1] as there:
         assert not clock.timed and there.config.min_tokens == PREFILL.min_tokens
         assert there.choices["expected_gain"] is None

@@ -29,7 +29,7 @@ from fastfill.sparse_ffn import SparseFFN, current_plan
 MARGIN = 1.03  # a gain below it may be noise
 ROUNDS = 5  # of which the fastest counts, after one to warm up
 DOUBLINGS = 3  # of the shortest prompt, at most; more tokens would gain hardly more, and take longer to time
-MOST = 4096  # tokens that are timed, unless the shortest prompt has more
+MOST = 4096  # tokens that are timed; where the shortest prompt has more, nothing is: time and memory would have no bound
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,12 @@ class Choice:
 
 
 def choose(ffns: Sequence[SparseFFN], config: PrefillConfig) -> Choice | None:
-    """The choice for an attached model's layers; None where no layer skips a neuron. Takes some 100 ms where it is not
-    remembered; larger layers take longer."""
+    """The choice for an attached model's layers; None where no layer skips a neuron, or no prompt is short enough to be timed.
+
+    Takes some 100 ms where it is not remembered; larger layers take longer.
+    """
     thin = sorted((ffn for ffn in ffns if ffn.kept < ffn.ffn.neurons), key=lambda ffn: ffn.kept)
-    if not thin:
+    if not thin or config.shortest_prompt > MOST:
         return None
     ffn = thin[len(thin) // 2]
     names = list(dict.fromkeys((ffn.kernel.name, "torch")))
@@ -74,7 +76,7 @@ def measure(ffn: SparseFFN, config: PrefillConfig, names: Sequence[str]) -> dict
     best: dict[str, Any] = {"gain": 0.0}
     for doubling in range(DOUBLINGS + 1):
         tokens = config.shortest_prompt << doubling
-        if doubling and tokens > MOST:
+        if tokens > MOST:
             break
         seconds = _seconds(ffn, config, names, tokens)
         name = min(names, key=lambda name: seconds[name])
