@@ -83,7 +83,7 @@ def claim(bench: list[Row], quality: list[Row]) -> str:
         machine = speed["machine"]
         parts.append(
             f"{_short(speed['model'])}, a prompt of {row['prompt_tokens']:,} tokens, {speed['sparsity']:.0%} of the FFN "
-            f"neurons skipped: time to first token {row['ttft_dense_s']:.2f} s → {row['ttft_sparse_s']:.2f} s, "
+            f"neurons skipped: TTFT {row['ttft_dense_s']:.2f} s → {row['ttft_sparse_s']:.2f} s, "
             f"**{row['speedup']:.2f}x**, where skipping, at the FFN's share of the dense time "
             f"({row['ffn_share']:.0%}), allows at most "
             f"{ceiling(row):.2f}x{_more(row)} ({_where(machine)}, {speed['dtype']}, transformers {machine['transformers']}, "
@@ -97,7 +97,7 @@ def claim(bench: list[Row], quality: list[Row]) -> str:
             f"Price, on {learned['documents']} held-out documents: text that follows a sparse prefill has perplexity "
             f"{learned['cont_ppl_sparse']:.2f} instead of {learned['cont_ppl_dense']:.2f} (**{learned['cont_ppl_ratio']:.2f}x**"
             + _interval(learned.get("cont_ppl_ratio_interval"), ", 95 % interval {:.2f} to {:.2f}")
-            + (f"; {kept:.0%} of the prompt's worth is kept" if kept is not None else "")
+            + (f"; {kept:.0%} of the context's worth is retained" if kept is not None else "")
             + f"), and the sparse prompt tokens themselves {learned['ppl_sparse']:.2f} instead of {learned['ppl_dense']:.2f} "
             f"(**{learned['ppl_ratio']:.2f}x**" + _interval(learned.get("ppl_ratio_interval"), ", {:.2f} to {:.2f}") + ")."
         )
