@@ -16,7 +16,7 @@ from conftest import logits, snapshot, tiny_artifact, tiny_model, token_ids
 from safetensors.torch import load, save
 
 from fastfill import artifact as artifacts
-from fastfill import attach, cli
+from fastfill import attach, cli, kernels
 from fastfill.errors import UserError
 from fuzz import bed, mutate
 
@@ -32,7 +32,7 @@ def world(place: Path) -> bed.World:
     readings = {f"{prefix}{name}": 1.5 for prefix in ("", "cont_") for name in artifacts.schema.READINGS}
     made.quality = {**readings, "documents": 2, "predictor": "learned", "sparsity": 0.5, "block_size": 8}
     artifacts.save(made, place / "good", readme="good\n")
-    with attach(model, place / "good"):
+    with attach(model, place / "good", kernel=kernels.choose()):
         expected = logits(model, ids)
 
     def case(rng: random.Random) -> tuple[str, int, bed.Act]:
@@ -52,7 +52,7 @@ def _use(model: Any, ids: torch.Tensor, expected: torch.Tensor, folder: Path) ->
     shown = inspect(folder)
     words = None
     try:
-        with attach(model, folder):
+        with attach(model, folder, kernel=kernels.choose()):
             found = logits(model, ids)
     except UserError as error:
         words = bed.check_sentence(str(error))
@@ -118,7 +118,8 @@ def _tensor(rng: random.Random, folder: Path) -> str:
     elif kind == "huge":
         tensors[name] = tensor * 1e30
     elif kind == "shape":
-        tensors[name] = rng.choice((tensor[1:], tensor.reshape(-1), tensor[None], tensor.t().contiguous(), tensor[:0]))
+        turned = tensor.transpose(0, -1).contiguous()
+        tensors[name] = rng.choice((tensor[1:], tensor.reshape(-1), tensor[None], turned, tensor[:0]))
     elif kind == "drop":
         del tensors[name]
     elif kind == "rename":
