@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fastfill.blocks import make_plan, rows_from_mask
 from fastfill.config import PrefillConfig
+from fastfill.kernels import Bounds, sparse_ffn
 
 
 def rule(block, head, least, tail=0):
@@ -71,7 +72,7 @@ def test_every_row_is_in_one_block_with_its_neurons(call, kept):
     sparse = [any(span.start <= row < span.stop for span in plan.spans) for row in range(total)]
     selection = torch.stack([torch.randperm(neurons)[:kept].sort().values for _ in range(plan.blocks)])
     ids, bounds = plan.with_dense(selection, neurons)
-    edges, bounds, taken = plan.rows.tolist(), bounds.tolist(), 0
+    edges, bounds, taken = list(plan.rows), list(bounds), 0
     assert edges[0] == 0 and edges[-1] == total and len(edges) == len(bounds) and bounds[-1] == len(ids)
     for (start, stop), (a, b) in zip(pairwise(edges), pairwise(bounds), strict=True):
         assert start < stop and len({*sparse[start:stop]}) == 1  # no block mixes the two kinds
@@ -90,10 +91,10 @@ def test_every_row_is_in_one_block_with_its_neurons(call, kept):
 def test_blocks_of_a_call_by_hand():
     plan = make_plan([(0, 20, 0), (6, 20, 0)], 20, rule(4, 4, 1))
     # Head 0..3, sparse 4..19; then 6 rows of padding with the head 6..9 behind them, sparse 10..17, tail.
-    assert plan.rows.tolist() == [0, 4, 8, 12, 16, 20, 30, 34, 38, 40]
+    assert list(plan.rows) == [0, 4, 8, 12, 16, 20, 30, 34, 38, 40]
     ids, bounds = plan.with_dense(torch.tensor([[0, 2]] * 4 + [[1, 2]] * 2), 3)
     assert ids.tolist() == [0, 1, 2, *[0, 2] * 4, 0, 1, 2, *[1, 2] * 2, 0, 1, 2]
-    assert bounds.tolist() == [0, 3, 5, 7, 9, 11, 14, 16, 18, 21]
+    assert list(bounds) == [0, 3, 5, 7, 9, 11, 14, 16, 18, 21]
 
 
 def test_worked_numbers():
@@ -139,3 +140,19 @@ def test_a_sequence_without_tokens_has_none(past):
     assert rows == [(0, 4 - past, past), (0, 0, 0)]
     (span,) = make_plan(rows, 4 - past, rule(2, 0, 1)).spans
     assert (span.start, span.stop) == (0, 4 - past)
+
+
+def test_boundaries_are_checked_when_they_are_made():
+    assert Bounds([0, 0, 3]) == (0, 0, 3)
+    for wrong in ([], [1, 2], [0, 2, 1]):
+        with pytest.raises(ValueError, match="rise from 0"):
+            Bounds(wrong)
+    x = torch.ones(4, 2)
+    weights = [torch.ones(3, 2)] * 3
+    for rows, offsets in (
+        (Bounds([0, 3]), Bounds([0, 2])),
+        (Bounds([0, 4]), Bounds([0, 1])),
+        (Bounds([0, 2, 4]), Bounds([0, 2])),
+    ):
+        with pytest.raises(ValueError, match="boundaries up to"):
+            sparse_ffn(x, *weights, torch.tensor([0, 1]), rows=rows, id_offsets=offsets, kernel="torch")

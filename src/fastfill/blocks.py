@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
 from fastfill.config import PrefillConfig
+from fastfill.kernels import Bounds
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ class Plan:
         return tuple((a, b, bool(i % 2)) for i, (a, b) in enumerate(pairwise(edges)) if b > a)
 
     @cached_property
-    def rows(self) -> torch.Tensor:
+    def rows(self) -> Bounds:
         """Boundaries of all blocks of the call: B tokens where it is sparse, and each dense range as one block."""
         edges = [0]
         for start, stop, sparse in self.segments:
             edges += range(start + self.block_size, stop + 1, self.block_size) if sparse else [stop]
-        return torch.tensor(edges)
+        return Bounds(edges)
 
-    def with_dense(self, ids: torch.Tensor, neurons: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def with_dense(self, ids: torch.Tensor, neurons: int) -> tuple[torch.Tensor, Bounds]:
         """The (N, K) selection of the sparse blocks -> flat ids of all blocks in `rows`, and their boundaries: the dense
         ranges keep all F = `neurons`. Nothing waits for the device."""
         everything = torch.arange(neurons, dtype=ids.dtype, device=ids.device)
@@ -81,14 +82,14 @@ class Plan:
         return torch.cat(parts), self._bounds[ids.shape[1], neurons]
 
     @cached_property
-    def _bounds(self) -> dict[tuple[int, int], torch.Tensor]:
+    def _bounds(self) -> dict[tuple[int, int], Bounds]:
         return {}
 
-    def _id_bounds(self, kept: int, neurons: int) -> torch.Tensor:
+    def _id_bounds(self, kept: int, neurons: int) -> Bounds:
         sizes = [0]
         for start, stop, sparse in self.segments:
             sizes += [kept] * ((stop - start) // self.block_size) if sparse else [neurons]
-        return torch.tensor(sizes).cumsum(0)
+        return Bounds(accumulate(sizes))
 
     def clear_dense(self, x: torch.Tensor) -> torch.Tensor:
         """(batch * T, H), its dense rows set to zero in place."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from . import contract, cpu, torch_ref
+from .contract import Bounds
 from .contract import check_ids as _check_ids
 
 __all__ = [
-    "ACTIVATIONS", "Kernel", "available", "block_scores", "choose", "compensate", "describe", "release", "resolve",
+    "ACTIVATIONS", "Bounds", "Kernel", "available", "block_scores", "choose", "compensate", "describe", "release", "resolve",
     "scratch_bytes", "sparse_ffn", "top_k",
 ]  # fmt: skip
 
@@ -235,8 +236,8 @@ def sparse_ffn(
     down_t: Tensor,
     ids: Tensor,
     *,
-    rows: Tensor | None = None,
-    id_offsets: Tensor | None = None,
+    rows: Tensor | Bounds | None = None,
+    id_offsets: Tensor | Bounds | None = None,
     activation: str = "silu",
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
@@ -253,9 +254,9 @@ def sparse_ffn(
         x: ``(T, H)``, the tokens of all blocks one after the other.
         gate, up, down_t: ``(F, H)`` weights, one row per neuron (``down_t`` is the down projection transposed).
         ids: ``(N, K)`` int32 or int64, sorted and unique within a row; or 1-D ``(S,)`` together with ``id_offsets``.
-        rows: ``(N + 1,)`` int64 or int32 on the CPU, cumulative token boundaries of the blocks; None: N blocks of T / N
-            tokens.
-        id_offsets: ``(N + 1,)`` int64 or int32 on the CPU, cumulative boundaries of the blocks in 1-D ``ids``.
+        rows: ``(N + 1,)`` int64 or int32 on the CPU, cumulative token boundaries of the blocks; or `Bounds`, checked
+            once for many calls; None: N blocks of T / N tokens.
+        id_offsets: the same of the blocks in 1-D ``ids``.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
         gate_bias, up_bias: ``(F,)`` in the dtype of ``x``, or None.
         init: ``(T, H)`` added to the result (the compensator's output), or None.
@@ -275,6 +276,7 @@ def sparse_ffn(
     call of the same layout has run.
     """
     if torch.compiler.is_compiling():  # one opaque node in the graph
+        rows, id_offsets = (torch.tensor(b) if isinstance(b, Bounds) else b for b in (rows, id_offsets))
         y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, kernel)
         return y if out is None else out.copy_(y)
     tensors = [t for t in (x, gate, up, down_t, gate_bias, up_bias, init, out) if t is not None]
@@ -366,8 +368,8 @@ class Kernel:
         down_t: Tensor,
         ids: Tensor,
         *,
-        rows: Tensor | None = None,
-        id_offsets: Tensor | None = None,
+        rows: Tensor | Bounds | None = None,
+        id_offsets: Tensor | Bounds | None = None,
         init: Tensor | None = None,
     ) -> Tensor:
         """`init`, where it is given, is overwritten and is the result."""

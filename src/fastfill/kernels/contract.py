@@ -3,6 +3,7 @@
 The kernels read and write through bare pointers. What would give wrong numbers there is refused here.
 """
 
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -13,8 +14,22 @@ from . import torch_ref
 LARGEST = 2**31 - 1  # neurons and widths are 32-bit numbers in the kernels
 
 
-def boundaries(name: str, bounds: Tensor, n: int | None, total: int) -> list[int]:
-    """Check cumulative boundaries 0 = b[0] <= ... <= b[-1] = total and give them as a list."""
+class Bounds(tuple[int, ...]):
+    """Cumulative boundaries that start at 0 and do not fall, checked when they are made: one layout for many calls."""
+
+    def __new__(cls, values: Iterable[int]) -> "Bounds":
+        made = super().__new__(cls, values)
+        if not made or made[0] != 0 or any(low > high for low, high in pairwise(made)):
+            raise ValueError("boundaries must rise from 0 without falling")
+        return made
+
+
+def boundaries(name: str, bounds: Tensor | Bounds, n: int | None, total: int) -> Sequence[int]:
+    """Check cumulative boundaries 0 = b[0] <= ... <= b[-1] = total."""
+    if isinstance(bounds, Bounds):
+        if bounds[-1] != total or (n is not None and len(bounds) != n + 1):
+            raise ValueError(f"{name} has {len(bounds)} boundaries up to {bounds[-1]}, not {n} + 1 up to {total}")
+        return bounds
     if bounds.dim() != 1 or bounds.dtype not in (torch.int64, torch.int32) or bounds.numel() == 0:
         raise ValueError(f"{name} must be N + 1 int64 boundaries, not {bounds.dtype} {list(bounds.shape)}")
     if bounds.device.type != "cpu":  # reading them would wait for the device
@@ -27,7 +42,7 @@ def boundaries(name: str, bounds: Tensor, n: int | None, total: int) -> list[int
     return b
 
 
-def check_ids(ids: Tensor, id_offsets: list[int], n_neurons: int) -> None:
+def check_ids(ids: Tensor, id_offsets: Sequence[int], n_neurons: int) -> None:
     """Raise ValueError unless ids are inside [0, F) and strictly rising within each block."""
     if ids.numel() == 0:
         return
@@ -64,14 +79,14 @@ def check(
     up: Tensor,
     down_t: Tensor,
     ids: Tensor,
-    rows: Tensor | None,
-    id_offsets: Tensor | None,
+    rows: Tensor | Bounds | None,
+    id_offsets: Tensor | Bounds | None,
     activation: str,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     init: Tensor | None,
     out: Tensor | None,
-) -> tuple[list[int], list[int]]:
+) -> tuple[Sequence[int], Sequence[int]]:
     """Raise ValueError for inputs of `sparse_ffn` that do not fit together; else the boundaries of the blocks in x and in
     flat ids."""
     if activation not in torch_ref.ACTIVATIONS:
@@ -101,14 +116,14 @@ def check(
         raise ValueError(f"ids must be int32 or int64, not {ids.dtype}")
     if ids.dim() == 2 and id_offsets is None:
         n, k = ids.shape
-        offsets = list(range(0, n * k + 1, k)) if k else [0] * (n + 1)
+        offsets: Sequence[int] = list(range(0, n * k + 1, k)) if k else [0] * (n + 1)
     elif ids.dim() == 1 and id_offsets is not None:
         offsets = boundaries("id_offsets", id_offsets, None, ids.numel())
         n = len(offsets) - 1
     else:
         raise ValueError("ids must be (N, K) without id_offsets, or 1-D with id_offsets")
     if rows is not None:
-        bounds = boundaries("rows", rows, n, n_tokens)
+        bounds: Sequence[int] = boundaries("rows", rows, n, n_tokens)
     elif n == 0 or n_tokens % n:
         raise ValueError(f"{n_tokens} tokens do not make {n} equal blocks: give rows")
     else:

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -188,8 +189,8 @@ def sparse_ffn(
     up: Tensor,
     down_t: Tensor,
     ids: Tensor,
-    rows: list[int],
-    id_offsets: list[int],
+    rows: Sequence[int],
+    id_offsets: Sequence[int],
     activation: str,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,

@@ -9,6 +9,7 @@ Nothing here waits for the device. Where blocks begin and end comes from the CPU
 (`_layout`); ids stay on the device and are not checked: an id outside [0, F) is read as the nearest one inside.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -292,8 +293,8 @@ def sparse_ffn(
     up: Tensor,
     down_t: Tensor,
     ids: Tensor,
-    rows: list[int],
-    id_offsets: list[int],
+    rows: Sequence[int],
+    id_offsets: Sequence[int],
     activation: str,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,

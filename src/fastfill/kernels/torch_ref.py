@@ -6,7 +6,7 @@ The sparse FFN gathers the selected rows of a block, then multiplies: it copies 
 loses on small blocks and large layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ def sparse_ffn(
     up: Tensor,
     down_t: Tensor,
     ids: Tensor,
-    rows: list[int],
-    id_offsets: list[int],
+    rows: Sequence[int],
+    id_offsets: Sequence[int],
     activation: str,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
