@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,16 +24,13 @@ def embed(anatomy: Anatomy, tokens: torch.Tensor) -> tuple[torch.Tensor, Calls]:
     Taken from the model itself: some families scale their embeddings.
     """
     inputs, calls = [], Calls()
-    with swapped((layer, _pass_on) for layer in anatomy.layers):
+    form = _form(anatomy)
+    with swapped((layer, lambda hidden_states, *_args, **_kwargs: form(hidden_states)) for layer in anatomy.layers):
         for row in tokens:
             with layer_calls(anatomy) as calls:
                 anatomy.base(input_ids=row[None].to(anatomy.ffns[0].gate.device), use_cache=False)
             inputs.append(calls[0][0])
     return torch.cat(inputs), calls
-
-
-def _pass_on(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-    return hidden_states
 
 
 @torch.no_grad()
@@ -59,7 +57,24 @@ def stream_ffns(
 
 def known(anatomy: Anatomy, layers: int, out: torch.Tensor) -> AbstractContextManager[None]:
     """While the block runs, the first `layers` layers are not computed: the last of them gives `out` (1, T, H)."""
-    return swapped((layer, lambda *_args, **_kwargs: out) for layer in anatomy.layers[:layers])
+    given = _form(anatomy)(out) if layers else out
+    return swapped((layer, lambda *_args, **_kwargs: given) for layer in anatomy.layers[:layers])
+
+
+_tuples: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _form(anatomy: Anatomy) -> Callable[[torch.Tensor], Any]:
+    """Hidden states as the model's layers give them: themselves, or first in a tuple (Granite in transformers 5.0)."""
+    first = anatomy.layers[0]
+    if first not in _tuples:
+        hook = first.register_forward_hook(lambda _module, _args, out: _tuples.update({first: isinstance(out, tuple)}))
+        try:
+            anatomy.base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=anatomy.ffns[0].gate.device), use_cache=False)
+        finally:
+            hook.remove()
+    return lambda hidden: (hidden,) if _tuples[first] else hidden
 
 
 @contextmanager
