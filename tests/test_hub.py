@@ -197,7 +197,8 @@ def test_a_file_that_is_too_large_is_not_downloaded(artifact_folder, online):
 def test_a_page_is_not_needed(artifact_folder, online):
     (artifact_folder / "README.md").unlink()
     online.put(artifact_folder)
-    artifacts.load(NAME)
+    folder = artifacts.load(NAME).folder
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "weights.safetensors"]
 
 
 def test_the_hubs_copy_is_not_written_to(model, artifact_folder, online):
