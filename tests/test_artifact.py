@@ -188,7 +188,7 @@ FIELDS = [  # (path, a value that it must not have, words)
     (("prefill", "min_tokens"), 10**19, "prefill: min_tokens must be a whole number of at most"),
     (("prefill", "dense_tail"), [LONG] * 10, "prefill: dense_tail must be a whole number"),
     (("prefill",), [], "prefill must be a JSON object"),
-    (("prefill",), {}, "prefill lacks block_size, dense_head, dense_tail, min_tokens, sparsity"),
+    (("prefill",), {}, "not what was saved"),
     (("prefill", LONG), 1, "prefill has unknown key"),
     (("ranks", "predictor"), HIDDEN + 1, "predictor must be a whole number of at most 32"),
     (("ranks", "linear"), HIDDEN + 1, "linear must be a whole number of at most 32"),
@@ -253,7 +253,9 @@ for kind in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool
         lambda f, kind=kind: edit_weights(f, lambda t: t.update({k: v.to(kind) for k, v in t.items()})),
         "non-float or too narrow",
     )
-for group, known in (("prefill", PREFILL.__dict__), ("base_model", artifacts.schema.BASE_KEYS), ("ranks", {"silu"})):
+for key in PREFILL.__dict__:
+    DAMAGES[f"without prefill.{key}"] = (lambda f, k=key: edit(f, lambda d: d["prefill"].pop(k)), "not what was saved")
+for group, known in (("base_model", artifacts.schema.BASE_KEYS), ("ranks", {"silu"})):
     for key in sorted(known):
         DAMAGES[f"without {group}.{key}"] = (lambda f, g=group, k=key: edit(f, lambda d: d[g].pop(k)), f"{group} lacks {key}")
 
@@ -346,6 +348,21 @@ def test_settings_that_were_changed_by_hand_are_refused(artifact_folder, change)
     with pytest.raises(UserError, match=r"not what was saved: prefill, ranks, layer_importance belong to the weights") as error:
         artifacts.load(artifact_folder)
     one_sentence(error)
+
+
+def test_an_artifact_older_than_a_setting_has_its_default(model, artifact_folder):
+    def older(document):
+        del document["prefill"]["dense_tail"]
+        document["checksums"]["settings"] = artifacts.schema.settings_checksum(document)
+
+    edit(artifact_folder, older)
+    artifact = artifacts.load(artifact_folder)
+    assert artifact.prefill == dataclasses.replace(PREFILL, dense_tail=PrefillConfig().dense_tail) != PREFILL
+    with attach(model, artifact_folder) as attachment:
+        assert attachment.config == artifact.prefill
+    artifacts.record(artifact, artifact_folder, {"ppl_ratio": 1.5})  # which compares it with the folder's
+    artifacts.save(artifacts.load(artifact_folder), artifact_folder)
+    assert artifacts.load(artifact_folder).prefill == artifact.prefill
 
 
 def test_what_changes_no_result_may_change(artifact_folder):

@@ -8,6 +8,7 @@ import torch
 from conftest import one_sentence, snapshot
 
 from fastfill.calibration.checkpoint import Checkpoint
+from fastfill.config import CalibrationConfig
 from fastfill.errors import UserError
 
 SETTINGS = {"text": "abc", "config": {"steps": 3}}
@@ -90,6 +91,19 @@ def test_a_file_of_another_calibration_is_refused(folder, tmp_path):
         with pytest.raises(UserError, match=rf"{name} is damaged \(its checksum is another"):
             read_all(resume(folder))
         (folder / name).write_bytes(before)
+
+
+def test_a_checkpoint_older_than_a_setting_is_resumed_where_that_has_its_default(folder):
+    """As one of before the field `seed`: what it holds is found, and goes on under its own checksums."""
+    newer = {**SETTINGS, "config": {**SETTINGS["config"], "seed": CalibrationConfig().seed}}
+    resume(folder, newer).put_json("seconds", 2.5)
+    for checkpoint in (resume(folder, newer), Checkpoint(folder.with_name("out"), newer, resume=False, write=False)):
+        assert read_all(checkpoint)[2] == 2.5
+    newer["config"]["seed"] += 1
+    with pytest.raises(UserError, match=r"has other settings \(config\)"):
+        resume(folder, newer)
+    with pytest.raises(UserError, match=r"has other settings \(config\)"):
+        resume(folder, {**SETTINGS, "config": {}})
 
 
 def test_parts_without_settings_are_refused(folder):

@@ -24,6 +24,14 @@ def test_unknown_key_is_an_error_that_names_it(kind):
         cfg.from_dict(kind, [1], "somewhere")
 
 
+@pytest.mark.parametrize("config", [PrefillConfig(0.25, 16, 7, 9, 5), CalibrationConfig(steps=3, seed=7)])
+def test_a_field_that_an_older_file_lacks_has_its_default(config):
+    values, defaults = cfg.to_dict(config), cfg.to_dict(type(config)())
+    for name in values:
+        older = {key: value for key, value in values.items() if key != name}
+        assert cfg.to_dict(cfg.from_dict(type(config), older, "here")) == {**values, name: defaults[name]}
+
+
 @pytest.mark.parametrize("value", [-0.01, 0.951, 1, 2.0, float("nan"), float("inf"), "0.5", None, True])
 def test_sparsity_outside_the_range(value):
     with pytest.raises(UserError, match=r"sparsity must lie in \[0, 0.95\]"):

@@ -12,6 +12,7 @@ import torch
 from conftest import BLOCK, one_sentence, snapshot, tiny_artifact, tiny_model, token_ids
 
 from fastfill import attach
+from fastfill.config import PrefillConfig
 from fastfill.engines import transformers as engine
 from fastfill.engines.transformers import TransformersEngine
 from fastfill.errors import UserError
@@ -255,6 +256,14 @@ def test_other_settings_are_refused(model, tmp_path, change, word):
     with attach(model, artifact, **change(model)) as attachment, pytest.raises(UserError, match=word) as error:
         Store(tmp_path, settings((TransformersEngine(attachment, "tiny"), artifact), made))
     assert "give another --out" in one_sentence(error)
+
+
+def test_a_run_older_than_a_setting_goes_on_where_that_has_its_default(tmp_path):
+    default = PrefillConfig().dense_tail
+    Store(tmp_path, {"task": "ruler"}).add("a", {})
+    assert "a" in Store(tmp_path, {"task": "ruler", "dense_tail": default})
+    with pytest.raises(UserError, match=f"dense_tail was {default}, is {default + 1}"):
+        Store(tmp_path, {"task": "ruler", "dense_tail": default + 1})
 
 
 def test_other_examples_another_artifact_and_another_task_are_refused(attached, model, tmp_path):

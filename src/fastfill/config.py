@@ -182,13 +182,18 @@ def to_dict(config: PrefillConfig | CalibrationConfig) -> dict[str, Any]:
 
 
 def from_dict(kind: type[Config], values: Any, where: str) -> Config:
-    """Build a configuration from JSON. Raises UserError on an unknown or a missing key, or a value out of range; `where` names
-    the file."""
-    check_keys(values, {field.name for field in dataclasses.fields(kind)}, where)
+    """Build a configuration from JSON; a field that it lacks, since it is older than the field, has its default. Raises
+    UserError on an unknown key, or a value out of range; `where` names the file."""
+    check_keys(values, set(), where, optional=frozenset(field.name for field in dataclasses.fields(kind)))
     try:
         return kind(**values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def filled(kind: type[Config], found: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """found: settings that were stored; with the defaults of those fields that `now` has and they, being older, lack."""
+    return {**{name: value for name, value in to_dict(kind()).items() if name in now}, **found}
 
 
 def check_keys(values: Any, known: set[str], where: str, optional: frozenset[str] = frozenset()) -> None:
@@ -198,6 +203,6 @@ def check_keys(values: Any, known: set[str], where: str, optional: frozenset[str
     unknown, missing = sorted(set(values) - known - optional), sorted(known - set(values))
     if unknown:
         names = ", ".join(quoted(name).strip("'") for name in unknown[:3])
-        raise UserError(f"{where} has unknown key(s) {names}; this version knows {', '.join(sorted(known))}.")
+        raise UserError(f"{where} has unknown key(s) {names}; this version knows {', '.join(sorted(known | optional))}.")
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}; calibrate again or restore the file.")

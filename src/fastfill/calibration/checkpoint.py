@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from fastfill import config as cfg
 from fastfill import files
 from fastfill import tensors as stored
+from fastfill.config import CalibrationConfig, PrefillConfig
 from fastfill.errors import UserError
 
 SETTINGS, SUM = "settings", "checksum"
@@ -22,7 +24,7 @@ SETTINGS, SUM = "settings", "checksum"
 
 class Checkpoint:
     """Folder `<out>.checkpoint`. settings: everything the result depends on; a checkpoint of other settings is refused.
-    write: False for the other processes of a team, which only load what the first one wrote.
+    write: False for the other processes of a team, which only load what the first one wrote: it makes its own before them.
 
     Raises UserError, here and below, if the checkpoint is another's, is damaged, is being written by another process, or if it
     or `out` cannot be written.
@@ -33,6 +35,7 @@ class Checkpoint:
         self.write = write
         self._settings = json.loads(json.dumps(settings))
         if not write:
+            self._settings = self.json(SETTINGS) or self._settings
             return
         files.check_folder(out)
         begun = self.folder.exists()
@@ -46,11 +49,12 @@ class Checkpoint:
         found = self.json(SETTINGS)
         if found is None and any(not file.name.startswith(".") for file in self.folder.iterdir()):
             raise UserError(f"{self.folder} has no {SETTINGS}.json and cannot be resumed; delete that folder to start anew.")
-        if found is not None and found != self._settings:
-            other = sorted(k for k in self._settings.keys() | found.keys() if self._settings.get(k) != found.get(k))
-            raise UserError(f"The checkpoint {self.folder} has other settings ({', '.join(other)}); repeat them, or delete it.")
         if found is None:
             self.put_json(SETTINGS, self._settings)
+            return
+        if other := _differing(found, self._settings):
+            raise UserError(f"The checkpoint {self.folder} has other settings ({', '.join(other)}); repeat them, or delete it.")
+        self._settings = found  # the checksums are over these
 
     def json(self, name: str) -> Any:
         file = self.folder / f"{name}.json"
@@ -105,3 +109,10 @@ class Checkpoint:
     def remove(self) -> None:
         if self.write:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _differing(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that are others than those of the checkpoint, which may be older than a field of a configuration."""
+    kinds = (("prefill", PrefillConfig), ("config", CalibrationConfig))
+    found = found | {name: cfg.filled(kind, found[name], now[name]) for name, kind in kinds if name in found and name in now}
+    return sorted(name for name in now.keys() | found.keys() if now.get(name) != found.get(name))

@@ -103,8 +103,11 @@ def calibrate(
         "text": data.digest(tokens),
         "threads": torch.get_num_threads(),  # the bits depend on it
     }
+    if team.rank:
+        team.total(0)  # the others begin when the first one has found the checkpoint in order
     checkpoint = Checkpoint(out, settings, resume, write=team.rank == 0)
-    team.total(0)  # the others begin when the first one has found the checkpoint in order
+    if not team.rank:
+        team.total(0)
     job = Job(model, anatomy, tokens, prefill, config, ranks, checkpoint, team)
     begin = time.monotonic() - (checkpoint.json("seconds") or 0.0)
 

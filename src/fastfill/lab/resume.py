@@ -11,6 +11,7 @@ import fastfill
 from fastfill import config as cfg
 from fastfill import files
 from fastfill.artifact import Artifact
+from fastfill.config import PrefillConfig
 from fastfill.engines import Engine
 from fastfill.errors import UserError, printable, quoted
 from fastfill.tensors import content
@@ -46,6 +47,7 @@ class Store:
         found = files.read_json(file, "give another --out", words="is damaged")
         if not isinstance(found, dict):
             raise UserError(f"{file} is damaged; give another --out.")
+        found = cfg.filled(PrefillConfig, found, settings)
         odd = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
         if odd:
             was, now = (quoted(values.get(odd[0])).strip("'") for values in (found, settings))
