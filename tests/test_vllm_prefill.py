@@ -12,7 +12,7 @@ vllm = pytest.importorskip("vllm")
 
 from conftest import one_sentence
 from vllm.exceptions import VLLMValidationError
-from vllm_tiny import answer, engine, folders, inside, logprobs_of, prompt, tokens_of, vllm_model
+from vllm_tiny import answer, engine, folders, inside, logprobs_of, prompt, runner_of, tokens_of, vllm_model
 
 import fastfill
 from fastfill import families
@@ -22,7 +22,7 @@ from fastfill.errors import UserError
 from fastfill.ffn import FFN
 from fastfill.predictor import LearnedPredictor
 from fastfill.sparse_ffn import SparseFFN, current_plan
-from fastfill.vllm_plugin import requests, steps
+from fastfill.vllm_plugin import models, requests, steps
 
 pytestmark = pytest.mark.vllm
 PROMPTS = [prompt(n) for n in (500, 97, 300, 95, 20)]
@@ -224,6 +224,65 @@ def test_preempted_requests_are_read_again_the_same_way(monkeypatch):
         together = tokens_of(answer(llm, prompts, tokens=120))
     assert preempted
     assert together == alone
+
+
+def test_a_step_is_planned_without_the_device_and_in_the_order_of_the_runners_batch(monkeypatch):
+    """Chunks, decoding, cached prefixes, preemption and requests that come and go; the metadata's own tensors cannot be read.
+    What the plan is made of are the scheduler's numbers, row by row of the runner's batch, whose order is another."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    sparse, dense = [prompt(320, seed=2), prompt(321, seed=3), prompt(97), prompt(200)], [prompt(300), prompt(60)]
+    scheduled, preempted, orders, longest = [], [], set(), 0
+    schedule, preempt, plan = Scheduler.schedule, Scheduler._preempt_request, models.SparsePrefill._plan
+    monkeypatch.setattr(Scheduler, "_preempt_request", lambda *a, **k: (preempted.append(1), preempt(*a, **k))[1])
+    monkeypatch.setattr(Scheduler, "schedule", lambda *a, **k: (scheduled.append(schedule(*a, **k)), scheduled[-1])[1])
+
+    def planned(self, batch, tokens):
+        nonlocal longest
+        metadata, runner, step = models._metadata(), runner_of(llm), scheduled[-1]
+        own = dict(vars(metadata))
+        news = {request.req_id: request for request in step.scheduled_new_reqs}
+        cached = dict(zip(step.scheduled_cached_reqs.req_ids, step.scheduled_cached_reqs.num_computed_tokens, strict=True))
+        ids = runner.input_batch.req_ids
+        orders.add(ids == list(step.num_scheduled_tokens))
+        new = [step.num_scheduled_tokens[name] for name in ids]
+        before = [news[name].num_computed_tokens if name in news else cached[name] for name in ids]
+        assert batch.starts.diff().tolist() == new and batch.tokens == sum(new) and batch.longest == max(new)
+        assert batch.lengths.tolist() == [a + b for a, b in zip(before, new, strict=True)]
+        wanted = {row: len(runner.requests[name].prompt_token_ids) for row, name in enumerate(ids)}
+        wanted = {row: length for row, length in wanted.items() if length in map(len, sparse)}
+        assert requests.of(self._vllm_config).prompts == wanted
+        longest = max(longest, len(wanted))
+        vars(metadata).update({name: _Device() for name, value in own.items() if isinstance(value, torch.Tensor)})
+        try:
+            return plan(self, batch, tokens)
+        finally:
+            vars(metadata).update(own)
+
+    monkeypatch.setattr(models.SparsePrefill, "_plan", planned)
+    limits = {"num_gpu_blocks_override": 25, "max_model_len": 512, "max_num_batched_tokens": 150, "max_num_seqs": 6}
+    with engine(*folders(), **limits, enable_prefix_caching=True, block_size=32) as llm:
+        core = llm.llm_engine
+        for index, ids in enumerate([*sparse, *dense, *sparse]):
+            extra = {"fastfill": len(ids) in map(len, sparse)}
+            params = vllm.SamplingParams(
+                temperature=0.0, max_tokens=10 + 30 * (index % 4), ignore_eos=True, detokenize=False, extra_args=extra
+            )
+            core.add_request(str(index), {"prompt_token_ids": ids}, params)
+            core.step()
+        while core.has_unfinished_requests():
+            core.step()
+        _, loaded = inside(llm)
+        # Each prompt at least once, without its head and what fills no block.
+        assert loaded.stats.sparse_tokens >= 288 + 288 + 64 + 160 and not loaded.stats.dense_because
+    assert preempted and orders == {True, False} and longest > 2
+
+
+class _Device:
+    """In place of a tensor on a device, whose values cost a wait."""
+
+    def __getattribute__(self, name):
+        raise AssertionError(f"the device was asked: {name}")
 
 
 def test_a_prompt_gets_its_block_beside_requests_that_are_answered():

@@ -11,25 +11,39 @@ from fastfill import families, partner
 from fastfill.attachment import Stats
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
-from fastfill.vllm_plugin import metrics, steps
+from fastfill.vllm_plugin import metrics, settings, steps
 from fastfill.vllm_plugin.weights import ROLES, Checkpoint
 
 PREFILL = PrefillConfig(sparsity=0.5, block_size=32, dense_head=32, min_tokens=96, dense_tail=0)
 
 
-def metadata(*requests):
-    """Attention metadata of requests (tokens of this step, tokens with those before it)."""
+class Device(torch.Tensor):
+    """A tensor whose values cost a wait: whatever is asked of it fails."""
+
+    @classmethod
+    def __torch_function__(cls, function, *_):
+        raise AssertionError(f"the device was asked: {function}")
+
+
+def common(*requests, host=True):
+    """vLLM's `CommonAttentionMetadata` of requests (tokens of this step, tokens with those before it)."""
     new = torch.tensor([0, *(count for count, _ in requests)])
     return SimpleNamespace(
-        query_start_loc=new.cumsum(0),
-        seq_lens=torch.tensor([total for _, total in requests]),
+        query_start_loc=new.as_subclass(Device),
+        query_start_loc_cpu=new.cumsum(0),
+        seq_lens=new.as_subclass(Device),
+        seq_lens_cpu_upper_bound=torch.tensor([total for _, total in requests]) if host else None,
         max_query_len=int(new.max()),
         num_actual_tokens=int(new.sum()),
     )
 
 
+def batch(*requests):
+    return steps.Batch.of(common(*requests))
+
+
 def planned(found, prompts, prefill=PREFILL):
-    plan, reasons = steps.plan(found, prompts, found.num_actual_tokens, prefill)
+    plan, reasons = steps.plan(found, prompts, found.tokens, prefill)
     return plan.sparse_tokens if plan else 0, reasons
 
 
@@ -37,43 +51,38 @@ def planned(found, prompts, prefill=PREFILL):
 def test_chunks_at_block_ends_are_sparse_as_the_whole_prompt_and_give_no_reason(tail):
     prefill = PrefillConfig(sparsity=0.5, block_size=32, dense_head=40, min_tokens=96, dense_tail=tail)
     for prompt in (96, 100, 127, 500):
-        whole, reasons = planned(metadata((prompt, prompt)), {0: prompt}, prefill)
+        whole, reasons = planned(batch((prompt, prompt)), {0: prompt}, prefill)
         assert not reasons and whole == max(0, (prompt - tail) // 32 * 32 - 64)
         for chunk in (32, 64, 160):
             parts = [(min(chunk, prompt - at), min(at + chunk, prompt)) for at in range(0, prompt, chunk)]
-            found = [planned(metadata(part), {0: prompt}, prefill) for part in parts]
+            found = [planned(batch(part), {0: prompt}, prefill) for part in parts]
             assert sum(sparse for sparse, _ in found) == whole and not any(reasons for _, reasons in found)
     # A prompt that is read again with what was generated after it, and beside it one that is decoded.
-    assert planned(metadata((1, 700), (520, 520)), {1: 500}, PREFILL) == (448, set())
+    assert planned(batch((1, 700), (520, 520)), {1: 500}, PREFILL) == (448, set())
 
 
 def test_a_part_that_should_be_sparse_and_is_not_has_a_reason():
     """A chunk that begins inside the block 64..96 loses the rest of it, one that ends inside the block 96..128 its begin."""
-    assert planned(metadata((56, 128)), {0: 500}) == (32, {steps.CUT_BLOCK})
-    assert planned(metadata((60, 124)), {0: 500}) == (32, {steps.CUT_BLOCK})
-    assert planned(metadata((20, 84)), {0: 500}) == (0, {steps.CUT_BLOCK})
-    assert planned(metadata((20, 500)), {0: 500}) == (0, set())  # what fills no block is dense
-    assert planned(metadata((20, 20)), {0: 500}) == (0, set())  # the head too
+    assert planned(batch((56, 128)), {0: 500}) == (32, {steps.CUT_BLOCK})
+    assert planned(batch((60, 124)), {0: 500}) == (32, {steps.CUT_BLOCK})
+    assert planned(batch((20, 84)), {0: 500}) == (0, {steps.CUT_BLOCK})
+    assert planned(batch((20, 500)), {0: 500}) == (0, set())  # what fills no block is dense
+    assert planned(batch((20, 20)), {0: 500}) == (0, set())  # the head too
     for row in (0, 1):
-        found = metadata(*[(300, 300), (1, 50)][:: 1 if row == 0 else -1])
+        found = batch(*[(300, 300), (1, 50)][:: 1 if row == 0 else -1])
         assert planned(found, {row: steps.EMBEDDINGS}) == (0, {steps.AS_EMBEDDINGS})
-    assert planned(metadata((90, 90)), {0: steps.EMBEDDINGS}) == (0, set())  # short
-    assert planned(metadata((1, 301), (40, 40)), {0: steps.EMBEDDINGS}) == (0, set())  # decoding
+    assert planned(batch((90, 90)), {0: steps.EMBEDDINGS}) == (0, set())  # short
+    assert planned(batch((1, 301), (40, 40)), {0: steps.EMBEDDINGS}) == (0, set())  # decoding
 
 
-@pytest.mark.parametrize("name", steps.FIELDS)
-def test_metadata_that_lacks_a_field_is_a_reason_where_a_prompt_could_be(name):
-    found = metadata((500, 500))
-    delattr(found, name)
-    assert steps.plan(found, {0: 500}, 500, PREFILL) == (None, {steps.NO_METADATA})
-    assert steps.plan(found, {}, 500, PREFILL) == (None, set())
-    assert steps.plan(found, {0: 500}, 4, PREFILL) == (None, set())
-
-
-def test_decoding_reads_nothing_from_the_device():
-    found = metadata((1, 501), (1, 20))
-    found.query_start_loc = found.seq_lens = None
-    assert steps.plan(found, {0: 500}, 2, PREFILL) == (None, set())
+def test_the_device_is_not_asked_and_what_the_host_does_not_know_is_a_reason():
+    with pytest.raises(AssertionError, match="the device was asked"):
+        common((500, 500)).seq_lens.tolist()
+    assert planned(batch((1, 700), (200, 300)), {1: 500}) == (160, {steps.CUT_BLOCK})  # 128..288 of 100..300
+    unknown = steps.Batch.of(common((500, 500), host=False))
+    assert steps.plan(unknown, {0: 500}, 500, PREFILL) == (None, {steps.NOT_TOLD})
+    assert steps.plan(unknown, {}, 500, PREFILL) == (None, set())
+    assert steps.plan(unknown, {0: 500}, 4, PREFILL) == (None, set())
 
 
 def checkpoint_of(model, names=None, dtype=None):
@@ -118,6 +127,23 @@ def test_every_familys_checkpoint_is_known(family):
     passed(checkpoint_of(model)).check(tiny_artifact(model))
     with pytest.raises(UserError, match="other weights"):
         passed(checkpoint_of(tiny_model(family, seed=1))).check(tiny_artifact(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_checkpoint_is_judged_before_it_is_loaded(family, tmp_path):
+    """Also where gate and up are one: of each the rows that are looked at are its own."""
+    model, artifact = tiny_model(family), tiny_artifact(tiny_model(family))
+    model.save_pretrained(tmp_path)
+    settings.check_checkpoint(artifact, tmp_path)
+    ffn = families.dissect(model).ffns[1]
+    for part in (ffn.gate, ffn.up, ffn.down):  # one of them alone makes it another model
+        before = part.clone()
+        part.copy_(torch.randn_like(part))
+        model.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match="artifact") as refused:
+            settings.check_checkpoint(artifact, tmp_path)
+        one_sentence(refused.value)
+        part.copy_(before)
 
 
 def test_a_checkpoint_that_lacks_ffn_weights_is_refused():

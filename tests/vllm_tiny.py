@@ -85,8 +85,11 @@ def engine(model, artifact=None, *, family="llama", fastfill=None, **arguments):
 
 def inside(llm):
     """vLLM's scheduler and the model of an engine."""
-    core = llm.llm_engine.engine_core.engine_core
-    return core.scheduler, core.model_executor.driver_worker.worker.model_runner.get_model()
+    return llm.llm_engine.engine_core.engine_core.scheduler, runner_of(llm).get_model()
+
+
+def runner_of(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def prompt(tokens, seed=0):

@@ -41,9 +41,28 @@ class Family:
         """As vLLM holds it: gate and up in one, in every family."""
         return replace(self, gate_up=self.gate_up or "gate_up_proj")
 
+    def layers_of(self, base: Any) -> list[Any]:
+        """The decoder layers of a base model of torch's or of vLLM's."""
+        return list(getattr(base, self.layers, []))
+
+    def ffns(self, base: Any) -> list[Any]:
+        return [getattr(layer, self.ffn) for layer in self.layers_of(base)]
+
+    def attentions(self, base: Any) -> list[Any]:
+        return [getattr(layer, self.attention) for layer in self.layers_of(base)]
+
     def linear(self, role: str) -> str:
         """The name of the Linear that holds 'gate', 'up' or 'down'."""
         return self.down if role == "down" else self.gate_up or getattr(self, role)
+
+    def linears(self, module: Any) -> list[Any]:
+        """The Linears of an FFN, each once."""
+        return [getattr(module, name) for name in dict.fromkeys(map(self.linear, ROLES))]
+
+    def share(self, role: str, rows: int) -> slice:
+        """Which of the rows of the Linear that holds it are role's."""
+        half = rows // 2 if self.gate_up and role != "down" else rows
+        return slice(half, rows) if self.gate_up and role == "up" else slice(0, half)
 
     def part(self, module: Any, role: str, kind: str, data: bool = False) -> torch.Tensor | None:
         """Role's 'weight' or 'bias' in an FFN of torch's or of vLLM's, a view where gate and up are one; None for no bias.
@@ -52,10 +71,7 @@ class Family:
         if whole is None:
             return None
         whole = whole.data if data else whole
-        if role == "down" or self.gate_up is None:
-            return whole
-        neurons = len(whole) // 2
-        return whole[:neurons] if role == "gate" else whole[neurons:]
+        return whole if role == "down" or self.gate_up is None else whole[self.share(role, len(whole))]
 
     def read(self, module: Any, activation: str, data: bool = False) -> FFN:
         """The FFN that a module is. Arguments as those of `part`."""
@@ -259,7 +275,7 @@ def dissect(model: Any) -> Anatomy:
     if config is None or family is None:
         raise UserError(f"Models of type {model_type!r} are not supported; supported are: {supported()}.")
     base = base_of(model)
-    layers = list(getattr(base, family.layers, []))
+    layers = family.layers_of(base)
     if not layers:
         raise UserError(f"This {model_type} model has no decoder layers at {family.layers!r}; pass the loaded causal LM.")
     activation = activation_of(config)
@@ -267,9 +283,8 @@ def dissect(model: Any) -> Anatomy:
     shape = ffns[0].shape
     if any(ffn.shape != shape for ffn in ffns):
         raise UserError("The layers' FFNs differ in width; only models with one intermediate size are supported.")
-    attentions = [getattr(layer, family.attention) for layer in layers]
     norms = [module for name, module in base.named_modules() if family.norm in name.rpartition(".")[2]]
-    return Anatomy(base, layers, attentions, norms, ffns, shape[1], shape[0], model_type, Head(model))
+    return Anatomy(base, layers, family.attentions(base), norms, ffns, shape[1], shape[0], model_type, Head(model))
 
 
 def _is_adapter(module: nn.Module) -> bool:

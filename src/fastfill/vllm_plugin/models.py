@@ -39,10 +39,12 @@ from fastfill.blocks import Plan
 from fastfill.calls import NOT_RUN
 from fastfill.clocks import clocked
 from fastfill.errors import UserError
+from fastfill.families import Family
 from fastfill.ffn import FFN
 from fastfill.kernels import Kernel
 from fastfill.sparse_ffn import AllNeurons, SparseFFN, current_plan
-from fastfill.vllm_plugin import MODELS, metrics, requests, settings, steps
+from fastfill.vllm_plugin import MODELS, attention, metrics, requests, settings, steps
+from fastfill.vllm_plugin.steps import Batch
 from fastfill.vllm_plugin.weights import Checkpoint
 
 logger = init_logger("vllm.fastfill")
@@ -50,11 +52,13 @@ LOG_SECONDS = 10.0
 
 
 class Layer:
-    """One FFN as the op finds it. stock: vLLM's module, or None if the sparse one does all. ffn: the sparse one, or None
-    until the weights are there. ranks: processes that share its neurons. all_neurons: dense tokens by the sparse kernel too."""
+    """One FFN as the op finds it. stock: vLLM's module, or None if the sparse one does all. family: its names. ffn: the
+    sparse one, or None until the weights are there. ranks: processes that share its neurons. all_neurons: dense tokens by
+    the sparse kernel too."""
 
-    def __init__(self, stock: nn.Module, ranks: int):
+    def __init__(self, stock: nn.Module, family: Family, ranks: int):
         self.stock: Any = stock
+        self.family = family
         self.ffn: SparseFFN | None = None
         self.ranks = ranks
         self.all_neurons = False
@@ -68,13 +72,19 @@ class Layer:
         return y if self.ranks == 1 else tensor_model_parallel_all_reduce(y)
 
     @property
+    def linears(self) -> list[Any]:
+        """Of vLLM's module: gate and up in one, and down."""
+        return self.family.linears(self.stock) if self.stock else []
+
+    @property
     def extra_bytes(self) -> int:
         """Memory beside what stock vLLM holds for this FFN."""
         if self.ffn is None:
             return 0
         if self.stock is None:  # the transposed down is the only one
             return self.ffn.extra_bytes - self.ffn.down_t.numel() * self.ffn.down_t.element_size()
-        packed = self.stock.gate_up_proj.weight.numel() == 0  # vLLM on a CPU has its own layout; the plain weights stay for us
+        gate_up, _ = self.linears
+        packed = gate_up.weight.numel() == 0  # vLLM on a CPU has its own layout; the plain weights stay for us
         return self.ffn.extra_bytes + packed * 2 * self.ffn.ffn.gate.nbytes
 
 
@@ -105,10 +115,11 @@ class OpaqueFFN(nn.Module):
 class SparseView(nn.Module):
     """The second view of a stock model: everything shared with it, but for the FFNs."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", stock: Any, ffns: list[nn.Module]):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", stock: Any, family: Family, ffns: list[nn.Module]):
         super().__init__()
-        layers = nn.ModuleList(_with(layer, mlp=ffn) for layer, ffn in zip(stock.layers, ffns, strict=True))
-        self.view: Any = _with(stock, layers=layers)
+        stocks = getattr(stock, family.layers)
+        layers = nn.ModuleList(_with(layer, {family.ffn: ffn}) for layer, ffn in zip(stocks, ffns, strict=True))
+        self.view: Any = _with(stock, {family.layers: layers})
 
     def forward(
         self,
@@ -120,7 +131,7 @@ class SparseView(nn.Module):
         return self.view.forward(input_ids, positions, intermediate_tensors, inputs_embeds)
 
 
-def _with(module: nn.Module, **children: nn.Module) -> nn.Module:
+def _with(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
     """The same module, with other children of these names. Parameters and all other children are shared."""
     clone = copy.copy(module)
     clone._modules = {**module._modules, **children}
@@ -138,6 +149,8 @@ class SparsePrefill:
         self._settings = settings.read(vllm_config)
         self._prefill = self._settings.prefill
         self._vllm_config = vllm_config
+        self._config = vllm_config.model_config.hf_config
+        self._family = families.of(self._config).fused
         self._layers: list[Layer] = []
         self._hidden: list[SparseView] = []  # in a list, so that it is no child: its weights are the stock model's
         self._warm = False
@@ -154,16 +167,16 @@ class SparsePrefill:
         if self._prefill.sparsity == 0:
             return
         # What vLLM chose itself, or made of what was chosen, after the checks of `settings.configure`.
-        settings.check_attention(layer.self_attn.attn.get_attn_backend().get_name() for layer in self.model.layers)
+        settings.check_attention(attention.watch(vllm_config))
         settings.check_graphs(vllm_config)
         compilation = vllm_config.compilation_config
-        names = [f"{prefix}fastfill.{i}" for i in range(len(self.model.layers))]
         ranks = get_tensor_model_parallel_world_size()
-        self._layers = [Layer(layer.mlp, ranks) for layer in self.model.layers]
+        self._layers = [Layer(ffn, self._family, ranks) for ffn in self._family.ffns(self.model)]
+        names = [f"{prefix}fastfill.{i}" for i in range(len(self._layers))]
         compilation.static_forward_context.update(zip(names, self._layers, strict=True))
         with set_current_vllm_config(vllm_config), set_model_tag("fastfill"):
             ffns: list[nn.Module] = [OpaqueFFN(name) for name in names]
-            self._hidden.append(SparseView(vllm_config=vllm_config, stock=self.model, ffns=ffns))
+            self._hidden.append(SparseView(vllm_config=vllm_config, stock=self.model, family=self._family, ffns=ffns))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Raises UserError for weights that the artifact was not made for, and for any that come after the start."""
@@ -185,7 +198,7 @@ class SparsePrefill:
         """Check the weights, and keep what the sparse kernel reads: vLLM may repack and drop its own right after this."""
         artifact = artifacts.load(self._settings.artifact)
         checkpoint.check(artifact, self._settings.allow_finetuned)
-        parts = [_parts(layer.mlp, self._vllm_config.model_config.hf_config) for layer in self.model.layers]
+        parts = [self._part(ffn) for ffn in self._family.ffns(self.model)]
         self.model_bytes = sum(p.numel() * p.element_size() for p in self.parameters())  # type: ignore[attr-defined]
         if not self._layers:
             return
@@ -213,7 +226,14 @@ class SparsePrefill:
                 layer.ffn.taps.append(self._time)
             if self._settings.one_copy:
                 layer.stock = None
-                self.model.layers[index].mlp = self._hidden[0].view.layers[index].mlp  # the opaque op, in both views
+                family, opaque = self._family, self._family.ffns(self._hidden[0].view)[index]
+                setattr(family.layers_of(self.model)[index], family.ffn, opaque)  # in both views
+
+    def _part(self, module: Any) -> FFN:
+        """This rank's share of vLLM's FFN module as ours, its weights shared."""
+        ffn = self._family.read(module, families.activation_of(self._config), data=True)
+        # What the ranks give is added: one of them adds down's bias.
+        return ffn if get_tensor_model_parallel_rank() == 0 else replace(ffn, down_bias=None)
 
     def _kernel(self, parts: list[FFN]) -> Kernel:
         return kernels.resolve(self._settings.kernel, parts[0].gate)
@@ -244,6 +264,7 @@ class SparsePrefill:
             return self.model(*call)
         tokens = positions.shape[-1]
         metadata = _metadata()
+        batch = attention.batch_of(metadata)
         self._taken = self._taken or self._state()  # not before vLLM has packed what it packs
         if metadata is None and not self._warm:  # vLLM's dummy run: compile now, not when the first prompt comes
             self._warm = True
@@ -256,17 +277,17 @@ class SparsePrefill:
             )
         if metadata is None:
             return self.model(*call)
-        plan, reasons = self._plan(metadata, tokens)
-        output = self._run(call, plan, metadata)
+        plan, reasons = self._plan(batch, tokens)
+        output = self._run(call, plan, batch)
         sparse = plan.sparse_tokens if plan and plan.runs else 0  # what the op ran, not what was planned
         if plan and not sparse:
             reasons = {*reasons, NOT_RUN}
-        self._count(sparse, getattr(metadata, "num_actual_tokens", tokens) - sparse, reasons)
+        self._count(sparse, (batch.tokens if batch else tokens) - sparse, reasons)
         return output
 
-    def _run(self, call: tuple[Any, ...], plan: Plan | None, metadata: Any) -> torch.Tensor | IntermediateTensors:
+    def _run(self, call: tuple[Any, ...], plan: Plan | None, batch: Batch | None) -> torch.Tensor | IntermediateTensors:
         """The stock model, or its second view where a part is sparse."""
-        if plan is None and not (self._all_neurons and metadata.max_query_len > 1):
+        if plan is None and not (self._all_neurons and batch and batch.longest > 1):
             return self.model(*call)
         context, before = get_forward_context(), get_forward_context().cudagraph_runtime_mode
         context.cudagraph_runtime_mode = CUDAGraphMode.NONE  # what was captured knows nothing of this step's selection
@@ -278,11 +299,11 @@ class SparsePrefill:
             context.cudagraph_runtime_mode = before
 
     def start_clocks(self) -> None:
-        attentions = [layer.self_attn for layer in self.model.layers]
+        attentions = self._family.attentions(self.model)
         views = (self.model, *(sparse.view for sparse in self._hidden))
-        ffns = {layer.mlp for view in views for layer in view.layers}  # with one copy they are the same
+        ffns = {ffn for view in views for ffn in self._family.ffns(view)}  # with one copy they are the same
         sparse = [layer.ffn for layer in self._layers if layer.ffn]
-        device = attentions[0].o_proj.weight.device
+        device = next(attentions[0].parameters()).device
         self._clocks = ExitStack()
         self._seconds = self._clocks.enter_context(clocked(device, attentions, ffns, sparse))
 
@@ -299,17 +320,16 @@ class SparsePrefill:
         for layer in self._layers:
             layer.all_neurons = on
 
-    def _plan(self, metadata: Any, tokens: int) -> tuple[Plan | None, set[str]]:
+    def _plan(self, batch: Batch | None, tokens: int) -> tuple[Plan | None, set[str]]:
         """Which rows of this step are to be sparse, and the reasons for which others are not."""
-        plan, reasons = steps.plan(metadata, requests.of(self._vllm_config).prompts, tokens, self._prefill)
+        plan, reasons = steps.plan(batch, requests.of(self._vllm_config).prompts, tokens, self._prefill)
         if plan and self._state() != self._taken:
             return None, {*reasons, steps.NEW_WEIGHTS}
         return plan, reasons
 
     def _state(self) -> tuple[Any, ...]:
         """Something else as soon as anybody writes to the FFN weights of which the sparse kernel has its own form."""
-        stock = [layer.stock for layer in self._layers if layer.stock]
-        weights = (linear.weight for ffn in stock for linear in (ffn.gate_up_proj, ffn.down_proj))
+        weights = (linear.weight for layer in self._layers for linear in layer.linears)
         return tuple((weight.data_ptr(), weight._version) for weight in weights)
 
     def _count(self, sparse: int, dense: int, reasons: set[str]) -> None:
@@ -342,13 +362,6 @@ def _metadata() -> Any:
     if not found:
         return None
     return next(iter(found.values())) if isinstance(found, dict) else found
-
-
-def _parts(mlp: Any, config: Any) -> FFN:
-    """vLLM's FFN module as ours, its weights shared. config: the model's Hugging Face config."""
-    ffn = families.of(config).fused.read(mlp, families.activation_of(config), data=True)
-    # What the ranks give is added: one of them adds down's bias.
-    return ffn if get_tensor_model_parallel_rank() == 0 else replace(ffn, down_bias=None)
 
 
 class WorkerExtension:

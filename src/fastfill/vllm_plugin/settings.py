@@ -23,7 +23,7 @@ from fastfill.errors import UserError
 
 SUPPORTED = ((0, 32), (0, 33))  # from, below
 FIELD = "fastfill"
-# What is read of attention metadata is there in these; of a GPU's, that is all that has been tried. FlashInfer's lacks it.
+# What has been tried: other builders of attention metadata may not tell the host where requests lie.
 ATTENTION = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 # Those that hand checkpoints' weights to `load_weights`, and have been tried; the others write to the modules themselves, or
 # need packages that have not been.
@@ -151,11 +151,11 @@ def choose_attention(attention: Any) -> None:
 
 
 def check_attention(backends: Iterable[str]) -> None:
-    """Raise UserError for an attention backend that does not tell where the requests of a step lie, so that all is dense."""
+    """Raise UserError for an attention backend that has not been tried."""
     for name in backends:
         if name not in ATTENTION:
             raise UserError(
-                f"The sparse prefill does not work with the attention backend {name}; start with --attention-backend "
+                f"The sparse prefill has not been tried with the attention backend {name}; start with --attention-backend "
                 "FLASH_ATTN or TRITON_ATTN, and on CPUs without that option."
             )
 
@@ -263,12 +263,11 @@ def check_checkpoint(artifact: Artifact, folder: Path, allow_finetuned: bool = F
     try:
         with ExitStack() as stack:
             rows = _Rows(folder, stack)
-            row = families.FAMILIES.get(base["model_type"], families.Family())
-            layers = [f"model.{row.layers}.{i}.{row.ffn}" for i in range(base["layers"])]
-            names = [[f"{layer}.{name}.weight" for name in (row.gate, row.up, row.down)] for layer in layers]
-            if not all(name in rows.files for layer in names for name in layer):
+            family = families.FAMILIES.get(base["model_type"], families.Family())
+            layers = [f"model.{family.layers}.{i}.{family.ffn}." for i in range(base["layers"])]
+            if not all(f"{layer}{family.linear(role)}.weight" in rows.files for layer in layers for role in families.ROLES):
                 return
-            samples = [[rows.sample(name) for name in layer] for layer in names]
+            samples = [[rows.sample(layer, family, role) for role in families.ROLES] for layer in layers]
     except (OSError, SafetensorError, KeyError, ValueError):
         return  # vLLM's loader will say what is wrong with the files
     partner.check(base, artifact.samples, samples, allow_finetuned)  # what it notes is said when the weights are loaded
@@ -285,9 +284,14 @@ class _Rows:
             file = stack.enter_context(safe_open(folder / name, framework="pt"))
             self.files |= dict.fromkeys(file.keys(), file)
 
-    def sample(self, name: str) -> partner.Sample:
-        weight = self.files[name].get_slice(name)
-        return partner.take(tuple(weight.get_shape()), lambda row, columns: weight[row : row + 1, columns][0])
+    def sample(self, layer: str, family: families.Family, role: str) -> partner.Sample:
+        """Of role's weight in the FFN whose weights' names begin with `layer`."""
+        name = f"{layer}{family.linear(role)}.weight"
+        whole = self.files[name].get_slice(name)
+        rows, columns = whole.get_shape()
+        share = family.share(role, rows)
+        shape = (share.stop - share.start, columns)
+        return partner.take(shape, lambda row, columns: whole[share.start + row : share.start + row + 1, columns][0])
 
 
 def wants_sparse(extra_args: dict[str, Any] | None) -> bool:

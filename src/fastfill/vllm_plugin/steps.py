@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from fastfill import blocks
 from fastfill.blocks import Plan
 from fastfill.config import PrefillConfig
 
 EMBEDDINGS = 0  # in place of a prompt's length: it was given as embeddings, and its length is not known here
-FIELDS = ("query_start_loc", "seq_lens", "max_query_len", "num_actual_tokens")  # what is read of attention metadata
 # Why a step that should have been sparse was dense, or a part of it.
-NO_METADATA = f"attention metadata without {FIELDS[0]}"
+NOT_TOLD = "attention metadata without the requests' positions on the host"
 AS_EMBEDDINGS = "prompt given as embeddings"
 CUT_BLOCK = "chunk that cuts a block"
 NEW_WEIGHTS = "weights changed after the start"
 
 
-def plan(metadata: Any, prompts: dict[int, int], tokens: int, config: PrefillConfig) -> tuple[Plan | None, set[str]]:
+@dataclass(frozen=True)
+class Batch:
+    """Where the R requests of a step lie, all of it on the host.
+
+    starts: (R + 1,), the row of each one's first token, then the end. lengths: (R,), its tokens up to the end of this step.
+    longest: most tokens that one has in this step. tokens: of all. R may count rows of padding, which have no tokens.
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    longest: int
+    tokens: int
+
+    @classmethod
+    def of(cls, common: Any) -> Batch | None:
+        """From vLLM's `CommonAttentionMetadata`. Its bound of the lengths is exact without speculation, which is refused."""
+        lengths = common.seq_lens_cpu_upper_bound
+        if lengths is None:
+            return None
+        return cls(common.query_start_loc_cpu, lengths, common.max_query_len, common.num_actual_tokens)
+
+
+def plan(batch: Batch | None, prompts: dict[int, int], tokens: int, config: PrefillConfig) -> tuple[Plan | None, set[str]]:
     """Which rows of a step of T = `tokens` are sparse, and the reasons for which others, that should be, are not.
 
-    metadata: of the step's attention, with FIELDS. prompts: row of the batch -> length of a prompt that is to be read
-    sparsely, or EMBEDDINGS. Sparse are blocks that lie whole in this step and in a prompt, between head and tail.
+    batch: None if it is not known. prompts: row of the batch -> length of a prompt that is to be read sparsely, or
+    EMBEDDINGS. Sparse are blocks that lie whole in this step and in a prompt, between head and tail.
     """
     if not prompts:
         return None, set()
-    if any(not hasattr(metadata, name) for name in FIELDS):
-        return None, {NO_METADATA} if tokens >= config.block_size else set()
-    if metadata.max_query_len < 2:  # a number of the host: decoding costs nothing here
+    if batch is None:
+        return None, {NOT_TOLD} if tokens >= config.block_size else set()
+    if batch.longest < 2:  # decoding
         return None, set()
-    starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+    starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
     rows, reasons, wanted = [], set(), 0
     for index, prompt in sorted(prompts.items()):
         if index + 1 >= len(starts):

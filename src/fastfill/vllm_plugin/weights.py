@@ -15,7 +15,8 @@ from fastfill.errors import UserError
 # Names of an FFN's weights in Hugging Face's format, and in that of Mistral's own `consolidated` files.
 ROLES = {**families.roles(), "w1": ("gate",), "w3": ("up",), "w2": ("down",)}
 log = logging.getLogger("vllm.fastfill")
-_NAME = re.compile(rf"(?:^|\.)layers\.(\d+)\.(?:mlp|feed_forward)\.({'|'.join(ROLES)})\.weight$")
+_LAYERS, _FFNS = ("|".join({getattr(row, name): 0 for row in families.FAMILIES.values()}) for name in ("layers", "ffn"))
+_NAME = re.compile(rf"(?:^|\.)(?:{_LAYERS})\.(\d+)\.(?:{_FFNS}|feed_forward)\.({'|'.join(ROLES)})\.weight$")
 
 
 class Checkpoint:
