@@ -515,6 +515,23 @@ def test_choice(monkeypatch):
             cpu.isa()
 
 
+@pytest.mark.parametrize("name", [name for name in ("native", "torch") if name == "torch" or ISAS])
+def test_a_kernel_is_chosen_once_and_still_reads_no_memory_that_is_not_its_own(monkeypatch, name):
+    p = problem([16], [30], 48, 100, torch.float32)
+    kernel, want = kernels.resolve(name, p["x"]), run(p, kernel=name)
+    monkeypatch.setattr(kernels, "choose", lambda *_: pytest.fail("chosen again"))
+    assert torch.equal(run(p, kernel=kernel), want)
+    p["x"].requires_grad_()
+    run(p, kernel=kernel).sum().backward()
+    assert p["x"].grad is not None
+    scores = torch.rand(2, 9)
+    assert torch.equal(kernel.top_k(scores, 9), torch.arange(9, dtype=torch.int32).expand(2, 9))
+    if name == "native":
+        for other in (scores.to("meta"), scores.double()):
+            with pytest.raises(ValueError, match=r"cannot run: it (runs on the CPU|knows bfloat16)"):
+                kernel.top_k(other, 3)
+
+
 def test_without_library(monkeypatch):
     """No compiler at install time: the torch path runs and says why."""
     monkeypatch.setattr(cpu, "_load", lambda: "the native library was not built")

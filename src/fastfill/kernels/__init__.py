@@ -6,6 +6,7 @@ is decided in `choose` and nowhere else.
 
 import functools
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -62,18 +63,8 @@ def _problem(name: str, x: Tensor | None, grad: bool) -> str | None:
         return missing
     if grad:
         return "it has no gradient and an input requires one (use torch.no_grad or kernel='torch')"
-    if x is None:
-        return None
-    if name == "native":
-        if x.device.type != "cpu":
-            return f"it runs on the CPU and x is on {x.device}"
-        return None if x.dtype in cpu.DTYPES else f"it knows bfloat16 and float32 and x is {x.dtype}"
-    gpu = _gpu()
-    if not x.is_cuda and not gpu.INTERPRETED:
-        return f"it runs on CUDA and x is on {x.device}"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"it needs compute capability 8.0 and {x.device} has less"
-    return None if x.dtype in gpu.DTYPES else f"it knows bfloat16, float16 and float32 and x is {x.dtype}"
+    problem: str | None = None if x is None else _module(name).problem(x)
+    return problem
 
 
 @functools.cache
@@ -84,14 +75,33 @@ def _triton_missing() -> str | None:
     return None
 
 
-def _gpu() -> ModuleType:
-    """The Triton kernels, imported on first use."""
-    return importlib.import_module(".gpu", __name__)
+@functools.cache
+def _module(name: str) -> ModuleType:
+    """Where a kernel's ops are, and `problem`: why they cannot run on a tensor. Triton's is imported on first use."""
+    return {"native": cpu, "torch": torch_ref}.get(name) or importlib.import_module(".gpu", __name__)
 
 
-def _ops(name: str) -> ModuleType:
-    """Where a kernel's ops are."""
-    return _gpu() if name == "triton" else cpu if name == "native" else torch_ref
+def _ops(kernel: "str | Kernel", *tensors: Tensor | None) -> ModuleType:
+    """Where the ops are that run on these tensors, which are checked to have one type and one device."""
+    x, grad = tensors[0], _wants_gradient(tensors)
+    if isinstance(kernel, str):
+        return _module(choose(kernel, x, grad))
+    if grad:
+        return torch_ref
+    if problem := kernel.ops.problem(x):  # pointers of another device would be read
+        raise ValueError(f"kernel {kernel.name!r} cannot run: {problem}")
+    return kernel.ops
+
+
+def _name(kernel: "str | Kernel", *tensors: Tensor | None) -> str:
+    """The same as torch's operators are told it."""
+    if isinstance(kernel, str):
+        return kernel
+    return "torch" if _wants_gradient(tensors) else kernel.name
+
+
+def _wants_gradient(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def scratch_bytes() -> int:
@@ -126,13 +136,15 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_size: int, *, kernel: str = "auto") -> Tensor:
+def block_scores(
+    x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_size: int, *, kernel: "str | Kernel" = "auto"
+) -> Tensor:
     """What the predictor says of each block: ``softmax(w_out (w_in x_t) + bias)`` summed over its tokens t.
 
     Args:
         x: ``(T, H)``, the tokens of N blocks of ``block_size`` one after the other.
         w_in, w_out, bias: ``(r, H)``, ``(F, r)`` and ``(F,)``.
-        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``; see `choose`.
+        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``, see `choose`; or a `Kernel`.
 
     Returns:
         ``(N, F)`` fp32. A token with NaN or +inf among its logits makes its block's scores NaN.
@@ -141,22 +153,23 @@ def block_scores(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_siz
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     if torch.compiler.is_compiling():  # one opaque node in the graph
-        scores: Tensor = _block_scores_op(x, w_in, w_out, bias, block_size, kernel)
+        scores: Tensor = _block_scores_op(x, w_in, w_out, bias, block_size, _name(kernel, x, w_in, w_out, bias))
         return scores
     contract.check_low_rank(x, w_in, w_out, bias)
     if block_size < 1 or x.shape[0] % block_size:
         raise ValueError(f"{x.shape[0]} tokens do not make blocks of {block_size}")
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out, bias))
-    return _ops(choose(kernel, x, grad)).block_scores(x, w_in, w_out, bias, block_size)
+    return _ops(kernel, x, w_in, w_out, bias).block_scores(x, w_in, w_out, bias, block_size)
 
 
-def compensate(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank: int, *, kernel: str = "auto") -> Tensor:
+def compensate(
+    x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank: int, *, kernel: "str | Kernel" = "auto"
+) -> Tensor:
     """What the compensator adds to each token: ``w_out a + bias`` with ``a = w_in x``, SiLU on ``a[linear_rank:]``.
 
     Args:
         x: ``(T, H)``.
         w_in, w_out, bias: ``(r, H)``, ``(H', r)`` and ``(H',)``.
-        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``; see `choose`.
+        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``, see `choose`; or a `Kernel`.
 
     Returns:
         ``(T, H')`` in the dtype of ``x``.
@@ -165,22 +178,21 @@ def compensate(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank
         ValueError: shapes, dtypes or devices that do not fit together.
     """
     if torch.compiler.is_compiling():
-        y: Tensor = _compensate_op(x, w_in, w_out, bias, linear_rank, kernel)
+        y: Tensor = _compensate_op(x, w_in, w_out, bias, linear_rank, _name(kernel, x, w_in, w_out, bias))
         return y
     contract.check_low_rank(x, w_in, w_out, bias)
     if not 0 <= linear_rank <= w_in.shape[0]:
         raise ValueError(f"linear_rank must lie in 0 to {w_in.shape[0]}, the rows of w_in, not {linear_rank}")
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out, bias))
-    return _ops(choose(kernel, x, grad)).compensate(x, w_in, w_out, bias, linear_rank)
+    return _ops(kernel, x, w_in, w_out, bias).compensate(x, w_in, w_out, bias, linear_rank)
 
 
-def top_k(scores: Tensor, kept: int, *, kernel: str = "auto") -> Tensor:
+def top_k(scores: Tensor, kept: int, *, kernel: "str | Kernel" = "auto") -> Tensor:
     """The ids of the ``kept`` largest scores of each row, rising. Of equal scores the lowest ids are kept; 0 and -0 are
     equal; NaN counts as infinity.
 
     Args:
         scores: ``(N, F)``.
-        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``; see `choose`.
+        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``, see `choose`; or a `Kernel`.
 
     Returns:
         ``(N, K)`` int32.
@@ -189,14 +201,14 @@ def top_k(scores: Tensor, kept: int, *, kernel: str = "auto") -> Tensor:
         ValueError: scores that are no floating point matrix, ``kept`` outside 0 to F, misaligned or negated views.
     """
     if torch.compiler.is_compiling():
-        ids: Tensor = _top_k_op(scores, kept, kernel)
+        ids: Tensor = _top_k_op(scores, kept, _name(kernel))
         return ids
     if scores.dim() != 2 or not scores.is_floating_point():
         raise ValueError(f"scores must be a floating point (N, F), not {scores.dtype} {list(scores.shape)}")
     if not 0 <= kept <= scores.shape[1]:
         raise ValueError(f"kept must lie in 0 to {scores.shape[1]}, the neurons of a row, not {kept}")
     contract.check_memory(scores=scores)
-    return _ops(choose(kernel, scores)).top_k(scores, kept)
+    return _ops(kernel, scores.detach()).top_k(scores, kept)
 
 
 @torch.library.custom_op("fastfill::block_scores", mutates_args=())
@@ -243,7 +255,7 @@ def sparse_ffn(
     up_bias: Tensor | None = None,
     init: Tensor | None = None,
     out: Tensor | None = None,
-    kernel: str = "auto",
+    kernel: "str | Kernel" = "auto",
 ) -> Tensor:
     """FFN of ``N`` blocks of tokens, each with the neurons it keeps: per block
 
@@ -262,7 +274,7 @@ def sparse_ffn(
         init: ``(T, H)`` added to the result (the compensator's output), or None.
         out: ``(T, H)`` to write into, each element in a place of its own; may be ``init`` itself, must not overlap anything
             else that is read. None: a new tensor.
-        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``; see `choose`.
+        kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``, see `choose`; or a `Kernel`.
 
     Returns:
         ``(T, H)`` in the dtype of ``x``: ``out`` if given.
@@ -277,17 +289,17 @@ def sparse_ffn(
     """
     if torch.compiler.is_compiling():  # one opaque node in the graph
         rows, id_offsets = (torch.tensor(b) if isinstance(b, Bounds) else b for b in (rows, id_offsets))
-        y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, kernel)
+        name = _name(kernel, x, gate, up, down_t, gate_bias, up_bias, init)
+        y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, name)
         return y if out is None else out.copy_(y)
-    tensors = [t for t in (x, gate, up, down_t, gate_bias, up_bias, init, out) if t is not None]
-    name = choose(kernel, x, grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    ops = _ops(kernel, x, gate, up, down_t, gate_bias, up_bias, init, out)
     bounds, offsets = contract.check(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, out)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat = ids.reshape(-1)
-    if name != "native" and (CHECK_IDS_ON_GPU or not ids.is_cuda):  # native checks them itself
+    if ops is not cpu and (CHECK_IDS_ON_GPU or not ids.is_cuda):  # native checks them itself
         _check_ids(flat, offsets, gate.shape[0])
-    _ops(name).sparse_ffn(x, gate, up, down_t, flat, bounds, offsets, activation, gate_bias, up_bias, init, out)
+    ops.sparse_ffn(x, gate, up, down_t, flat, bounds, offsets, activation, gate_bias, up_bias, init, out)
     return out
 
 
@@ -347,19 +359,20 @@ class Kernel:
     reason: str = ""
     expected_gain: float | None = None
 
-    def _for(self, *tensors: Tensor | None) -> str:
-        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        return "torch" if grad else self.name
+    @property
+    def ops(self) -> ModuleType:
+        """Its module."""
+        return _module(self.name)
 
     def block_scores(self, x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, block_size: int) -> Tensor:
         """See `fastfill.kernels.block_scores`; so for all."""
-        return block_scores(x, w_in, w_out, bias, block_size, kernel=self._for(x, w_in, w_out, bias))
+        return block_scores(x, w_in, w_out, bias, block_size, kernel=self)
 
     def top_k(self, scores: Tensor, kept: int) -> Tensor:
-        return top_k(scores, kept, kernel=self.name)
+        return top_k(scores, kept, kernel=self)
 
     def compensate(self, x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor, linear_rank: int) -> Tensor:
-        return compensate(x, w_in, w_out, bias, linear_rank, kernel=self._for(x, w_in, w_out, bias))
+        return compensate(x, w_in, w_out, bias, linear_rank, kernel=self)
 
     def sparse_ffn(
         self,
@@ -386,7 +399,7 @@ class Kernel:
             up_bias=ffn.up_bias,
             init=init,
             out=init,
-            kernel=self._for(x, ffn.gate, ffn.up, down_t, ffn.gate_bias, ffn.up_bias, init),
+            kernel=self,
         )
 
 

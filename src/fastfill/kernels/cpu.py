@@ -22,7 +22,6 @@ ISA_VARIABLE = "FASTFILL_ISA"  # environment variable: name of the instruction s
 
 _ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/fastfill.h
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
-DTYPES = tuple(_DTYPE_CODES)
 
 
 class _Call(ctypes.Structure):
@@ -93,6 +92,13 @@ def _gomp_parallel() -> int | None:
         except (OSError, AttributeError):
             continue
     return None
+
+
+def problem(x: Tensor) -> str | None:
+    """Why the ops cannot run on tensors like x, or None."""
+    if x.device.type != "cpu":
+        return f"it runs on the CPU and x is on {x.device}"
+    return None if x.dtype in _DTYPE_CODES else f"it knows bfloat16 and float32 and x is {x.dtype}"
 
 
 @functools.cache

@@ -111,6 +111,15 @@ def biased(tile: Tile) -> Tile:
     return replace(tile, warps=8) if tile.tokens == 128 else tile
 
 
+def problem(x: Tensor) -> str | None:
+    """Why the ops cannot run on tensors like x, or None."""
+    if not x.is_cuda and not INTERPRETED:
+        return f"it runs on CUDA and x is on {x.device}"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"it needs compute capability 8.0 and {x.device} has less"
+    return None if x.dtype in DTYPES else f"it knows bfloat16, float16 and float32 and x is {x.dtype}"
+
+
 def arch_of(device: torch.device) -> int:
     """Compute capability as one number, 90 for 9.0; 0 in the interpreter."""
     if INTERPRETED:
