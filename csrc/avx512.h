@@ -55,6 +55,7 @@ struct Avx512 {
 template <class Store>
 struct Avx512F32 : Avx512, Store {
   using Unit = __m512;
+  using Acc = Vec;
   static constexpr int V = 2, NN = 6, N1 = 8, P = 1, R = 12, C = 2;
   static Unit load_unit(const uint32_t *p) { return _mm512_loadu_ps(p); }
   static Vec broadcast(const void *p) {

@@ -9,6 +9,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(FASTFILL_X86)
+#include <cpuid.h>
+#endif
 #if !defined(_WIN32)
 #include <sys/mman.h>
 #endif
@@ -27,17 +30,24 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx_vnni() {  // gcc 12 has no name for it: CPUID leaf 7.1, EAX bit 4
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
 #endif
 bool always() { return true; }
 
 const Isa kIsas[] = {  // best first
 #if defined(FASTFILL_X86)
-    {"avx512_bf16", has_avx512_bf16, &avx512_f32, &avx512_bf16_bf16, avx512_top_k},
-    {"avx512", has_avx512, &avx512_f32, &avx512_bf16_via_f32, avx512_top_k},
-    {"avx2", has_avx2, &avx2_f32, &avx2_bf16_via_f32, avx2_top_k},
+    {"avx512_bf16", has_avx512_bf16, &avx512_f32, &avx512_bf16_bf16, &avx512_vnni_int8_f32, &avx512_vnni_int8_bf16, avx512_top_k},
+    {"avx512_vnni", has_avx512_vnni, &avx512_f32, &avx512_bf16_via_f32, &avx512_vnni_int8_f32, &avx512_vnni_int8_bf16, avx512_top_k},
+    {"avx512", has_avx512, &avx512_f32, &avx512_bf16_via_f32, &avx2_int8_f32, &avx2_int8_bf16, avx512_top_k},
+    {"avx_vnni", has_avx_vnni, &avx2_f32, &avx2_bf16_via_f32, &avx_vnni_int8_f32, &avx_vnni_int8_bf16, avx2_top_k},
+    {"avx2", has_avx2, &avx2_f32, &avx2_bf16_via_f32, &avx2_int8_f32, &avx2_int8_bf16, avx2_top_k},
 #endif
-    {"portable", always, &portable_f32, &portable_bf16_via_f32, portable_top_k},
+    {"portable", always, &portable_f32, &portable_bf16_via_f32, &portable_int8_f32, &portable_int8_bf16, portable_top_k},
 };
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 

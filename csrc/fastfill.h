@@ -9,16 +9,22 @@
 #define FASTFILL_API extern "C" __attribute__((visibility("default")))
 #endif
 
-constexpr int32_t FASTFILL_INTERFACE = 2;  // to be raised with every change here; kernels/cpu.py refuses any other
+constexpr int32_t FASTFILL_INTERFACE = 3;  // to be raised with every change here; kernels/cpu.py refuses any other
 
 enum : int32_t { FASTFILL_F32 = 0, FASTFILL_BF16 = 1 };
 enum : int32_t { FASTFILL_SILU = 0, FASTFILL_GELU = 1, FASTFILL_GELU_TANH = 2, FASTFILL_RELU = 3 };
 enum : int32_t { FASTFILL_OK = 0, FASTFILL_BAD_RANGE = 1, FASTFILL_BAD_ORDER = 2, FASTFILL_NO_MEMORY = 3, FASTFILL_BAD_ISA = 4 };
 
+// With gate_scale the weights are int8: gate's and up's rows times gate_scale, up_scale (neurons), down_t's columns times
+// down_scale (hidden), all fp32. x is rounded to eight bits with a scale per token, h with one per token and chunk of
+// FASTFILL_H_CHUNK neurons; sums are exact.
+constexpr int64_t FASTFILL_H_CHUNK = 1024;
+
 // y = init + (act(x @ gate[ids].T + gate_bias[ids]) * (x @ up[ids].T + up_bias[ids])) @ down_t[ids] per block. All row
 // strides count elements; the stride along H, and of the biases, is 1 everywhere. Block n has tokens rows[n]..rows[n+1] and ids[id_offsets[n]..id_offsets[n+1]].
 struct fastfill_call {
   const void *x, *gate, *up, *down_t, *gate_bias, *up_bias, *init;  // biases, of all neurons, and init may be null
+  const float *gate_scale, *up_scale, *down_scale;                  // null: the weights are of the dtype
   void *out;
   const void *ids;
   const int64_t *rows, *id_offsets;  // n_blocks + 1 each

@@ -1,28 +1,18 @@
 // AVX2 + FMA: fp32, and bf16 widened to fp32. 16 registers: 12 sums (3 neurons x gate, up x 2 vectors of tokens, or
 // 6 tokens x 2 vectors of columns), 2 vectors and a broadcast.
-#include <immintrin.h>
-
+#include "avx2.h"
 #include "kernel.h"
 #include "low_rank.h"
-#include "scalar.h"
 #include "top_k.h"
 
 namespace fastfill {
 namespace {
 
 template <class Store>
-struct Avx2 : Store {
-  using Vec = __m256;
+struct Avx2F32 : Avx2, Store {
   using Unit = __m256;
-  static constexpr int L = 8, V = 2, NN = 3, N1 = 4, P = 1, R = 6, C = 2;
-  static Vec zero() { return _mm256_setzero_ps(); }
-  static Vec load(const float *p) { return _mm256_loadu_ps(p); }
-  static void store(float *p, Vec v) { _mm256_storeu_ps(p, v); }
-  static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
-  static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-  static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
-  static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-  static Vec all(float f) { return _mm256_set1_ps(f); }
+  using Acc = Vec;
+  static constexpr int V = 2, NN = 3, N1 = 4, P = 1, R = 6, C = 2;
   static Unit load_unit(const uint32_t *p) { return _mm256_loadu_ps((const float *)p); }
   static Vec broadcast(const void *p) {
     float f;
@@ -36,44 +26,10 @@ struct Avx2 : Store {
   }
   static void pack_down(const char *from, int n, char *to) { Store::pack_down(from, n, to, C * L); }
   static void store_h(uint32_t *to, Vec a, Vec) { _mm256_storeu_ps((float *)to, a); }
-
-  // As in avx512.h; 2^n in two factors, so that overflow gives inf and underflow 0.
-  static Vec exp(Vec z) {
-    z = _mm256_min_ps(_mm256_set1_ps(89.0f), _mm256_max_ps(_mm256_set1_ps(-105.0f), z));
-    const Vec n = _mm256_round_ps(_mm256_mul_ps(z, _mm256_set1_ps(1.44269504f)), 8);
-    Vec r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), z);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-    Vec p = _mm256_set1_ps(1.0f / 720);
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    const __m256i k = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(k, 1), bias = _mm256_set1_epi32(127);
-    const __m256i rest = _mm256_sub_epi32(k, half);
-    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
-    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
-  }
-
-  static Vec act(Vec g, int kind) {
-    const Vec one = _mm256_set1_ps(1.0f);
-    if (kind == FASTFILL_SILU) return _mm256_div_ps(g, _mm256_add_ps(one, exp(_mm256_sub_ps(zero(), g))));
-    if (kind == FASTFILL_RELU) return _mm256_max_ps(zero(), g);
-    if (kind == FASTFILL_GELU_TANH) {
-      const Vec cubic = _mm256_mul_ps(_mm256_mul_ps(g, g), _mm256_mul_ps(g, _mm256_set1_ps(0.044715f)));
-      const Vec z = _mm256_mul_ps(_mm256_set1_ps(-1.5957691216057308f), _mm256_add_ps(g, cubic));
-      return _mm256_div_ps(g, _mm256_add_ps(one, exp(z)));
-    }
-    float lane[8];
-    store(lane, g);
-    for (float &l : lane) l = act_scalar(l, kind);
-    return load(lane);
-  }
 };
 
 }  // namespace
-const Scheme avx2_f32{Ffn<Avx2<F32>>::loops(), LowRank<Avx2<F32>>::loops()};
-const Scheme avx2_bf16_via_f32{Ffn<Avx2<Bf16ViaF32>>::loops(), LowRank<Avx2<Bf16ViaF32>>::loops()};
+const Scheme avx2_f32{Ffn<Avx2F32<F32>>::loops(), LowRank<Avx2F32<F32>>::loops()};
+const Scheme avx2_bf16_via_f32{Ffn<Avx2F32<Bf16ViaF32>>::loops(), LowRank<Avx2F32<Bf16ViaF32>>::loops()};
 void avx2_top_k(const TopKJob &j, int row, char *scratch) { top_k(j, row, scratch); }
 }  // namespace fastfill

@@ -9,9 +9,10 @@ namespace {
 
 struct Avx512Bf16 : Avx512 {
   using Unit = __m512bh;
+  using Acc = Vec;
   static constexpr int V = 2, NN = 6, N1 = 8, P = 2, R = 12, C = 2;
-  static constexpr int kInBytes = 2, kDownBytes = 2;
-  static constexpr bool kInPlace = true;
+  static constexpr int kInBytes = 2, kTensorBytes = 2, kDownBytes = 2;
+  static constexpr bool kInPlace = true, kInt8 = false;
 
   static Unit load_unit(const uint32_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
   static Unit broadcast(const void *p) {

@@ -13,6 +13,7 @@ struct Block {           // tokens that share one selection; long blocks are cut
   const int32_t *ids;    // its k neurons, rising
   int32_t k;
   size_t x_at, h_at;     // where its packed x and its activations start, in 4-byte units
+  size_t t_at, q_at;     // int8: where its tokens' scales start, and its activations in eight bits, in 4-byte units
 };
 
 struct Job {
@@ -24,13 +25,19 @@ struct Job {
   const Block *blocks;
   uint32_t *xp;  // packed x of all blocks
   uint32_t *h;   // activations of all blocks
+  // int8 alone: scales of gate and up (neurons), of down (hidden); of x by token; h in eight bits, and for each block, chunk
+  // of f_chunk neurons and token its scale and where its sums start
+  const float *gate_scale, *up_scale, *down_scale;
+  float *x_scale, *h_scale;
+  uint32_t *hq;
+  int32_t *h_start;
   // gate/up: chunks of `chunk` neurons; down: `f_chunk` neurons by `c_tiles` column tiles; blocks in `n_groups` groups
   int32_t chunk, n_chunks, f_chunk, n_f_chunks, c_tiles, n_c_chunks, n_groups, group_tokens;
 };
 
 struct Sizes {            // per scheme and shape, so that the driver can cut the work and allocate
   int32_t lanes;          // tokens per vector
-  int32_t per_unit;       // elements of H (or neurons, in h) per 4-byte unit: 2 for bf16 dot products, else 1
+  int32_t per_unit;       // elements of H (or neurons, in h) per 4-byte unit: 4 for int8 and 2 for bf16 dot products, else 1
   int32_t tile_columns;   // columns of one tile of the second half
   int32_t element;        // bytes of one element in the packed chunks
 };
@@ -41,6 +48,7 @@ struct Loops {
   size_t (*down_bytes)(const Job &);
   void (*pack_x)(const Job &, int block);
   void (*gate_up)(const Job &, int task, char *scratch);
+  void (*quantise_h)(const Job &, int task);  // null but for int8; a task for each block and chunk of f_chunk neurons
   void (*down)(const Job &, int task, char *scratch);
 };
 
@@ -84,12 +92,15 @@ struct Isa {
   const char *name;
   bool (*supported)();
   const Scheme *f32, *bf16;
+  const Loops *int8_f32, *int8_bf16;  // weights in eight bits, all else in that type
   TopK *top_k;
 };
 
 // One per translation unit.
 extern const Scheme avx512_bf16_bf16, avx512_f32, avx512_bf16_via_f32, avx2_f32, avx2_bf16_via_f32, portable_f32,
     portable_bf16_via_f32;
+extern const Loops avx512_vnni_int8_f32, avx512_vnni_int8_bf16, avx_vnni_int8_f32, avx_vnni_int8_bf16, avx2_int8_f32,
+    avx2_int8_bf16, portable_int8_f32, portable_int8_bf16;
 extern TopK avx512_top_k, avx2_top_k, portable_top_k;
 
 }  // namespace fastfill

@@ -34,6 +34,7 @@
 #include <cstring>
 
 #include "fastfill.h"
+#include "int8.h"
 #include "job.h"
 
 namespace fastfill {
@@ -85,11 +86,14 @@ struct Ahead {
 template <class S>
 struct Ffn {
   using Vec = typename S::Vec;
+  using Acc = typename S::Acc;  // Vec, or a vector of int32
+  static constexpr bool kInt8 = S::kInt8;
   static constexpr int L = S::L, V = S::V, NN = S::NN, N1 = S::N1, P = S::P, R = S::R, C = S::C;
+  static constexpr int HP = kInt8 ? 1 : P;  // neurons in a unit of h, as the first half leaves it
   static constexpr int kTile = C * L;  // columns of a tile of the second half
   static constexpr int kAheadBlocks = 4;  // with fewer blocks most rows of the next chunk may not be wanted
   static constexpr int kMost = NN > N1 ? NN : N1;
-  static_assert(NN % P == 0 && N1 % P == 0, "a tile of neurons holds whole units");
+  static_assert(NN % HP == 0 && N1 % HP == 0, "a tile of neurons holds whole units");
 
   // ---- first half: h = act(x @ gate.T + gate_bias) * (x @ up.T + up_bias) -------------------------------------------------------------
 
@@ -101,7 +105,11 @@ struct Ffn {
   static bool in_place(const Job &j) {
     return S::kInPlace && j.hidden % P == 0 && j.gate_stride == j.up_stride && j.gate_stride % 1024 != 0;
   }
-  static size_t gate_up_bytes(const Job &j) { return in_place(j) ? 0 : (j.chunk + kMost) * neuron_bytes(j) + round_up(j.chunk, 64); }
+  // Neurons of the chunk, those of the block before it, which of them are there, and their sums.
+  static size_t gate_up_bytes(const Job &j) {
+    const size_t packed = in_place(j) ? 0 : (j.chunk + kMost) * neuron_bytes(j);
+    return packed + (in_place(j) && !kInt8 ? 0 : round_up(j.chunk, 64)) + (kInt8 ? (j.chunk + kMost) * sizeof(Sums) : 0);
+  }
 
   // Units of H times vectors of L tokens: [strip][unit][v][lane], absent tokens zero.
   static void pack_x(const Job &j, int n) {
@@ -113,25 +121,45 @@ struct Ffn {
       for (int t = 0; t < width; t++) {
         if (t0 + t >= b.tokens) {
           for (size_t i = 0; i < nu; i++) to[i * width + t] = 0;
+          if constexpr (kInt8) j.x_scale[b.t_at + t0 + t] = 0;
           continue;
         }
-        S::pack_token(j.x + (b.row0 + t0 + t) * j.x_stride, j.hidden, to + t, width);
+        const char *row = j.x + (b.row0 + t0 + t) * j.x_stride;
+        if constexpr (kInt8)
+          j.x_scale[b.t_at + t0 + t] = S::pack_token(row, j.hidden, to + t, width, S::kXOffset);
+        else
+          S::pack_token(row, j.hidden, to + t, width);
       }
       to += nu * width;
     }
   }
 
-  struct Start {  // where the sums of a tile's neurons start: at their biases, or at zero
-    float g[kMost] = {}, u[kMost] = {};
+  // int8: x comes with kXOffset on each byte, because the instruction wants one factor without sign. So the sums start at
+  // -kXOffset times the sum of the neuron's weights.
+  struct Sums {
+    int32_t gate, up;
+  };
+
+  struct Neurons {  // of a tile
+    float g[kMost] = {}, u[kMost] = {};  // biases
+    float g_scale[kMost], u_scale[kMost];
+    Sums sums[kMost];
   };
 
   // NT neurons by NV vectors of tokens; `up` is the way from a neuron's gate row to its up row.
   template <int NT, int NV>
-  static void gate_up_tile(const char *const *rows, uintptr_t up, const Start &start, size_t nu, const uint32_t *xp,
-                           int valid, int act, uint32_t *h, size_t h_stride) {
-    Vec g[NT][NV], u[NT][NV];
+  static void gate_up_tile(const char *const *rows, uintptr_t up, const Neurons &of, size_t nu, const uint32_t *xp,
+                           const float *x_scale, int valid, int act, uint32_t *h, size_t h_stride) {
+    Acc g[NT][NV], u[NT][NV];
+#pragma GCC unroll 16
     for (int r = 0; r < NT; r++)
-      for (int v = 0; v < NV; v++) g[r][v] = S::all(start.g[r]), u[r][v] = S::all(start.u[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        if constexpr (kInt8)
+          g[r][v] = S::all_of(of.sums[r].gate), u[r][v] = S::all_of(of.sums[r].up);
+        else
+          g[r][v] = S::all(of.g[r]), u[r][v] = S::all(of.u[r]);
+      }
     uintptr_t p[NT];
     for (int r = 0; r < NT; r++) p[r] = (uintptr_t)rows[r];
     for (uintptr_t i = 0; i < nu * 4; i += 4) {
@@ -148,11 +176,31 @@ struct Ffn {
         for (int v = 0; v < NV; v++) u[r][v] = S::dot(u[r][v], x[v], wu);
       }
     }
-    for (int r = 0; r < NT; r++)
-      for (int v = 0; v < NV; v++) g[r][v] = S::mul(S::act(g[r][v], act), u[r][v]);
-    for (int r = 0; r < valid; r += P)
-      for (int v = 0; v < NV; v++)
-        S::store_h(h + (r / P) * h_stride + v * L, g[r][v], P == 2 && r + 1 < valid ? g[r + P - 1][v] : S::zero());
+    // Constant bounds, unrolled: an index that is not known would keep the sums in memory, at half the speed.
+    if constexpr (kInt8) {
+      Vec xs[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) xs[v] = S::load(x_scale + v * L);
+#pragma GCC unroll 16
+      for (int r = 0; r < NT; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) {
+          const Vec gate = S::add(S::mul(S::floats(g[r][v]), S::mul(S::all(of.g_scale[r]), xs[v])), S::all(of.g[r]));
+          const Vec value = S::add(S::mul(S::floats(u[r][v]), S::mul(S::all(of.u_scale[r]), xs[v])), S::all(of.u[r]));
+          if (r < valid) S::store((float *)(h + r * h_stride + v * L), S::mul(S::act(gate, act), value));
+        }
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < NT; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) g[r][v] = S::mul(S::act(g[r][v], act), u[r][v]);
+#pragma GCC unroll 16
+      for (int r = 0; r < NT; r += P)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++)
+          if (r < valid)
+            S::store_h(h + (r / P) * h_stride + v * L, g[r][v], P == 2 && r + 1 < valid ? g[r + P - 1][v] : S::zero());
+    }
   }
 
   static void pack_neuron(const Job &j, int32_t f, char *to) {
@@ -168,8 +216,12 @@ struct Ffn {
     const bool direct = in_place(j);
     const uintptr_t up = direct ? (uintptr_t)j.up - (uintptr_t)j.gate : nu * 4;  // from a gate row to its up row
     char *side = scratch + j.chunk * stride;  // neurons of the block that lie before this chunk
-    char *packed = side + kMost * stride;        // which neurons of the chunk are packed already
-    if (!direct) memset(packed, 0, j.chunk);
+    char *packed = direct ? scratch : side + kMost * stride;  // which neurons of the chunk are packed already
+    if (!direct || kInt8) memset(packed, 0, j.chunk);
+    Sums *sums = (Sums *)(packed + round_up(j.chunk, 64)), *side_sums = sums + j.chunk;
+    const auto sum = [&](const char *row, Sums &to) {
+      if constexpr (kInt8) to = {-S::kXOffset * S::row_sum(row, j.hidden), -S::kXOffset * S::row_sum(row + up, j.hidden)};
+    };
 
     // The next chunk of this thread, most likely, comes from memory while this one is multiplied.
     const int32_t next0 = smaller((task + j.threads) / j.n_groups * j.chunk, j.neurons);
@@ -192,38 +244,44 @@ struct Ffn {
       int to = lower_bound(b.ids, b.k, f1);
       if (to < b.k) to = to / nt * nt;
       const uint32_t *xp = j.xp + b.x_at;
-      for (int i = from; i < to && !direct; i++) {
+      const auto row_of = [&](int i) -> const char * {
         const int32_t f = b.ids[i];
-        if (f < f0) {
-          pack_neuron(j, f, side + (i - from) * stride);
-        } else if (!packed[f - f0]) {
-          packed[f - f0] = 1;
-          pack_neuron(j, f, scratch + (f - f0) * stride);
-        }
+        return direct ? j.gate + f * j.gate_stride : f < f0 ? side + (i - from) * stride : scratch + (f - f0) * stride;
+      };
+      for (int i = from; i < to && (!direct || kInt8); i++) {
+        const int32_t f = b.ids[i];
+        if (f >= f0 && packed[f - f0]) continue;
+        if (f >= f0) packed[f - f0] = 1;
+        if (!direct) pack_neuron(j, f, const_cast<char *>(row_of(i)));
+        sum(row_of(i), f < f0 ? side_sums[i - from] : sums[f - f0]);
       }
       for (int t0 = 0; t0 < b.padded; t0 += V * L) {
         const int width = smaller(V * L, b.padded - t0);
         for (int i = from; i < to; i += nt) {
           const char *rows[kMost];
-          Start start;
+          Neurons of;
           const int valid = smaller(nt, to - i);
           for (int r = 0; r < nt; r++) {
             const int at = i + smaller(r, valid - 1);
             const int32_t f = b.ids[at];
-            rows[r] = direct ? j.gate + f * j.gate_stride
-                             : f < f0 ? side + (at - from) * stride : scratch + (f - f0) * stride;
-            if (j.gate_bias) S::unpack(j.gate_bias + (size_t)f * S::kInBytes, 1, start.g + r);
-            if (j.up_bias) S::unpack(j.up_bias + (size_t)f * S::kInBytes, 1, start.u + r);
+            rows[r] = row_of(at);
+            if (j.gate_bias) S::unpack(j.gate_bias + (size_t)f * S::kTensorBytes, 1, of.g + r);
+            if (j.up_bias) S::unpack(j.up_bias + (size_t)f * S::kTensorBytes, 1, of.u + r);
+            if constexpr (kInt8) {
+              of.g_scale[r] = j.gate_scale[f], of.u_scale[r] = j.up_scale[f];
+              of.sums[r] = f < f0 ? side_sums[at - from] : sums[f - f0];
+            }
           }
           next_gate.advance(lines);
           next_up.advance(lines);
-          uint32_t *h = j.h + b.h_at + (size_t)(i / P) * b.padded + t0;
+          uint32_t *h = j.h + b.h_at + (size_t)(i / HP) * b.padded + t0;
+          const float *xs = kInt8 ? j.x_scale + b.t_at + t0 : nullptr;
           if (b.padded == L)
-            gate_up_tile<N1, 1>(rows, up, start, nu, xp, valid, j.activation, h, b.padded);
+            gate_up_tile<N1, 1>(rows, up, of, nu, xp, xs, valid, j.activation, h, b.padded);
           else if (width == V * L)
-            gate_up_tile<NN, V>(rows, up, start, nu, xp, valid, j.activation, h, b.padded);
+            gate_up_tile<NN, V>(rows, up, of, nu, xp, xs, valid, j.activation, h, b.padded);
           else
-            gate_up_narrow<V - 1>(width / L, rows, up, start, nu, xp, valid, j.activation, h, b.padded);
+            gate_up_narrow<V - 1>(width / L, rows, up, of, nu, xp, xs, valid, j.activation, h, b.padded);
         }
         xp += nu * width;
       }
@@ -231,13 +289,53 @@ struct Ffn {
   }
 
   template <int NV>
-  static void gate_up_narrow(int nv, const char *const *rows, uintptr_t up, const Start &start, size_t nu,
-                             const uint32_t *xp, int valid, int act, uint32_t *h, size_t h_stride) {
+  static void gate_up_narrow(int nv, const char *const *rows, uintptr_t up, const Neurons &of, size_t nu, const uint32_t *xp,
+                             const float *x_scale, int valid, int act, uint32_t *h, size_t h_stride) {
     if constexpr (NV > 0) {
       if (nv == NV)
-        gate_up_tile<NN, NV>(rows, up, start, nu, xp, valid, act, h, h_stride);
+        gate_up_tile<NN, NV>(rows, up, of, nu, xp, x_scale, valid, act, h, h_stride);
       else
-        gate_up_narrow<NV - 1>(nv, rows, up, start, nu, xp, valid, act, h, h_stride);
+        gate_up_narrow<NV - 1>(nv, rows, up, of, nu, xp, x_scale, valid, act, h, h_stride);
+    }
+  }
+
+  // ---- int8, between the halves: h in eight bits ------------------------------------------------------------------
+
+  // The units of a block's neurons in chunk `fc` that begin at ids[from]; chunks are rounded up to whole units.
+  static uint32_t *eight_bits(const Job &j, const Block &b, int from, int fc) {
+    return j.hq + b.q_at + (size_t)(from / P + fc) * b.padded;
+  }
+  static size_t chunk_token(const Job &j, const Block &b, int fc) { return b.t_at * j.n_f_chunks + (size_t)fc * b.padded; }
+
+  static void quantise_h(const Job &j, int task) {
+    const Block &b = j.blocks[task / j.n_f_chunks];
+    const int fc = task % j.n_f_chunks;
+    const int from = lower_bound(b.ids, b.k, fc * j.f_chunk), to = lower_bound(b.ids, b.k, smaller((fc + 1) * j.f_chunk, j.neurons));
+    if (from == to) return;
+    const float *h = (const float *)(j.h + b.h_at) + (size_t)from * b.padded;
+    uint32_t *q = eight_bits(j, b, from, fc);
+    const size_t at = chunk_token(j, b, fc);
+    for (int t0 = 0; t0 < b.padded; t0 += L) {
+      Vec top = S::zero();
+      for (int i = 0; i < to - from; i++) top = S::top_bits(top, S::load(h + (size_t)i * b.padded + t0));
+      float lanes[L], inverse[L];
+      S::store(lanes, top);
+      for (int t = 0; t < L; t++) {
+        uint32_t bits;
+        memcpy(&bits, lanes + t, 4);
+        const Quantiser by = quantiser(bits);
+        j.h_scale[at + t0 + t] = by.scale, inverse[t] = by.inverse;
+      }
+      const Vec inv = S::load(inverse);
+      Acc sum = S::all_of(0);
+      for (int i = 0; i < to - from; i += P) {
+        Vec part[P];
+        for (int p = 0; p < P; p++)
+          part[p] = i + p < to - from ? S::mul(S::load(h + (size_t)(i + p) * b.padded + t0), inv) : S::zero();
+        S::store_unit(q + (size_t)(i / P) * b.padded + t0, part, sum);
+      }
+      S::store_sums(j.h_start + at + t0, sum);
+      for (int t = 0; t < L; t++) j.h_start[at + t0 + t] *= -S::kDownOffset;
     }
   }
 
@@ -245,9 +343,11 @@ struct Ffn {
 
   static constexpr size_t kLine = kTile * S::kDownBytes;  // one neuron's part of a column tile
   static size_t panel_bytes(const Job &j) { return round_up((j.f_chunk + 2) * kLine * j.c_tiles, 64); }
+  static constexpr size_t kUnits = C * L * 4;  // bytes of one unit of int8 neurons by one column tile
   static size_t down_bytes(const Job &j) {
     const size_t y = (size_t)j.group_tokens * j.c_tiles * kTile * 4;
-    return panel_bytes(j) + round_up(y, 64) + round_up((j.f_chunk + 4) * sizeof(uint32_t), 64) + round_up(j.f_chunk, 64);
+    return panel_bytes(j) + round_up(y, 64) + round_up((j.f_chunk + 4) * sizeof(uint32_t), 64) + round_up(j.f_chunk, 64) +
+           (kInt8 ? (j.f_chunk / P + 1) * kUnits : 0);
   }
 
   // y[r][0..kTile) += sum over units of h[unit][r] * panel rows at[unit]. The sums start from zero in registers and meet
@@ -278,6 +378,46 @@ struct Ffn {
         float *to = y + r * kTile + c * L;
         S::store(to, S::add(S::load(to), acc[r][c]));
       }
+  }
+
+  // The same for int8: `units` of neurons by columns lie one behind the other, and y += scale times the sums.
+  template <int NR>
+  static void down_tile_int8(const char *units, int n_units, const uint32_t *h, size_t h_stride, const int32_t *start,
+                             const float *scale, float *y) {
+    Acc acc[NR][C];
+#pragma GCC unroll 16
+    for (int r = 0; r < NR; r++)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) acc[r][c] = S::all_of(start[r]);
+    for (int r = 0; r < NR * C; r++) prefetch((const char *)(y + r * L));
+    for (int i = 0; i < n_units; i++, units += kUnits, h += h_stride) {
+      typename S::Unit d[C];
+      for (int c = 0; c < C; c++) d[c] = S::load_unit((const uint32_t *)units + c * L);
+#pragma GCC unroll 16
+      for (int r = 0; r < NR; r++) {
+        const auto hb = S::broadcast(h + r);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) acc[r][c] = S::dot_down(acc[r][c], d[c], hb);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < NR; r++)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) {
+        float *to = y + r * kTile + c * L;
+        S::store(to, S::add(S::load(to), S::mul(S::floats(acc[r][c]), S::all(scale[r]))));
+      }
+  }
+
+  template <int NR>
+  static void down_tiles_int8(int nr, const char *units, int n_units, const uint32_t *h, size_t h_stride,
+                              const int32_t *start, const float *scale, float *y) {
+    if constexpr (NR > 0) {
+      if (nr == NR)
+        down_tile_int8<NR>(units, n_units, h, h_stride, start, scale, y);
+      else
+        down_tiles_int8<NR - 1>(nr, units, n_units, h, h_stride, start, scale, y);
+    }
   }
 
   template <int NR>
@@ -313,6 +453,7 @@ struct Ffn {
     float *y = (float *)(scratch + panel_bytes(j));
     uint32_t *at = (uint32_t *)((char *)y + round_up((size_t)j.group_tokens * j.c_tiles * kTile * 4, 64));
     char *packed = (char *)at + round_up((j.f_chunk + 4) * sizeof(uint32_t), 64);
+    [[maybe_unused]] char *units = packed + round_up(j.f_chunk, 64);  // int8: a block's neurons in one tile of columns
     const int64_t first = j.blocks[n0].row0;
     const int group_tokens = (int)(j.blocks[n1 - 1].row0 + j.blocks[n1 - 1].tokens - first);
 
@@ -321,8 +462,8 @@ struct Ffn {
       for (int t = 0; t < group_tokens; t++) {
         float *row = y + ((size_t)c * group_tokens + t) * kTile;
         const int n = smaller(kTile, columns - c * kTile);
-        if (j.init)
-          S::unpack(j.init + (first + t) * j.init_stride + (size_t)(c0 + c * kTile) * S::kInBytes, n, row);
+        if (j.init && !kInt8)
+          S::unpack(j.init + (first + t) * j.init_stride + (size_t)(c0 + c * kTile) * S::kTensorBytes, n, row);
         else
           memset(row, 0, n * 4);
         if (n < kTile) memset(row + n, 0, (kTile - n) * 4);
@@ -343,9 +484,9 @@ struct Ffn {
 
       for (int n = n0; n < n1; n++) {
         const Block &b = j.blocks[n];
-        const int from = lower_bound(b.ids, b.k, f0) / P * P;
+        const int from = lower_bound(b.ids, b.k, f0) / HP * HP;
         int to = lower_bound(b.ids, b.k, f1);
-        if (to < b.k) to = to / P * P;
+        if (to < b.k) to = to / HP * HP;
         if (from == to) continue;
         int m = 0, i = from;
         for (; i < to && b.ids[i] < f0; i++) {  // at most P - 1
@@ -360,28 +501,51 @@ struct Ffn {
           pack_down(j, b.ids[k], c0, columns, panel, slot);
         }
         for (; i < to; i++) at[m++] = (b.ids[i] - f0) * kLine;
-        if (m % P) at[m++] = zero_slot * kLine;  // the partner of an odd last neuron
-        const uint32_t *h = j.h + b.h_at + (size_t)(from / P) * b.padded;
+        while (m % P) at[m++] = zero_slot * kLine;  // the partners of the last neuron
+        const uint32_t *h = kInt8 ? eight_bits(j, b, from, fc) : j.h + b.h_at + (size_t)(from / P) * b.padded;
         const int parts = (b.tokens + R - 1) / R;
         for (int c = 0; c < tiles; c++) {
+          const char *lines_of = panel + c * tile_bytes;
+          if constexpr (kInt8)  // once per block: in each tile of tokens it would be a third of the instructions
+            for (int u = 0; u < m / P; u++) {
+              const char *rows[P];
+              for (int p = 0; p < P; p++) rows[p] = lines_of + at[u * P + p];
+              S::interleave(rows, units + u * kUnits);
+            }
           float *yc = y + ((size_t)c * group_tokens + (b.row0 - first)) * kTile;
           for (int s = 0; s < parts; s++) {  // equal parts of at most R tokens
             const int t0 = b.tokens * s / parts, t1 = b.tokens * (s + 1) / parts;
             next.advance(lines);
-            down_tiles<R>(t1 - t0, at, m / P, panel + c * tile_bytes, h + t0, b.padded, yc + (size_t)t0 * kTile);
+            float *yt = yc + (size_t)t0 * kTile;
+            if constexpr (kInt8) {
+              const size_t of = chunk_token(j, b, fc) + t0;
+              down_tiles_int8<R>(t1 - t0, units, m / P, h + t0, b.padded, j.h_start + of, j.h_scale + of, yt);
+            } else {
+              down_tiles<R>(t1 - t0, at, m / P, lines_of, h + t0, b.padded, yt);
+            }
           }
         }
       }
     }
 
     for (int t = 0; t < group_tokens; t++)
-      for (int c = 0; c < tiles; c++)
-        S::pack_out(y + ((size_t)c * group_tokens + t) * kTile, smaller(kTile, columns - c * kTile),
-                    j.out + (first + t) * j.out_stride + (size_t)(c0 + c * kTile) * S::kInBytes);
+      for (int c = 0; c < tiles; c++) {
+        float *row = y + ((size_t)c * group_tokens + t) * kTile;
+        const int n = smaller(kTile, columns - c * kTile), column = c0 + c * kTile;
+        if constexpr (kInt8) {
+          float sum[kTile] = {};
+          if (j.init) S::unpack(j.init + (first + t) * j.init_stride + (size_t)column * S::kTensorBytes, n, sum);
+          for (int i = 0; i < n; i++) row[i] = row[i] * j.down_scale[column + i] + sum[i];
+        }
+        S::pack_out(row, n, j.out + (first + t) * j.out_stride + (size_t)column * S::kTensorBytes);
+      }
   }
 
   static constexpr Loops loops() {
-    return Loops{{L, P, kTile, S::kDownBytes}, gate_up_bytes, down_bytes, pack_x, gate_up, down};
+    if constexpr (kInt8)
+      return Loops{{L, P, kTile, S::kDownBytes}, gate_up_bytes, down_bytes, pack_x, gate_up, quantise_h, down};
+    else
+      return Loops{{L, P, kTile, S::kDownBytes}, gate_up_bytes, down_bytes, pack_x, gate_up, nullptr, down};
   }
 };
 

@@ -37,8 +37,8 @@ inline float act_scalar(float g, int act) {
 
 // How elements lie in memory and in the packed chunks. Tensors and chunks in fp32:
 struct F32 {
-  static constexpr int kInBytes = 4, kDownBytes = 4;
-  static constexpr bool kInPlace = true;
+  static constexpr int kInBytes = 4, kTensorBytes = 4, kDownBytes = 4;
+  static constexpr bool kInPlace = true, kInt8 = false;
   static void pack_row(const char *from, int n, char *to) { memcpy(to, from, (size_t)n * 4); }
   static void pack_token(const char *from, int n, uint32_t *to, int stride) {
     for (int i = 0; i < n; i++) memcpy(to + (size_t)i * stride, from + (size_t)i * 4, 4);
@@ -53,8 +53,8 @@ struct F32 {
 
 // Tensors in bf16, chunks widened to fp32 while they are packed:
 struct Bf16ViaF32 {
-  static constexpr int kInBytes = 2, kDownBytes = 4;
-  static constexpr bool kInPlace = false;
+  static constexpr int kInBytes = 2, kTensorBytes = 2, kDownBytes = 4;
+  static constexpr bool kInPlace = false, kInt8 = false;
   static void unpack(const char *from, int n, float *to) {
     for (int i = 0; i < n; i++) to[i] = bf16_to_float(from + (size_t)i * 2);
   }

@@ -39,6 +39,10 @@ void plan(Job &j, const Sizes &s, int threads) {
   const int line = s.tile_columns * s.element;
   j.n_f_chunks = at_least_one(ceil_div((int64_t)j.neurons * line, 32 * 1024));
   j.f_chunk = at_least_one(ceil_div(j.neurons, j.n_f_chunks));
+  if (j.gate_scale) {  // h has a scale for each of these chunks: they must not depend on the instruction set
+    j.f_chunk = FASTFILL_H_CHUNK;
+    j.n_f_chunks = at_least_one(ceil_div(j.neurons, FASTFILL_H_CHUNK));
+  }
 }
 
 int64_t block_of_group(const Job &j, int64_t g) { return j.n_blocks * g / j.n_groups; }
@@ -60,7 +64,8 @@ void plan_down(Job &j, const Sizes &s, int threads) {
   const int tiles = ceil_div(j.hidden, s.tile_columns);
   double best = 1e30;
   int best_groups = 1;
-  for (int c = tiles < 8 ? tiles : 8; c >= 1; c--) {
+  const int most = s.tile_columns > 32 ? 4 : 8;  // of y, [tile][token][column], L2 should hold much
+  for (int c = tiles < most ? tiles : most; c >= 1; c--) {
     for (int groups = 1; groups <= j.n_blocks && groups <= 2 * threads; groups++) {
       const int tasks = ceil_div(tiles, c) * groups;
       const double cost = (double)ceil_div(tasks, threads) * c / groups * (1 + 0.02 * groups + 0.08 / c);
@@ -79,9 +84,10 @@ struct Pass {
 int32_t run(fastfill_call *call) {
   const Isa *isa = find_isa(call->isa);
   if (!isa) return FASTFILL_BAD_ISA;
-  const Loops *loops = call->dtype == FASTFILL_BF16 ? &isa->bf16->ffn : &isa->f32->ffn;
+  const bool bf16 = call->dtype == FASTFILL_BF16, int8 = call->gate_scale != nullptr;
+  const Loops *loops = int8 ? bf16 ? isa->int8_bf16 : isa->int8_f32 : bf16 ? &isa->bf16->ffn : &isa->f32->ffn;
   const Sizes &s = loops->sizes;
-  const int element = call->dtype == FASTFILL_BF16 ? 2 : 4;
+  const int element = bf16 ? 2 : 4, weight = int8 ? 1 : element;
   const int threads = call->threads < 1 ? 1 : call->threads;
 
   const int64_t n_ids = call->id_offsets[call->n_blocks];
@@ -116,10 +122,11 @@ int32_t run(fastfill_call *call) {
   Pass pass{loops, {}};
   Job &j = pass.job;
   j.x = static_cast<const char *>(call->x), j.x_stride = call->x_stride * element;
-  j.gate = static_cast<const char *>(call->gate), j.gate_stride = call->gate_stride * element;
-  j.up = static_cast<const char *>(call->up), j.up_stride = call->up_stride * element;
-  j.down_t = static_cast<const char *>(call->down_t), j.down_stride = call->down_stride * element;
+  j.gate = static_cast<const char *>(call->gate), j.gate_stride = call->gate_stride * weight;
+  j.up = static_cast<const char *>(call->up), j.up_stride = call->up_stride * weight;
+  j.down_t = static_cast<const char *>(call->down_t), j.down_stride = call->down_stride * weight;
   j.gate_bias = static_cast<const char *>(call->gate_bias), j.up_bias = static_cast<const char *>(call->up_bias);
+  j.gate_scale = call->gate_scale, j.up_scale = call->up_scale, j.down_scale = call->down_scale;
   j.init = static_cast<const char *>(call->init), j.init_stride = call->init_stride * element;
   j.out = static_cast<char *>(call->out), j.out_stride = call->out_stride * element;
   j.hidden = (int32_t)call->hidden, j.neurons = (int32_t)call->neurons, j.activation = call->activation;
@@ -127,15 +134,18 @@ int32_t run(fastfill_call *call) {
   plan(j, s, threads);
 
   for (size_t begin = 0; begin < blocks.size();) {
-    size_t end = begin, x_units = 0, h_units = 0;
+    size_t end = begin, x_units = 0, h_units = 0, q_units = 0, padded = 0;
     int64_t tokens = 0;
     for (; end < blocks.size() && (end == begin || tokens + blocks[end].tokens <= kMaxTokens); end++) {
       Block &b = blocks[end];
-      b.x_at = x_units, b.h_at = h_units;
+      b.x_at = x_units, b.h_at = h_units, b.q_at = q_units, b.t_at = padded;
       x_units += (size_t)ceil_div(j.hidden, s.per_unit) * b.padded;
-      h_units += (size_t)ceil_div(b.k, s.per_unit) * b.padded;
+      h_units += (size_t)(int8 ? b.k : ceil_div(b.k, s.per_unit)) * b.padded;
+      q_units += int8 ? (size_t)(b.k / s.per_unit + j.n_f_chunks) * b.padded : 0;
+      padded += b.padded;
       tokens += b.tokens;
     }
+    const size_t chunk_tokens = int8 ? padded * j.n_f_chunks : 0;
     j.blocks = blocks.data() + begin, j.n_blocks = (int32_t)(end - begin);
 
     set_groups(j, j.n_chunks >= 4 * threads ? 1 : ceil_div(4 * threads, j.n_chunks));
@@ -144,11 +154,22 @@ int32_t run(fastfill_call *call) {
     plan_down(j, s, threads);
     const size_t down_bytes = align64(loops->down_bytes(j));
     const size_t per_thread = gate_bytes > down_bytes ? gate_bytes : down_bytes;
-    Scratch scratch(align64(x_units * 4) + align64(h_units * 4) + per_thread * threads);
+    const size_t scales = int8 ? padded : 0;
+    size_t bytes = per_thread * threads;
+    for (size_t units : {x_units, h_units, q_units, scales, chunk_tokens, chunk_tokens}) bytes += align64(units * 4);
+    Scratch scratch(bytes);
     if (!scratch.ok()) return FASTFILL_NO_MEMORY;
-    j.xp = reinterpret_cast<uint32_t *>(scratch.data());
-    j.h = reinterpret_cast<uint32_t *>(scratch.data() + align64(x_units * 4));
-    char *rest = scratch.data() + align64(x_units * 4) + align64(h_units * 4);
+    char *rest = scratch.data();
+    const auto take = [&rest](size_t units) {
+      char *mine = rest;
+      rest += align64(units * 4);
+      return mine;
+    };
+    j.xp = reinterpret_cast<uint32_t *>(take(x_units)), j.h = reinterpret_cast<uint32_t *>(take(h_units));
+    j.hq = reinterpret_cast<uint32_t *>(take(q_units));
+    j.x_scale = reinterpret_cast<float *>(take(scales));
+    j.h_scale = reinterpret_cast<float *>(take(chunk_tokens));
+    j.h_start = reinterpret_cast<int32_t *>(take(chunk_tokens));
 
     const int down_groups = j.n_groups;
     parallel(threads, j.n_blocks, rest, 0, &pass, [](void *p, int task, char *) {
@@ -158,6 +179,10 @@ int32_t run(fastfill_call *call) {
     parallel(threads, j.n_chunks * gate_groups, rest, per_thread, &pass, [](void *p, int task, char *mine) {
       static_cast<Pass *>(p)->loops->gate_up(static_cast<Pass *>(p)->job, task, mine);
     });
+    if (int8)
+      parallel(threads, j.n_blocks * j.n_f_chunks, rest, 0, &pass, [](void *p, int task, char *) {
+        static_cast<Pass *>(p)->loops->quantise_h(static_cast<Pass *>(p)->job, task);
+      });
     j.n_groups = down_groups;
     parallel(threads, j.n_c_chunks * down_groups, rest, per_thread, &pass, [](void *p, int task, char *mine) {
       static_cast<Pass *>(p)->loops->down(static_cast<Pass *>(p)->job, task, mine);

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastfill.errors import UserError
 
-INTERFACE = 2  # FASTFILL_INTERFACE of csrc/fastfill.h
+INTERFACE = 3  # FASTFILL_INTERFACE of csrc/fastfill.h
 ISA_VARIABLE = "FASTFILL_ISA"  # environment variable: name of the instruction set to run, for tests
 
 _ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/fastfill.h
@@ -28,7 +28,8 @@ class _Call(ctypes.Structure):
     """`fastfill_call` of csrc/fastfill.h, field by field."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "gate", "up", "down_t", "gate_bias", "up_bias", "init", "out", "ids")),
+        *((name, c_void_p) for name in ("x", "gate", "up", "down_t", "gate_bias", "up_bias", "init")),
+        *((name, c_void_p) for name in ("gate_scale", "up_scale", "down_scale", "out", "ids")),
         ("rows", POINTER(c_int64)),
         ("id_offsets", POINTER(c_int64)),
         *((f"{name}_stride", c_int64) for name in ("x", "gate", "up", "down", "init", "out")),
@@ -202,6 +203,7 @@ def sparse_ffn(
     up_bias: Tensor | None,
     init: Tensor | None,
     out: Tensor,
+    scales: Sequence[Tensor] = (),
 ) -> None:
     """As `torch_ref.sparse_ffn`. Shapes and dtypes are checked by the caller, the ids here (in C++)."""
     lib = _library()
@@ -209,6 +211,7 @@ def sparse_ffn(
     x = _unit_rows(x)
     gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
     init = None if init is None else _unit_rows(init)
+    scales = [scale.contiguous() for scale in scales]
     target = out if out.stride(1) == 1 or out.shape[1] == 1 else torch.empty(out.shape, dtype=out.dtype)
     n = len(rows)
     call = _Call(
@@ -219,6 +222,7 @@ def sparse_ffn(
         gate_bias=None if gate_bias is None else gate_bias.data_ptr(),
         up_bias=None if up_bias is None else up_bias.data_ptr(),
         init=None if init is None else init.data_ptr(),
+        **{f"{name}_scale": scale.data_ptr() for name, scale in zip(("gate", "up", "down"), scales, strict=False)},
         out=target.data_ptr(),
         ids=ids.data_ptr(),
         rows=(c_int64 * n)(*rows),
