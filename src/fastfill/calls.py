@@ -162,8 +162,8 @@ class Calls:
         if not done or running.tokens is None:
             return
         plan, reason = running.plan, running.reason
-        sparse = plan.sparse_tokens if plan and plan.runs else 0
-        if plan and not sparse:
+        sparse = plan.sparse_tokens if plan and plan.runs and self.thins else 0
+        if plan and not plan.runs:
             reason = NOT_RUN
         with self._lock:
             stats = self.stats
@@ -201,7 +201,7 @@ class Calls:
         rows = OTHER_CACHE if past is None else call_rows(shape, past, named)
         if not isinstance(rows, str):
             running.tokens = sum(last - first for first, last, _ in rows)
-        if not self.thins or self.said.dense:
+        if not (self.thins or self.config.weights == "int8") or self.said.dense:
             return
         if past is not None and mine and not isinstance(rows, str):
             parts = [prompt.part(row, past, width) for row in rows] if prompt else None

@@ -91,9 +91,9 @@ def measure(ffn: SparseFFN, config: PrefillConfig, names: Sequence[str]) -> dict
 @torch.no_grad()
 def _seconds(ffn: SparseFFN, config: PrefillConfig, names: Sequence[str], tokens: int) -> dict[str, float]:
     """ "dense" and each kernel -> seconds of one call of the layer's FFN on a prompt of so many tokens."""
-    weight = ffn.ffn.gate
+    gate = ffn.ffn.gate
     generator = torch.Generator().manual_seed(0)  # torch's own is the user's
-    x = torch.randn(1, tokens, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(1, tokens, gate.shape[1], generator=generator).to(gate.device, ffn.ffn.dtype)
     plan = make_plan([(0, tokens, 0)], tokens, config)
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"dense": ffn.dense}
     ways |= {name: dataclasses.replace(ffn, kernel=Kernel(name), taps=[]) for name in names}
@@ -102,7 +102,7 @@ def _seconds(ffn: SparseFFN, config: PrefillConfig, names: Sequence[str], tokens
     try:
         for turn in range(ROUNDS + 1):
             for name, way in ways.items():  # in turn, so that a busy moment meets them all
-                taken = clock(lambda way=way: way(x), weight.device)  # type: ignore[misc]
+                taken = clock(lambda way=way: way(x), gate.device)  # type: ignore[misc]
                 if turn:
                     best[name] = min(best[name], taken)
     finally:
@@ -128,7 +128,7 @@ def _key(ffn: SparseFFN, config: PrefillConfig, names: Sequence[str]) -> str:
     """Changes with whatever the times depend on."""
     shapes = [(tensor.dtype, tuple(tensor.shape)) for tensor in (ffn.ffn.gate, *ffn.tensors)]
     biases = [bias is not None for bias in (ffn.ffn.gate_bias, ffn.ffn.up_bias, ffn.ffn.down_bias)]
-    layer = (type(ffn.predictor), shapes, ffn.kept, ffn.ffn.activation, biases, ffn.ffn.gate.device.type)
+    layer = (type(ffn.predictor), ffn.ffn.dtype, shapes, ffn.kept, ffn.ffn.activation, biases, ffn.ffn.gate.device.type)
     here = (machine.describe(), kernels.available(), list(names), MARGIN, MOST)
     return hashlib.sha256(repr((layer, here, to_dict(config))).encode()).hexdigest()[:32]
 

@@ -22,6 +22,11 @@ def _setting(default: Any, text: str, least: int = 0, most: int = MOST) -> Any:
     return field(default=default, metadata={"help": text, "range": (least, most)})
 
 
+def _choice(text: str) -> Any:
+    """A field for the number format of the weights."""
+    return field(default="model", metadata={"help": text, "choices": ("model", "int8")})
+
+
 @dataclass(frozen=True)
 class PrefillConfig:
     """What happens at run time. An artifact's settings hold in every engine; a field that is added here is a keyword of
@@ -38,6 +43,9 @@ class PrefillConfig:
     dense_tail: last tokens of every prompt that stay dense; they ask the question. A block is sparse only if all of it lies
         before the tail. Where nobody says where a prompt ends, a call's end counts (`fastfill.calls`). A cache keeps what was
         computed: in a conversation the tails of earlier prompts are dense, too.
+    weights: "model" computes with the model's own. "int8" rounds those of the FFNs, and of the attention's projections, to
+        eight bits, and their inputs on the way, for prompts with sparse blocks, dense head and tail included. On the CPU.
+    dense: the same choice for what is no such prompt: decode, short prompts. "int8" needs weights="int8".
     """
 
     sparsity: float = _setting(0.5, f"share of FFN neurons skipped, 0 to {MAX_SPARSITY}")
@@ -45,12 +53,19 @@ class PrefillConfig:
     dense_head: int = _setting(64, "first tokens of a sequence that stay dense")
     min_tokens: int = _setting(256, "shorter prompts stay dense", least=1)
     dense_tail: int = _setting(64, "last tokens of a prompt that stay dense")
+    weights: str = _choice("what sparse prompts are computed with")
+    dense: str = _choice("what decode and short prompts are computed with")
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
         for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
             if type(item.default) is int:
-                check_integer(item.name, getattr(self, item.name), *item.metadata["range"])
+                check_integer(item.name, value, *item.metadata["range"])
+            if type(item.default) is str and value not in item.metadata["choices"]:
+                raise UserError(f"{item.name} must be {' or '.join(item.metadata['choices'])}, not {quoted(value)}.")
+        if self.dense == "int8" and self.weights != "int8":
+            raise UserError('dense="int8" needs weights="int8": the copy of the weights in eight bits is made for both.')
 
     def with_(self, **fields: Any) -> PrefillConfig:
         """These settings with the given fields in place of their own; None leaves one as it is.

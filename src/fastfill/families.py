@@ -264,6 +264,13 @@ def base_of(model: Any) -> Any:
         model = inner
 
 
+def head_of(model: Any) -> nn.Linear | None:
+    """The plain Linear that makes a causal LM's logits; None where it has none, or another."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
+    return head if type(head) is nn.Linear else None
+
+
 def dissect(model: Any) -> Anatomy:
     """Find layers and FFN weights. A `PeftModel` is looked into: adapters outside the FFNs are the caller's to judge.
 

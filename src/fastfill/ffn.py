@@ -6,12 +6,15 @@ T tokens, H hidden size, F intermediate size. A neuron is a row of gate, a row o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastfill.kernels import int8
+from fastfill.kernels.int8 import Scales
 
 _ops = torch.ops.aten
 
@@ -36,7 +39,10 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True, eq=False)
 class FFN:
-    """gate, up: (F, H). down: (H, F). gate_bias, up_bias: (F,), down_bias: (H,), or None. activation: one of `ACTIVATIONS`."""
+    """gate, up: (F, H). down: (H, F). gate_bias, up_bias: (F,), down_bias: (H,), or None. activation: one of `ACTIVATIONS`.
+
+    scales: of weights in eight bits; activations are then rounded on the way (`kernels.int8`). dtype: what is computed in.
+    """
 
     gate: Tensor
     up: Tensor
@@ -45,6 +51,13 @@ class FFN:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    scales: Scales | None = None
+    compute: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of tokens and biases: that of the weights, but for weights in eight bits."""
+        return self.compute or self.gate.dtype
 
     @property
     def neurons(self) -> int:
@@ -66,15 +79,39 @@ class FFN:
 
     def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., H) -> two (..., F): before the activation, and what it is multiplied by."""
+        if self.scales:
+            rows = x.reshape(-1, x.shape[-1])
+            gate = int8.linear(rows, self.gate, self.scales.gate, self.gate_bias)
+            up = int8.linear(rows, self.up, self.scales.up, self.up_bias)
+            return gate.view(*x.shape[:-1], -1), up.view(*x.shape[:-1], -1)
         return F.linear(x, self.gate, self.gate_bias), F.linear(x, self.up, self.up_bias)
 
     def output(self, h: Tensor) -> Tensor:
         """(..., F) -> (..., H)."""
+        if self.scales:
+            y = int8.down(h.reshape(-1, h.shape[-1]), self.down.t(), self.scales.down)
+            y = y if self.down_bias is None else y + self.down_bias
+            return y.view(*h.shape[:-1], -1).to(self.dtype)
         return F.linear(h, self.down, self.down_bias)
+
+    @torch.no_grad()
+    def int8(self) -> FFN:
+        """The same with weights in eight bits, each row (of down: each channel of H) over its largest magnitude / 127."""
+        (gate, g), (up, u), (down, d) = map(int8.rounded, (self.gate, self.up, self.down))
+        down = down.t().contiguous().t()  # rows of down^T are what the kernel reads
+        return replace(
+            self, gate=gate, up=up, down=down, scales=Scales(g, u, d), compute=self.dtype,
+            **{f"{name}_bias": None if bias is None else bias.detach() for name, bias in self._biases.items()},
+        )  # fmt: skip
+
+    @property
+    def _biases(self) -> dict[str, Tensor | None]:
+        return {"gate": self.gate_bias, "up": self.up_bias, "down": self.down_bias}
 
     def down_norm(self) -> Tensor:
         """(F,): the length of each neuron's column of down. fp32."""
-        return self.down.float().norm(dim=0)
+        down = self.down.float()
+        return (down if self.scales is None else down * self.scales.down[:, None]).norm(dim=0)
 
     def importance(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, F): (h_tj ||down_j||)^2, the energy that neuron j adds to token t's output. fp32. Ours."""

@@ -13,12 +13,13 @@ import torch
 
 from fastfill import kernels
 from fastfill.compensator import Compensator
+from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
 from fastfill.families import ModuleFFN
 from fastfill.ffn import FFN
 from fastfill.kernels import Kernel
 from fastfill.predictor import Predictor
-from fastfill.sparse_ffn import SparseFFN
+from fastfill.sparse_ffn import AllNeurons, SparseFFN
 
 SAMPLE = 64  # entries of each layer's down that every call compares: 1 in 14,000 of SmolLM2's
 
@@ -29,8 +30,8 @@ Learned = Callable[[torch.Tensor], tuple[Predictor, Compensator | None]]
 class Follower:
     """One layer: its module, and the sparse FFN that stands in for it."""
 
-    def __init__(self, part: ModuleFFN, kept: int, learned: Learned, kernel: str | Kernel):
-        self.part, self._learned, self._kernel = part, learned, kernel
+    def __init__(self, part: ModuleFFN, kept: int, learned: Learned, kernel: str | Kernel, config: PrefillConfig):
+        self.part, self._learned, self._kernel, self._config = part, learned, kernel, config
         self._stamps: list[Any] = []
         self._chosen: dict[Any, Kernel] = {}  # type and device of the weights -> kernel
         self.ffn = SparseFFN(dense=part.module.forward, kept=kept, **self._made(kept))
@@ -38,10 +39,10 @@ class Follower:
     def choose(self, kernel: Kernel) -> None:
         """Take this kernel, as long as the weights have the type and the device that they have now; not where it cannot run
         on them, as on a layer that lies elsewhere than the others."""
-        gate = self.ffn.ffn.gate
+        ffn = self.ffn.ffn
         if kernel.name not in (self.ffn.kernel.name, "torch"):
             return
-        self._chosen = {(gate.dtype, gate.device): kernel}
+        self._chosen = {(ffn.dtype, ffn.gate.device): kernel}
         self.ffn.kernel = kernel
 
     def renew(self) -> None:
@@ -52,8 +53,8 @@ class Follower:
         return self._stamps != _stamps(self.part.now())
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same few entries of down as it is, and of the copy that was made of it."""
-        return _diagonal(self.part.down), _diagonal(self.ffn.down_t.t())
+        """The same few entries of down as it is, and as it was when the copy was made of it."""
+        return _diagonal(self.part.down), self._sample
 
     @torch.inference_mode(False)  # what is made under inference_mode could not be used outside it
     @torch.no_grad()
@@ -65,9 +66,15 @@ class Follower:
             raise UserError(str(error)) from error
         kernel = self._chosen.get((ffn.gate.dtype, ffn.gate.device), kernel)
         predictor, compensator = self._learned(ffn.gate)
-        down_t = ffn.down.t().contiguous() if kept < ffn.neurons else ffn.down.new_empty(0)
-        self._stamps = _stamps(ffn)
-        return {"ffn": ffn, "down_t": down_t, "predictor": predictor, "compensator": compensator, "kernel": kernel}
+        self._stamps, self._sample = _stamps(ffn), _diagonal(ffn.down.detach()).clone()
+        eight = self._config.weights == "int8"
+        if eight and ffn.gate.device.type != "cpu":
+            raise UserError(f'weights="int8" runs on the CPU, and this model is on {ffn.gate.device}.')
+        ffn = ffn.int8() if eight else ffn
+        down_t = ffn.down.t().contiguous() if eight or kept < ffn.neurons else ffn.down.new_empty(0)
+        made = {"ffn": ffn, "down_t": down_t, "predictor": predictor, "compensator": compensator, "kernel": kernel}
+        all_neurons = AllNeurons(ffn, down_t, kernel) if eight else None
+        return made | {"all_neurons": all_neurons, "dense_int8": self._config.dense == "int8"}
 
 
 def follow(followers: Sequence[Follower]) -> bool:
@@ -83,10 +90,10 @@ def follow(followers: Sequence[Follower]) -> bool:
 
 @torch.no_grad()
 def _same_samples(layers: Sequence[Follower]) -> bool:
-    for device in {layer.ffn.down_t.device for layer in layers}:
+    for device in {layer.part.down.device for layer in layers}:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             continue  # the host cannot look at anything now
-        here = [layer.sample() for layer in layers if layer.ffn.down_t.device == device]
+        here = [layer.sample() for layer in layers if layer.part.down.device == device]
         now, then = (torch.cat(parts).view(torch.uint8) for parts in zip(*here, strict=True))  # bytes: NaN equals NaN
         if not torch.equal(now, then):
             return False

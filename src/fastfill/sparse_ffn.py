@@ -25,6 +25,8 @@ from fastfill.predictor import Predictor
 current_plan: ContextVar[Plan | None] = ContextVar("fastfill_plan", default=None)
 # Whether such a call is running at all: a dense one has no plan either.
 in_call: ContextVar[bool] = ContextVar("fastfill_in_call", default=False)
+# Whether the model computes as it was loaded, though eight bits are asked for: inside `Attachment.dense()`.
+as_loaded: ContextVar[bool] = ContextVar("fastfill_as_loaded", default=False)
 
 # Told of each step of a sparse forward: (step, layer's FFN, plan, what it gave). The steps in their order, and what they give:
 #   "input" (batch * T, H), "scores" (N, F), "selected" ids (N, K), "corrected" (batch * T, H) or None, "output" (batch * T, H).
@@ -37,7 +39,8 @@ class SparseFFN:
     """Stands in for the forward of one FFN module.
 
     dense: that forward. ffn: its weights. down_t: (F, H), a copy of its down, transposed. kept: K. taps: observers, clocks.
-    on: False passes every call to `dense`.
+    all_neurons: the dense FFN in eight bits, where weights are: for layers that skip nothing, with dense_int8 for calls without
+    a plan. on: False passes every call to `dense`.
     """
 
     dense: Callable[[torch.Tensor], torch.Tensor]
@@ -47,13 +50,21 @@ class SparseFFN:
     predictor: Predictor
     compensator: Compensator | None
     kernel: Kernel
+    all_neurons: AllNeurons | None = None
+    dense_int8: bool = False
     taps: list[Tap] = field(default_factory=list, repr=False)
     on: bool = True
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What is held beside the model's own weights: transposed down, predictor, compensator."""
-        parts = [self.down_t, *vars(self.predictor).values(), *(vars(self.compensator).values() if self.compensator else ())]
+        eight = (self.ffn.gate, self.ffn.up, *self.ffn.scales) if self.ffn.scales else ()
+        parts = [
+            self.down_t,
+            *eight,
+            *vars(self.predictor).values(),
+            *(vars(self.compensator).values() if self.compensator else ()),
+        ]
         return [part for part in parts if isinstance(part, torch.Tensor)]
 
     @property
@@ -63,13 +74,17 @@ class SparseFFN:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, T, H) -> (batch, T, H)."""
         plan = current_plan.get()
-        if not self.on or self.kept == self.ffn.neurons:
+        if not self.on or (self.kept == self.ffn.neurons and self.all_neurons is None):
             return self.dense(x)
         if plan is None or x.shape[:-1] != (plan.batch, plan.tokens):
             _refuse_recomputation()
-            return self.dense(x)
+            eight = self.dense_int8 and self.all_neurons and not as_loaded.get()
+            return self.all_neurons(x) if eight else self.dense(x)
+        if self.all_neurons and self.kept == self.ffn.neurons:
+            plan.runs.append(True)
+            return self.all_neurons(x)
         with torch.autocast(x.device.type, enabled=False):  # the weights' type is computed in, autocast or not
-            return self._sparse(x.reshape(-1, x.shape[-1]).to(self.ffn.gate.dtype), plan).view_as(x).to(x.dtype)
+            return self._sparse(x.reshape(-1, x.shape[-1]).to(self.ffn.dtype), plan).view_as(x).to(x.dtype)
 
     def _sparse(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         """x: (batch * T, H) -> (batch * T, H)."""
@@ -121,7 +136,7 @@ class AllNeurons:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, T, H) -> (batch, T, H)."""
-        rows = x.reshape(-1, x.shape[-1]).to(self.ffn.gate.dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(self.ffn.dtype)
         init = None if self.ffn.down_bias is None else self.ffn.down_bias.expand_as(rows).clone()
         return self.kernel.sparse_ffn(rows, self.ffn, self.down_t, self.ids, init=init).view_as(x).to(x.dtype)
 

@@ -67,7 +67,8 @@ def settings_options(sub: argparse.ArgumentParser, **other_names: str) -> None:
     """An option for each field of `PrefillConfig`, in place of the artifact's. other_names: options of another name."""
     for field in dataclasses.fields(PrefillConfig):
         name, text = other_names.get(field.name, option_of(field.name)), field.metadata["help"]
-        sub.add_argument(name, dest=field.name, type=type(field.default), help=f"{text} (default: the artifact's)")
+        kind, choices = type(field.default), field.metadata.get("choices")
+        sub.add_argument(name, dest=field.name, type=kind, choices=choices, help=f"{text} (default: the artifact's)")
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

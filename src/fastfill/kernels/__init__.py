@@ -17,10 +17,11 @@ from torch import Tensor
 from . import contract, cpu, torch_ref
 from .contract import Bounds
 from .contract import check_ids as _check_ids
+from .int8 import Scales
 
 __all__ = [
-    "ACTIVATIONS", "Bounds", "Kernel", "available", "block_scores", "choose", "compensate", "describe", "release", "resolve",
-    "scratch_bytes", "sparse_ffn", "top_k",
+    "ACTIVATIONS", "Bounds", "Kernel", "Scales", "available", "block_scores", "choose", "compensate", "describe", "release",
+    "resolve", "scratch_bytes", "sparse_ffn", "top_k",
 ]  # fmt: skip
 
 KERNELS = ("native", "triton", "torch")
@@ -255,6 +256,7 @@ def sparse_ffn(
     up_bias: Tensor | None = None,
     init: Tensor | None = None,
     out: Tensor | None = None,
+    scales: Scales | None = None,
     kernel: "str | Kernel" = "auto",
 ) -> Tensor:
     """FFN of ``N`` blocks of tokens, each with the neurons it keeps: per block
@@ -274,6 +276,7 @@ def sparse_ffn(
         init: ``(T, H)`` added to the result (the compensator's output), or None.
         out: ``(T, H)`` to write into, each element in a place of its own; may be ``init`` itself, must not overlap anything
             else that is read. None: a new tensor.
+        scales: of int8 weights, `int8.Scales`; x and h are then rounded to eight bits, see `int8`. On the CPU only.
         kernel: ``"auto"``, ``"native"``, ``"triton"`` or ``"torch"``, see `choose`; or a `Kernel`.
 
     Returns:
@@ -290,16 +293,22 @@ def sparse_ffn(
     if torch.compiler.is_compiling():  # one opaque node in the graph
         rows, id_offsets = (torch.tensor(b) if isinstance(b, Bounds) else b for b in (rows, id_offsets))
         name = _name(kernel, x, gate, up, down_t, gate_bias, up_bias, init)
-        y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, name)
+        factors = list(scales or ())
+        y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, factors, name)
         return y if out is None else out.copy_(y)
     ops = _ops(kernel, x, gate, up, down_t, gate_bias, up_bias, init, out)
-    bounds, offsets = contract.check(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, out)
+    if scales and (x.device.type != "cpu" or _wants_gradient((x, gate_bias, up_bias, init))):
+        raise ValueError("int8 weights run on the CPU and have no gradient: use torch.no_grad(), or the model's own weights")
+    bounds, offsets = contract.check(
+        x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, out, scales
+    )  # fmt: skip
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat = ids.reshape(-1)
     if ops is not cpu and (CHECK_IDS_ON_GPU or not ids.is_cuda):  # native checks them itself
         _check_ids(flat, offsets, gate.shape[0])
-    ops.sparse_ffn(x, gate, up, down_t, flat, bounds, offsets, activation, gate_bias, up_bias, init, out)
+    more = {"scales": scales} if scales else {}
+    ops.sparse_ffn(x, gate, up, down_t, flat, bounds, offsets, activation, gate_bias, up_bias, init, out, **more)
     return out
 
 
@@ -316,17 +325,18 @@ def _op(
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     init: Tensor | None,
+    scales: list[Tensor],
     kernel: str,
 ) -> Tensor:
     """`sparse_ffn` as a torch operator: no gradient, a new output."""
     return sparse_ffn(
         x, gate, up, down_t, ids, rows=rows, id_offsets=id_offsets, activation=activation,
-        gate_bias=gate_bias, up_bias=up_bias, init=init, kernel=kernel,
+        gate_bias=gate_bias, up_bias=up_bias, init=init, scales=Scales(*scales) if scales else None, kernel=kernel,
     )  # fmt: skip
 
 
 @_op.register_fake
-def _(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, kernel):
+def _(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, scales, kernel):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -343,6 +353,8 @@ class Weights(Protocol):
     def gate_bias(self) -> Tensor | None: ...
     @property
     def up_bias(self) -> Tensor | None: ...
+    @property
+    def scales(self) -> Scales | None: ...
 
 
 @dataclass(frozen=True)
@@ -399,6 +411,7 @@ class Kernel:
             up_bias=ffn.up_bias,
             init=init,
             out=init,
+            scales=ffn.scales,
             kernel=self,
         )
 

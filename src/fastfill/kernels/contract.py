@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import torch_ref
+from .int8 import WIDEST, Scales
 
 LARGEST = 2**31 - 1  # neurons and widths are 32-bit numbers in the kernels
 
@@ -86,6 +87,7 @@ def check(
     up_bias: Tensor | None,
     init: Tensor | None,
     out: Tensor | None,
+    scales: Scales | None = None,
 ) -> tuple[Sequence[int], Sequence[int]]:
     """Raise ValueError for inputs of `sparse_ffn` that do not fit together; else the boundaries of the blocks in x and in
     flat ids."""
@@ -104,9 +106,14 @@ def check(
     for label, t in (("init", init), ("out", out)):
         if t is not None and t.shape != x.shape:
             raise ValueError(f"{label} must be {list(x.shape)} like x, not {list(t.shape)}")
-    for label, t in (("gate", gate), ("up", up), ("down_t", down_t), *biases.items(), ("init", init), ("out", out)):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise ValueError(f"{label} is {t.dtype} on {t.device}, but x is {x.dtype} on {x.device}")
+    weights = {"gate": gate, "up": up, "down_t": down_t}
+    for label, t in {**weights, **biases, "init": init, "out": out}.items():
+        dtype = torch.int8 if scales and label in weights else x.dtype
+        if t is not None and (t.dtype != dtype or t.device != x.device):
+            meant = f"must be {dtype} with scales" if dtype != x.dtype else f"x is {x.dtype}"
+            raise ValueError(f"{label} is {t.dtype} on {t.device}, but {meant} on {x.device}")
+    if scales:
+        check_scales(scales, x, gate.shape[0])
     for label, w in (("gate", gate), ("up", up), ("down_t", down_t)):
         if hidden > 1 and w.stride(1) != 1:  # a copy per call would cost more than the op
             raise ValueError(f"the rows of {label} must be contiguous: make {label}.contiguous() once, ahead")
@@ -128,11 +135,23 @@ def check(
         raise ValueError(f"{n_tokens} tokens do not make {n} equal blocks: give rows")
     else:
         bounds = [i * (n_tokens // n) for i in range(n + 1)]
-    check_memory(x=x, gate=gate, up=up, down_t=down_t, ids=ids, init=init, out=out, **biases)
+    factors = {f"scales.{name}": t for name, t in scales._asdict().items()} if scales else {}
+    check_memory(x=x, gate=gate, up=up, down_t=down_t, ids=ids, init=init, out=out, **biases, **factors)
     if out is not None:
-        read = {"x": x, "gate": gate, "up": up, "down_t": down_t, "ids": ids, **biases}
+        read = {"x": x, "gate": gate, "up": up, "down_t": down_t, "ids": ids, **biases, **factors}
         check_out(out, init, {label: t for label, t in read.items() if t is not None})
     return bounds, offsets
+
+
+def check_scales(scales: Scales, x: Tensor, neurons: int) -> None:
+    """Raise ValueError unless the scales are those of F neurons and of the columns of x (T, H)."""
+    for label, t, n in (("gate", scales.gate, neurons), ("up", scales.up, neurons), ("down", scales.down, x.shape[1])):
+        if t.shape != (n,) or t.dtype != torch.float32 or t.device != x.device:
+            raise ValueError(
+                f"the scales of {label} must be ({n},) float32 on {x.device}, not {list(t.shape)} {t.dtype} on {t.device}"
+            )
+    if x.shape[1] > WIDEST:
+        raise ValueError(f"int8 weights have at most {WIDEST} columns, not {x.shape[1]}: their sums would leave 32 bits")
 
 
 def check_memory(**tensors: Tensor | None) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fastfill.errors import UserError
 
+from .int8 import Scales
+
 INTERFACE = 3  # FASTFILL_INTERFACE of csrc/fastfill.h
 ISA_VARIABLE = "FASTFILL_ISA"  # environment variable: name of the instruction set to run, for tests
 
@@ -203,7 +205,7 @@ def sparse_ffn(
     up_bias: Tensor | None,
     init: Tensor | None,
     out: Tensor,
-    scales: Sequence[Tensor] = (),
+    scales: Scales | None = None,
 ) -> None:
     """As `torch_ref.sparse_ffn`. Shapes and dtypes are checked by the caller, the ids here (in C++)."""
     lib = _library()
@@ -211,7 +213,7 @@ def sparse_ffn(
     x = _unit_rows(x)
     gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
     init = None if init is None else _unit_rows(init)
-    scales = [scale.contiguous() for scale in scales]
+    scaled = {} if scales is None else {f"{name}_scale": scale.contiguous() for name, scale in scales._asdict().items()}
     target = out if out.stride(1) == 1 or out.shape[1] == 1 else torch.empty(out.shape, dtype=out.dtype)
     n = len(rows)
     call = _Call(
@@ -222,7 +224,7 @@ def sparse_ffn(
         gate_bias=None if gate_bias is None else gate_bias.data_ptr(),
         up_bias=None if up_bias is None else up_bias.data_ptr(),
         init=None if init is None else init.data_ptr(),
-        **{f"{name}_scale": scale.data_ptr() for name, scale in zip(("gate", "up", "down"), scales, strict=False)},
+        **{name: scale.data_ptr() for name, scale in scaled.items()},
         out=target.data_ptr(),
         ids=ids.data_ptr(),
         rows=(c_int64 * n)(*rows),

@@ -1,0 +1,66 @@
+"""Eight bits (W8A8) in plain torch: what csrc/int8.h computes, bit for bit where the activation is.
+
+Weights are int8 with a scale per output channel, symmetric, as llm-compressor writes them. Activations are rounded on the way:
+a scale per token, and for h, between the halves, one per token and chunk of `H_CHUNK` neurons. A scale is the largest
+magnitude over 127; sums are exact integers. `down` keeps its scale per channel of H: one per neuron could not be pulled out of
+the sum. Chunks follow the neurons' ids, so a choice of neurons changes no chunk's borders.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+H_CHUNK = 1024  # FASTFILL_H_CHUNK of csrc/fastfill.h
+SMALLEST = 2.0**-100  # below it everything is zero
+WIDEST = 2**16  # columns of a weight: more could leave 32 bits
+
+
+class Scales(NamedTuple):
+    """Of an FFN's weights. gate, up: (F,), down: (H,). fp32."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) -> int8 (N, K) and fp32 scales (N,): each row over its largest magnitude / 127, to nearest, ties to even.
+
+    A row of zeros has the scale 0; one with NaN or infinity has the scale NaN.
+    """
+    x = x.float()
+    top = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    small, bad = top < SMALLEST, ~top.isfinite()
+    # A tensor, not a number, is divided: torch multiplies 127 with a reciprocal, which rounds twice.
+    inverse = torch.where(small | bad, 0, torch.full_like(top, 127) / top)
+    scale = torch.where(bad, torch.nan, torch.where(small, 0, top / 127))
+    return (x * inverse).nan_to_num(0, 0, 0).round_().to(torch.int8), scale.squeeze(-1)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """int8 (T, K) and int8 (N, K) -> a b^T (T, N), exact integers in fp32."""
+    if a.device.type == "cpu":
+        return torch._int_mm(a, b.t()).float()
+    return (a.double() @ b.double().t()).float()
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (T, K), int8 weight (N, K), scale (N,) -> x (scale weight)^T + bias (T, N), in fp32."""
+    q, by = rounded(x)
+    y = product(q, weight).mul_(by[:, None] * scale)
+    return y if bias is None else y.add_(bias.float())
+
+
+def down(h: Tensor, weight_t: Tensor, scale: Tensor, ids: Tensor | None = None) -> Tensor:
+    """h (T, K) of the neurons ids (K,) (None: all), their int8 rows weight_t (K, H), scale (H,) -> (T, H) in fp32."""
+    neurons = torch.arange(len(weight_t), device=h.device) if ids is None else ids
+    last = int(neurons[-1]) if len(neurons) else -1
+    starts = torch.arange(0, last + 1 + H_CHUNK, H_CHUNK, device=h.device, dtype=neurons.dtype)
+    cuts: list[int] = torch.searchsorted(neurons, starts).tolist()
+    y = h.new_zeros(len(h), weight_t.shape[1], dtype=torch.float32)
+    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+        if begin < end:
+            q, by = rounded(h[:, begin:end])
+            y += product(q, weight_t[begin:end].t()).mul_(by[:, None])
+    return y.mul_(scale)
