@@ -550,7 +550,7 @@ def test_a_library_of_another_interface_is_refused(monkeypatch):
 
     monkeypatch.setattr(cpu.ctypes, "CDLL", Older)
     monkeypatch.setattr(cpu, "_library_file", lambda: Path("_native.so"))
-    assert "interface 1, not 2): install fastfill again" in cpu._load.__wrapped__()
+    assert f"interface 1, not {cpu.INTERFACE}): install fastfill again" in cpu._load.__wrapped__()
 
 
 @pytest.mark.parametrize("name", ["x", "up_bias"])
@@ -568,7 +568,7 @@ def test_gradients_take_the_torch_path(name):
 def test_custom_op(name):
     p = problem([16, 9], [30, 31], 48, 100, torch.float32, biases=True)
     args = (p["x"], p["gate"], p["up"], p["down_t"], p["ids"], p["rows"], p["id_offsets"], "silu")
-    args = (*args, p["gate_bias"], p["up_bias"], p["init"], name)
+    args = (*args, p["gate_bias"], p["up_bias"], p["init"], [], name)
     torch.library.opcheck(kernels._op, args)
     graphs = []
 
@@ -586,11 +586,15 @@ def test_custom_op(name):
 def test_sanitizers(tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer over all instruction sets, in buffers without spare room."""
     flags = ["-std=c++17", "-O0", "-g1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = {"driver": [], "sparse_ffn": [], "predict": [], "check": [], "isa_portable": []}
+    exact = ["-ffp-contract=off"]
+    sources = {"driver": [], "sparse_ffn": [], "predict": [], "check": [], "isa_portable": [], "int8_portable": exact}
     if platform.machine() in ("x86_64", "AMD64"):
         avx512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
         flags.append("-DFASTFILL_X86")
-        sources |= {"isa_avx2": ["-mavx2", "-mfma"], "isa_avx512": avx512, "isa_avx512_bf16": [*avx512, "-mavx512bf16"]}
+        avx2 = ["-mavx2", "-mfma"]
+        sources |= {"isa_avx2": avx2, "isa_avx512": avx512, "isa_avx512_bf16": [*avx512, "-mavx512bf16"]}
+        sources |= {"int8_avx2": [*avx2, *exact], "int8_avx_vnni": [*avx2, "-mavxvnni", *exact]}
+        sources |= {"int8_avx512_vnni": [*avx512, "-mavx512vnni", *exact]}
     jobs = [
         subprocess.Popen(["g++", *flags, *extra, "-c", CSRC / f"{name}.cpp", "-o", tmp_path / f"{name}.o"])
         for name, extra in sources.items()

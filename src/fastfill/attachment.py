@@ -104,8 +104,10 @@ class Attachment:
         `weight.data[:, 3] = 0`. Raises UserError if the weights cannot be followed (an adapter was put on an FFN).
         """
         with self._lock:
-            for part in (*self._followers, *self._projections):
-                part.renew()
+            for follower in self._followers:
+                follower.renew()
+            for projection in self._projections:
+                projection.renew()
             self._check_partner()
 
     def _follow(self) -> None:
@@ -157,8 +159,10 @@ class Attachment:
 
     def _restore(self) -> None:
         if not self._attached and not self._open:
-            for part in (*self.ffns, *self._projections):
-                part.on = False  # somebody may have put theirs on top of it
+            for sparse in self.ffns:
+                sparse.on = False  # somebody may have put theirs on top of it
+            for projection in self._projections:
+                projection.on = False
             self._swaps.undo()
 
     def __reduce__(self) -> tuple[Any, ...]:

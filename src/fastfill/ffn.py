@@ -6,7 +6,7 @@ T tokens, H hidden size, F intermediate size. A neuron is a row of gate, a row o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -99,14 +99,9 @@ class FFN:
         """The same with weights in eight bits, each row (of down: each channel of H) over its largest magnitude / 127."""
         (gate, g), (up, u), (down, d) = map(int8.rounded, (self.gate, self.up, self.down))
         down = down.t().contiguous().t()  # rows of down^T are what the kernel reads
-        return replace(
-            self, gate=gate, up=up, down=down, scales=Scales(g, u, d), compute=self.dtype,
-            **{f"{name}_bias": None if bias is None else bias.detach() for name, bias in self._biases.items()},
-        )  # fmt: skip
-
-    @property
-    def _biases(self) -> dict[str, Tensor | None]:
-        return {"gate": self.gate_bias, "up": self.up_bias, "down": self.down_bias}
+        biases = (self.gate_bias, self.up_bias, self.down_bias)
+        b, c, e = (None if bias is None else bias.detach() for bias in biases)
+        return FFN(gate, up, down, self.activation, b, c, e, Scales(g, u, d), self.dtype)
 
     def down_norm(self) -> Tensor:
         """(F,): the length of each neuron's column of down. fp32."""

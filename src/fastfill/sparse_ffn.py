@@ -39,8 +39,8 @@ class SparseFFN:
     """Stands in for the forward of one FFN module.
 
     dense: that forward. ffn: its weights. down_t: (F, H), a copy of its down, transposed. kept: K. taps: observers, clocks.
-    all_neurons: the dense FFN in eight bits, where weights are: for layers that skip nothing, with dense_int8 for calls without
-    a plan. on: False passes every call to `dense`.
+    on: False passes every call to `dense`. all_neurons: the dense FFN in eight bits, where the weights are: for layers that skip
+    nothing, with dense_int8 for calls without a plan.
     """
 
     dense: Callable[[torch.Tensor], torch.Tensor]
@@ -50,10 +50,10 @@ class SparseFFN:
     predictor: Predictor
     compensator: Compensator | None
     kernel: Kernel
-    all_neurons: AllNeurons | None = None
-    dense_int8: bool = False
     taps: list[Tap] = field(default_factory=list, repr=False)
     on: bool = True
+    all_neurons: AllNeurons | None = None
+    dense_int8: bool = False
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -74,15 +74,15 @@ class SparseFFN:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, T, H) -> (batch, T, H)."""
         plan = current_plan.get()
-        if not self.on or (self.kept == self.ffn.neurons and self.all_neurons is None):
+        eight, thin = self.all_neurons, self.kept < self.ffn.neurons
+        if not self.on or not (thin or eight):
             return self.dense(x)
         if plan is None or x.shape[:-1] != (plan.batch, plan.tokens):
             _refuse_recomputation()
-            eight = self.dense_int8 and self.all_neurons and not as_loaded.get()
-            return self.all_neurons(x) if eight else self.dense(x)
-        if self.all_neurons and self.kept == self.ffn.neurons:
+            return eight(x) if eight and self.dense_int8 and not as_loaded.get() else self.dense(x)
+        if eight and not thin:
             plan.runs.append(True)
-            return self.all_neurons(x)
+            return eight(x)
         with torch.autocast(x.device.type, enabled=False):  # the weights' type is computed in, autocast or not
             return self._sparse(x.reshape(-1, x.shape[-1]).to(self.ffn.dtype), plan).view_as(x).to(x.dtype)
 

@@ -6,6 +6,7 @@ magnitude over 127; sums are exact integers. `down` keeps its scale per channel 
 the sum. Chunks follow the neurons' ids, so a choice of neurons changes no chunk's borders.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def down(h: Tensor, weight_t: Tensor, scale: Tensor, ids: Tensor | None = None) 
     starts = torch.arange(0, last + 1 + H_CHUNK, H_CHUNK, device=h.device, dtype=neurons.dtype)
     cuts: list[int] = torch.searchsorted(neurons, starts).tolist()
     y = h.new_zeros(len(h), weight_t.shape[1], dtype=torch.float32)
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in pairwise(cuts):
         if begin < end:
             q, by = rounded(h[:, begin:end])
             y += product(q, weight_t[begin:end].t()).mul_(by[:, None])
