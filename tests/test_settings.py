@@ -15,9 +15,9 @@ from fastfill.lab.published import Attacher
 from fastfill.vllm_plugin import settings as vllm
 
 OTHER = {  # a value for each field that is neither the default nor PREFILL's
-    field.name: {float: lambda value: value / 2, int: lambda value: value + 67, bool: lambda value: not value}[
-        type(field.default)
-    ](field.default)
+    field.name: {float: lambda value: value / 2, int: lambda value: value + 67, str: lambda _: "int8"}[type(field.default)](
+        field.default
+    )
     for field in dataclasses.fields(PrefillConfig)
 }
 COMMANDS = {
@@ -107,6 +107,8 @@ def test_vllm_changes_nothing_of_an_artifact_but_from_where_on_prompts_are_spars
         ({"sparsty": 0.3}, r"'sparsty' is no setting of the prefill; there are sparsity, block_size, dense_head, min_tokens"),
         ({"prefill": 0.3}, r"prefill must be a fastfill.PrefillConfig, not 0.3"),
         ({"sparsity": 0.96}, r"sparsity must lie in \[0, 0.95\]"),
+        ({"weights": "int4"}, "weights must be model or int8, not 'int4'"),
+        ({"dense_weights": "int8"}, 'dense_weights="int8" needs weights="int8"'),
         ({"dense_head": -1}, r"dense_head must be a whole number of at least 0"),
         ({"kernel": "fast"}, "native, triton, torch"),
     ],

@@ -58,7 +58,9 @@ class Attachment:
         self.kept = [ffn.kept for ffn in self.ffns]
         self._anatomy, self._artifact, self._followers = anatomy, artifact, followers
         eight = config.weights == "int8"
-        self._projections: list[Projection] = projections.of(anatomy.attentions, config.dense == "int8") if eight else []
+        self._projections: list[Projection] = (
+            projections.of(anatomy.attentions, config.dense_weights == "int8") if eight else []
+        )
         thins = any(ffn.kept < anatomy.intermediate for ffn in self.ffns)  # False at sparsity 0: all of it is dense
         self._calls = Calls(config, list(inspect.signature(anatomy.base.forward).parameters), thins, gains)
         self.stats = self._calls.stats

@@ -45,7 +45,7 @@ class PrefillConfig:
         computed: in a conversation the tails of earlier prompts are dense, too.
     weights: "model" computes with the model's own. "int8" rounds those of the FFNs, and of the attention's projections, to
         eight bits, and their inputs on the way, for prompts with sparse blocks, dense head and tail included. On the CPU.
-    dense: the same choice for what is no such prompt: decode, short prompts. "int8" needs weights="int8".
+    dense_weights: the same choice for what is no such prompt: decode, short prompts. "int8" needs weights="int8".
     """
 
     sparsity: float = _setting(0.5, f"share of FFN neurons skipped, 0 to {MAX_SPARSITY}")
@@ -54,7 +54,7 @@ class PrefillConfig:
     min_tokens: int = _setting(256, "shorter prompts stay dense", least=1)
     dense_tail: int = _setting(64, "last tokens of a prompt that stay dense")
     weights: str = _choice("what sparse prompts are computed with")
-    dense: str = _choice("what decode and short prompts are computed with")
+    dense_weights: str = _choice("what decode and short prompts are computed with")
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
@@ -64,8 +64,10 @@ class PrefillConfig:
                 check_integer(item.name, value, *item.metadata["range"])
             if type(item.default) is str and value not in item.metadata["choices"]:
                 raise UserError(f"{item.name} must be {' or '.join(item.metadata['choices'])}, not {quoted(value)}.")
-        if self.dense == "int8" and self.weights != "int8":
-            raise UserError('dense="int8" needs weights="int8": the copy of the weights in eight bits is made for both.')
+        if self.dense_weights == "int8" and self.weights != "int8":
+            raise UserError(
+                'dense_weights="int8" needs weights="int8": the copy of the weights in eight bits is made for both.'
+            )
 
     def with_(self, **fields: Any) -> PrefillConfig:
         """These settings with the given fields in place of their own; None leaves one as it is.

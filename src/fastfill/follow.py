@@ -74,7 +74,7 @@ class Follower:
         down_t = ffn.down.t().contiguous() if eight or kept < ffn.neurons else ffn.down.new_empty(0)
         made = {"ffn": ffn, "down_t": down_t, "predictor": predictor, "compensator": compensator, "kernel": kernel}
         all_neurons = AllNeurons(ffn, down_t, kernel) if eight else None
-        return made | {"all_neurons": all_neurons, "dense_int8": self._config.dense == "int8"}
+        return made | {"all_neurons": all_neurons, "dense_int8": self._config.dense_weights == "int8"}
 
 
 def follow(followers: Sequence[Follower]) -> bool:

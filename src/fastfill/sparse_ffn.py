@@ -39,8 +39,8 @@ class SparseFFN:
     """Stands in for the forward of one FFN module.
 
     dense: that forward. ffn: its weights. down_t: (F, H), a copy of its down, transposed. kept: K. taps: observers, clocks.
-    on: False passes every call to `dense`. all_neurons: the dense FFN in eight bits, where the weights are: for layers that skip
-    nothing, with dense_int8 for calls without a plan.
+    on: False passes every call to `dense`. all_neurons: the dense FFN in eight bits, where the weights are: for layers that
+    skip nothing, with dense_int8 for calls without a plan.
     """
 
     dense: Callable[[torch.Tensor], torch.Tensor]

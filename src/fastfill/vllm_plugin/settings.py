@@ -100,6 +100,8 @@ def configure(vllm_config: Any) -> None:
         raise UserError("one_copy is for CPUs; elsewhere vLLM's own copy of gate and up is the one that is used.")
     artifact = artifacts.load(settings.artifact)
     prefill = in_force(artifact, settings.fields)
+    if prefill.weights != "model":
+        raise UserError('weights="int8" rounds a transformers model; for vLLM the checkpoint itself must be in eight bits.')
     say_later_start(prefill, artifact, settings.fields)
     settings = dataclasses.replace(settings, fields=cfg.to_dict(prefill))
     if settings.one_copy and prefill.sparsity == 0:
