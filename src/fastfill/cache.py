@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from fastfill.errors import UserError
 from fastfill.progress import waiting
 
-_SEAL = "whole.json"  # written last: name and size of every other file
+SEAL = "whole.json"  # written last: name and size of every other file
 
 
 def cache_dir() -> Path:
@@ -66,7 +66,7 @@ def folder(name: str, make: Callable[[Path], None], size: int) -> Path:
 def _whole(target: Path) -> bool:
     """Whether all files are there that were written, in full length."""
     try:
-        sizes = json.loads((target / _SEAL).read_text())
+        sizes = json.loads((target / SEAL).read_text())
         return bool(sizes) and all((target / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError, TypeError):
         return False
@@ -78,8 +78,8 @@ def _seal(target: Path) -> None:
     for file in files:
         file.chmod(target.stat().st_mode & 0o666)  # safetensors writes for the owner alone, the folder knows the umask
         _sync(file)
-    (target / _SEAL).write_text(json.dumps({file.name: file.stat().st_size for file in files}))
-    _sync(target / _SEAL)
+    (target / SEAL).write_text(json.dumps({file.name: file.stat().st_size for file in files}))
+    _sync(target / SEAL)
     _sync(target)
 
 
