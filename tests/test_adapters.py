@@ -208,10 +208,3 @@ def test_an_artifact_without_the_fingerprints_knows_what_it_knew(model, tmp_path
     with pytest.raises(UserError, match="fp16") as error:
         attach(model.half(), old)
     one_sentence(error)
-
-
-def test_the_fingerprints_are_kept_in_the_folder(model, tmp_path):
-    artifact = tiny_artifact(model)
-    artifacts.save(artifact, tmp_path / "new")
-    assert set(artifact.base_model["fingerprints"]) == {"fp16", "outside_bf16", "outside_fp16"}
-    assert artifacts.load(tmp_path / "new").base_model == artifact.base_model

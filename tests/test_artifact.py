@@ -18,7 +18,6 @@ from conftest import (
     one_sentence,
     snapshot,
     tiny_artifact,
-    tiny_model,
     token_ids,
 )
 from safetensors.torch import load_file, save_file
@@ -113,14 +112,10 @@ def test_the_correction_is_scaled_by_the_share_that_is_skipped(model):
 # name -> (what is done to a good folder, words that the sentence must have)
 DAMAGES = {
     "no folder": (shutil.rmtree, "config.json is missing"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "no weights": (lambda f: (f / "weights.safetensors").unlink(), "weights.safetensors is missing"),
     "truncated weights": (lambda f: cut(f / "weights.safetensors", 0.5), "truncated or damaged"),
     "header cut": (lambda f: cut(f / "weights.safetensors", 0.01), "truncated or damaged"),
-    "empty weights": (lambda f: (f / "weights.safetensors").write_bytes(b""), "truncated or damaged"),
-    "garbage weights": (lambda f: (f / "weights.safetensors").write_bytes(b"\xff" * 1000), "truncated or damaged"),
     "truncated config": (lambda f: cut(f / "config.json", 0.5), "cannot be read as JSON"),
-    "binary config": (lambda f: (f / "config.json").write_bytes(b"\x80\x81"), "cannot be read as JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
     "unknown key": (lambda f: edit(f, lambda d: d.update(extra=1)), "unknown key.*extra"),
     "unknown prefill key": (lambda f: edit(f, lambda d: d["prefill"].update(tempo=1)), "prefill has unknown key.*tempo"),
@@ -128,15 +123,10 @@ DAMAGES = {
     "unknown rank": (lambda f: edit(f, lambda d: d["ranks"].update(extra=1)), "ranks has unknown key.*extra"),
     "missing key": (lambda f: edit(f, lambda d: d.pop("ranks")), "lacks ranks"),
     "no schema": (lambda f: edit(f, lambda d: d.pop("schema_version")), "schema_version"),
-    "newer schema": (lambda f: edit(f, lambda d: d.update(schema_version=4)), "schema version 4.*upgrade fastfill"),
-    "newer schema, other keys": (lambda f: edit(f, lambda d: d.update(schema_version=9, new=1)), "version 9.*upgrade"),
+    "newer schema": (lambda f: edit(f, lambda d: d.update(schema_version=4, new=1)), "schema version 4.*upgrade fastfill"),
     "sparsity out of range": (lambda f: edit(f, lambda d: d["prefill"].update(sparsity=1.5)), "sparsity must lie in"),
-    "size is a word": (lambda f: edit(f, lambda d: d["base_model"].update(layers="three")), "layers must be a whole number"),
-    "rank is negative": (lambda f: edit(f, lambda d: d["ranks"].update(silu=-1)), "silu must be a whole number"),
     "too few importances": (lambda f: edit(f, lambda d: d["layer_importance"].pop()), "3 positive numbers"),
     "importance is NaN": (lambda f: edit(f, lambda d: d.update(layer_importance=[1, float("nan"), 1])), "3 positive numbers"),
-    "record is a list": (lambda f: edit(f, lambda d: d.update(calibration=[1])), "calibration must be a JSON object"),
-    "quality is a word": (lambda f: edit(f, lambda d: d.update(quality="good")), "quality must be a JSON object"),
     "NaN": (lambda f: edit_weights(f, lambda t: t["layers.1.predictor.bias"].fill_(float("nan"))), "predictor.bias holds NaN"),
     "one infinity": (lambda f: edit_weights(f, poke), "w_in holds NaN"),
     "integers": (
@@ -167,88 +157,57 @@ def set_in(*path, value):
 LONG = "x" * 100_000
 FIELDS = [  # (path, a value that it must not have, words)
     (("schema_version",), True, "schema_version"),
-    (("schema_version",), 1.0, "schema_version"),
     (("schema_version",), 0, "schema_version"),
     (("base_model", "hidden_size"), 2**40, "hidden_size must be a whole number of at most"),
     (("base_model", "layers"), 10**9, "layers must be a whole number of at most"),
-    (("base_model", "layers"), True, "layers must be a whole number"),
-    (("base_model", "name"), 3, "name must be one line"),
+    (("base_model", "layers"), "three", "layers must be a whole number"),
     (("base_model", "name"), "a\x1b[2Jb", "name must be one line"),
-    (("base_model", "name"), "a\nb", "name must be one line"),
-    (("base_model", "name"), "a\u202eb", "name must be one line"),
-    (("base_model", "name"), "\ud800", "name must be one line"),
     (("base_model", "name"), LONG, "name must be one line"),
     (("base_model", "model_type"), None, "model_type must be one line"),
     (("base_model", "fingerprint"), ["x"], "fingerprint must be one line"),
-    (("base_model",), LONG, "base_model must be a JSON object"),
-    (("prefill", "sparsity"), True, "prefill: sparsity must lie in"),
     (("prefill", "sparsity"), "0.5", "prefill: sparsity must lie in"),
     (("prefill", "block_size"), 2.5, "prefill: block_size must be a whole number"),
     (("prefill", "block_size"), 2**30, "prefill: block_size must be a whole number of at most"),
-    (("prefill", "min_tokens"), 10**19, "prefill: min_tokens must be a whole number of at most"),
     (("prefill", "dense_tail"), [LONG] * 10, "prefill: dense_tail must be a whole number"),
     (("prefill",), [], "prefill must be a JSON object"),
     (("prefill",), {}, "not what was saved"),
     (("prefill", LONG), 1, "prefill has unknown key"),
     (("ranks", "predictor"), HIDDEN + 1, "predictor must be a whole number of at most 32"),
-    (("ranks", "linear"), HIDDEN + 1, "linear must be a whole number of at most 32"),
+    (("ranks", "silu"), -1, "silu must be a whole number"),
     (("layer_importance", 0), 10**18, "checksums|not what was saved"),
     (("layer_importance", 0), True, "3 positive numbers"),
-    (("layer_importance", 0), "1", "3 positive numbers"),
     (("layer_importance", 0), 1e300, "3 positive numbers"),
-    (("layer_importance", 0), [1], "3 positive numbers"),
     (("layer_importance",), {"0": 1}, "3 positive numbers"),
-    (("calibration", "documents"), 3, "documents must be a list of texts"),
     (("calibration", "documents"), "a.txt", "documents must be a list of texts"),
     (("calibration", "document_rows"), [3], "document_rows must be a list of texts"),
     (("calibration", "sequences"), "many", "sequences must be a whole number"),
+    (("calibration",), [1], "calibration must be a JSON object"),
     (("calibration", "seconds"), None, "seconds must be a number"),
-    (("calibration", "loss_first"), "low", "loss_first must be a number"),
-    (("calibration", "machine"), LONG, "machine must be a JSON object"),
-    (("quality", "ppl_dense"), "good", "ppl_dense must be a number"),
+    (("quality",), "good", "quality must be a JSON object"),
     (("quality", "documents"), -1, "documents must be a whole number"),
     (("quality", "predictor"), "\x1b]0;x\x07", "predictor must be one line"),
-    (("quality", "curve"), [1], "must be a JSON object"),
     (("quality", "curve"), [{"from": 0, "to": 8}], "nll_dense must be a number"),
-    (("quality", "sources"), {"a": 1}, "sources must be a list of texts"),
-    (("checksums",), [], "checksums must be a JSON object"),
     (("checksums", "settings"), 1, "settings must be one line"),
     (("checksums", "tensors"), {"a": 1}, "must be one line"),
 ]
 
 
-def raw(text):
-    return lambda folder: (folder / "config.json").write_text(text)
-
-
-def special(name, make):
-    def change(folder):
-        (folder / name).unlink()
-        make(folder / name)
-
-    return change
+def pipe(folder):
+    (folder / "weights.safetensors").unlink()
+    os.mkfifo(folder / "weights.safetensors")
 
 
 DAMAGES |= {f"{'.'.join(map(str, path))[:40]} = {value!r:.20}": (set_in(*path, value=value), w) for path, value, w in FIELDS}
 DAMAGES |= {
-    "deep nesting": (raw("[" * 1000 + "]" * 1000), "cannot be read as JSON .it is nested"),
-    "long integer": (raw('{"schema_version": 1' + "0" * 5000 + "}"), "cannot be read as JSON .a whole number has 5,001 digits"),
-    "a key twice": (raw('{"prefill": 1, "prefill": 1}'), "comes twice"),
-    "config of 100 MB": (
-        lambda f: os.truncate(f / "config.json", 100 << 20),
-        "cannot be read as JSON .it has 104,857,600 bytes",
-    ),
-    "config is a pipe": (special("config.json", os.mkfifo), "not a regular file"),
-    "config is a folder": (special("config.json", os.mkdir), "not a regular file"),
-    "weights are a pipe": (special("weights.safetensors", os.mkfifo), "not a regular file"),
-    "weights are a folder": (special("weights.safetensors", os.mkdir), "not a regular file"),
+    "deep nesting": (lambda f: (f / "config.json").write_text("[" * 1000 + "]" * 1000), "cannot be read as JSON .it is nested"),
+    "weights are a pipe": (pipe, "not a regular file"),
     "weights of a terabyte": (lambda f: os.truncate(f / "weights.safetensors", 1 << 40), "it has 1,099,511,627,776 bytes"),
     "sizes that no memory holds": (
         lambda f: (edit(f, huge), os.truncate(f / "weights.safetensors", 1 << 43)),
         "it has 8,796,093,022,208 bytes",
     ),
 }
-for kind in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool, torch.int64):
+for kind in (torch.float8_e4m3fn, torch.complex64, torch.int64):
     DAMAGES[f"weights in {kind}"] = (
         lambda f, kind=kind: edit_weights(f, lambda t: t.update({k: v.to(kind) for k, v in t.items()})),
         "non-float or too narrow",
@@ -285,16 +244,6 @@ def test_a_damaged_artifact_is_refused_with_a_sentence(model, artifact_folder, n
         attach(model, artifact_folder)
     assert len(one_sentence(error)) < 400 and str(error.value).isprintable()
     assert all("forward" not in module.__dict__ for module in model.modules())
-
-
-def test_another_model_is_refused_with_a_sentence(model):
-    with pytest.raises(UserError, match="same shapes, other weights") as error:
-        tiny_artifact(model).check_partner(families.dissect(tiny_model(seed=1)))
-    one_sentence(error)
-    with pytest.raises(UserError, match=r"shapes \(32, 96, 3\) against \(32, 64, 3\)") as error:
-        tiny_artifact(model).check_partner(families.dissect(tiny_model(intermediate_size=64)))
-    one_sentence(error)
-    tiny_artifact(model).check_partner(families.dissect(model))  # and its own is not
 
 
 # --- damage that can only be seen by comparing ----------------------------------------------------------------------------
@@ -471,22 +420,6 @@ def test_a_failing_write_leaves_the_old_artifact_and_nothing_else(model, artifac
     assert [p.name for p in artifact_folder.parent.iterdir()] == [artifact_folder.name]
 
 
-def test_a_failing_first_write_leaves_nothing(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts, "save_file", full)
-    with pytest.raises(UserError, match="could not be written"):
-        artifacts.save(tiny_artifact(model), tmp_path / "new")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_in_the_way_is_refused_and_kept(model, tmp_path):
-    (tmp_path / "taken").write_text("a file of the user's")
-    for target in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        with pytest.raises(UserError, match="could not be written") as error:
-            artifacts.save(tiny_artifact(model), target)
-        one_sentence(error)
-    assert snapshot(tmp_path) == {"taken": b"a file of the user's"}
-
-
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -503,11 +436,10 @@ except UserError as error:
 """
 
 
-@pytest.mark.parametrize("share", [0.1, 0.9])
-def test_a_disk_that_really_takes_no_more(artifact_folder, share):
+def test_a_disk_that_really_takes_no_more(artifact_folder):
     """The kernel refuses to let files grow beyond a limit: what a full disk does, without one."""
     before = snapshot(artifact_folder.parent)
-    limit = int((artifact_folder / "weights.safetensors").stat().st_size * share)
+    limit = int((artifact_folder / "weights.safetensors").stat().st_size * 0.9)
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(artifact_folder), str(limit)],
         capture_output=True,

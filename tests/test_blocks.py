@@ -97,20 +97,6 @@ def test_blocks_of_a_call_by_hand():
     assert list(bounds) == [0, 3, 5, 7, 9, 11, 14, 16, 18, 21]
 
 
-def test_worked_numbers():
-    # 20 tokens, blocks of 8, head 8: block 1 (8..15) is sparse, the tail 16..19 dense.
-    (span,) = make_plan([(0, 20, 0)], 20, rule(8, 8, 16)).spans
-    assert (span.start, span.stop, span.first) == (8, 16, 0)
-    # A head that ends inside a block keeps the whole block dense.
-    (span,) = make_plan([(0, 24, 0)], 24, rule(8, 9, 16)).spans
-    assert (span.start, span.stop) == (16, 24)
-    # 20 cached, 20 more: positions 20..39; blocks 3 and 4 are whole, 20..23 are not.
-    (span,) = make_plan([(0, 20, 20)], 20, rule(8, 8, 16)).spans
-    assert (span.start, span.stop, span.first) == (4, 20, None)
-    assert make_plan([(0, 15, 0)], 15, rule(8, 0, 16)) is None
-    assert make_plan([(0, 16, 0)], 16, rule(8, 16, 16)) is None
-
-
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 20), st.integers(0, 12)), min_size=1, max_size=4), st.data())
 def test_rows_from_a_padded_mask(sequences, data):
     """Each sequence: left padding, tokens, right padding; filled up on the right to one width."""

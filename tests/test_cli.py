@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import BLOCK, INTERMEDIATE, LAYERS, snapshot, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
-from safetensors.torch import load_file, save_file
+from conftest import BLOCK, INTERMEDIATE, LAYERS, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
 
 from fastfill import artifact as artifacts
 from fastfill import cli, models
@@ -93,11 +91,6 @@ def test_help_loads_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_version(capsys):
-    assert run("--version") == 0
-    assert capsys.readouterr().out.startswith("fastfill 0.")
-
-
 # --- the commands -------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +110,9 @@ def test_calibrate_inspect_generate_bench_evaluate(capsys, model_folder, texts, 
     assert (said["prompt_tokens"], said["sparse_tokens"]) == (45, 32)
     dense = answer(capsys, "generate", *common, "--prompt-file", prompt, "--max-new-tokens", 4, "--dense")
     assert (dense["sparse_tokens"], dense["dense_tokens"]) == (0, 45 + dense["new_tokens"] - 1)
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    new = engine.generate(model, engine.encode(tokenizer, prompt.read_text(), chat=False), 4)
+    assert dense["text"] == tokenizer.decode(new, skip_special_tokens=True)
     tail = answer(capsys, "generate", *common, "--prompt-file", prompt, "--max-new-tokens", 1, "--dense-tail", 12)
     assert tail["sparse_tokens"] == 24
     chat = answer(capsys, "generate", *common, "--prompt-file", prompt, "--max-new-tokens", 1, "--chat")
@@ -124,39 +120,15 @@ def test_calibrate_inspect_generate_bench_evaluate(capsys, model_folder, texts, 
 
     bench = answer(capsys, "bench", *common, "--prompt-lengths", "20,45", "--repeats", 1)
     assert [row["prompt_tokens"] for row in bench["rows"]] == [20, 45]
-    promised = {"prompt_tokens", "ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_dense_s", "ffn_sparse_s", "ceiling"}
-    promised |= {"flops_dense", "flops_sparse", "split_dense", "split_sparse", "peak_dense_mb", "peak_sparse_mb"}
-    assert all(promised <= row.keys() for row in bench["rows"])
     assert (bench["dense_head"], bench["dense_tail"], bench["min_tokens"]) == (BLOCK, 0, 2 * BLOCK)
     assert bench["engine"] == "transformers" and bench["compare"] == [] and bench["growth_dense"] is not None
     assert {"cpu", "threads", "torch", "transformers"} <= bench["machine"].keys()
 
     scores = answer(capsys, "evaluate", *common, "--data", f"{texts}[4:]", "--tokens", 64, "--continuation", 16, "--record")
-    promised = [
-        "ppl_dense",
-        "ppl_sparse",
-        "ppl_ratio",
-        "kl",
-        "top1_agreement",
-        "cont_ppl_dense",
-        "cont_ppl_sparse",
-        "cont_ppl_ratio",
-        "cont_kl",
-        "context_kept",
-        "documents",
-        "tokens",
-    ]
     assert (scores["dense_tail"], scores["kernel"]) == (0, bench["kernel"])
-    assert all(key in scores for key in promised) and scores["documents"] == 1 and scores["calibrated_on"] == 0
+    assert scores["documents"] == 1 and scores["calibrated_on"] == 0
     assert answer(capsys, "inspect", out)["quality"]["ppl_ratio"] == scores["ppl_ratio"]
     assert "ppl_ratio" in (out / "README.md").read_text()
-
-
-def test_generate_says_what_the_model_says(capsys, model_folder, artifact_folder, prompt):
-    dense = answer(capsys, *generate(model_folder, artifact_folder, prompt, "--max-new-tokens", 4, "--dense"))
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    new = engine.generate(model, engine.encode(tokenizer, prompt.read_text(), chat=False), 4)
-    assert dense["text"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
 def test_inspect_draws_a_bar_per_layer(capsys, artifact_folder):
@@ -175,19 +147,6 @@ def test_evaluate_with_a_baseline(capsys, model_folder, artifact_folder, texts, 
     assert scores["ppl_ratio"] != 1
 
 
-def test_evaluate_warns_of_documents_that_were_calibrated_on(capsys, model_folder, model, texts, tmp_path):
-    artifact = tiny_artifact(model)
-    artifact.calibration = {"document_rows": ["text.jsonl#0"]}
-    artifacts.save(artifact, tmp_path / "a")
-    arguments = ["evaluate", model_folder, "--artifact", tmp_path / "a", "--dtype", "fp32"]
-    arguments += ["--tokens", 48, "--continuation", 12]
-    assert run(*arguments, "--data", f"{texts}[:2]", "--json") == 0
-    captured = capsys.readouterr()
-    assert "1 of these documents" in captured.err and json.loads(captured.out.splitlines()[-1])["calibrated_on"] == 1
-    assert run(*arguments, "--data", f"{texts}[1:]") == 0
-    assert "warning" not in capsys.readouterr().err
-
-
 @pytest.fixture
 def default_is_tiny(monkeypatch):
     monkeypatch.setattr(models, "load", lambda *_: models.LoadedModel(tiny_model(), tiny_tokenizer(), "tiny"))
@@ -199,17 +158,7 @@ def test_demo_prints_its_numbers_as_the_last_line(capsys, default_is_tiny, artif
     arguments += ["--max-new-tokens", 2]
     assert run(*arguments) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {
-        "prompt_tokens",
-        "sparsity",
-        "ttft_dense_s",
-        "ttft_sparse_s",
-        "speedup",
-        "ffn_share",
-        "ceiling",
-        "ppl_dense",
-        "ppl_sparse",
-    } <= result.keys()
+    assert {*["ttft_dense_s", "ttft_sparse_s", "speedup", "ffn_share", "ceiling", "ppl_dense", "ppl_sparse"]} <= result.keys()
     assert result["sparse_tokens"] + result["dense_tokens"] == result["prompt_tokens"] and result["sparsity"] == 0.5
     assert run(*arguments, "--sparsity", 0) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -239,41 +188,26 @@ def test_calibrate_resumes_from_the_command_line(capsys, model_folder, texts, tm
 # --- bad input ----------------------------------------------------------------------------------------------------------
 
 
-def broken(folder, what):
-    """Damage an artifact folder in the way the name says."""
-    config, weights = folder / "config.json", folder / "weights.safetensors"
-    if what == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif what == "newer schema":
-        config.write_text(config.read_text().replace('"schema_version": 3', '"schema_version": 4'))
-    elif what == "unknown keys":
-        config.write_text(config.read_text().replace('"schema_version": 3', '"schema_version": 3, "colour": "red"'))
-    elif what == "NaN weights":
-        tensors = load_file(weights)
-        tensors["layers.0.predictor.bias"][3] = float("nan")
-        save_file(tensors, weights)
-    elif what == "missing weights":
-        weights.unlink()
-    return folder
-
-
-BROKEN = {
-    "truncated": "truncated or damaged",
-    "newer schema": "upgrade fastfill",
-    "unknown keys": "colour",
-    "NaN weights": "NaN",
-    "missing weights": "missing",
-}
-
-
 PLACES = {
     "calibrate": lambda model, artifact, texts, place: ["calibrate", model, "--data", texts, "--out", place],
-    "evaluate": lambda model, artifact, texts, place: [
-        *("evaluate", model, "--artifact", artifact, "--data", texts, "--out", place)
-    ],
+    "evaluate": lambda *given: [*"evaluate {} --artifact {} --data {} --out {}".format(*given).split()],
     "report": lambda model, artifact, texts, place: ["report", artifact, "--out", place],
     "figures": lambda model, artifact, texts, place: ["report", artifact, "--out", "page.html", "--svg", place],
 }
+
+
+@pytest.mark.parametrize("command", ["inspect", "generate", "bench", "evaluate", "demo"])
+def test_a_bad_artifact(capsys, model_folder, artifact_folder, prompt, texts, default_is_tiny, command):
+    weights = artifact_folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    options = {
+        "inspect": [artifact_folder],
+        "generate": [model_folder, "--artifact", artifact_folder, "--prompt-file", prompt],
+        "bench": [model_folder, "--artifact", artifact_folder],
+        "evaluate": [model_folder, "--artifact", artifact_folder, "--data", texts],
+        "demo": ["--artifact", artifact_folder],
+    }
+    assert "truncated or damaged" in refusal(capsys, command, *options[command])
 
 
 @pytest.mark.parametrize("command", PLACES)
@@ -303,20 +237,6 @@ def test_a_record_that_cannot_be_written_is_told_before_the_work(capsys, monkeyp
     assert "could not be written: Read-only file system" in refusal(capsys, *line)
 
 
-@pytest.mark.parametrize("what", BROKEN)
-@pytest.mark.parametrize("command", ["inspect", "generate", "bench", "evaluate", "demo"])
-def test_a_bad_artifact(capsys, model_folder, artifact_folder, prompt, texts, default_is_tiny, command, what):
-    broken(artifact_folder, what)
-    options = {
-        "inspect": [artifact_folder],
-        "generate": [model_folder, "--artifact", artifact_folder, "--prompt-file", prompt],
-        "bench": [model_folder, "--artifact", artifact_folder],
-        "evaluate": [model_folder, "--artifact", artifact_folder, "--data", texts],
-        "demo": ["--artifact", artifact_folder],
-    }
-    assert BROKEN[what] in refusal(capsys, command, *options[command])
-
-
 @pytest.mark.parametrize(
     "more, words",
     [
@@ -339,15 +259,6 @@ def test_bad_options(capsys, model_folder, artifact_folder, prompt, more, words)
     assert words in refusal(capsys, *generate(model_folder, artifact_folder, prompt), *more)
 
 
-def test_a_kernel_that_cannot_run_the_dtype(capsys, model_folder, artifact_folder, prompt, tmp_path):
-    tiny_model().half().float().save_pretrained(tmp_path / "half")  # weights that fp16 holds, so that the partner is right
-    tiny_tokenizer().save_pretrained(tmp_path / "half")
-    artifacts.save(tiny_artifact(tiny_model().half().float()), artifact_folder)
-    arguments = generate(tmp_path / "half", artifact_folder, prompt, "--kernel", "native")
-    arguments[arguments.index("fp32")] = "fp16"
-    assert "native" in refusal(capsys, *arguments)
-
-
 @pytest.mark.parametrize(
     "more, words",
     [
@@ -367,12 +278,9 @@ def test_bad_calibration_settings(capsys, model_folder, texts, tmp_path, more, w
     assert not list(tmp_path.glob("a*"))
 
 
-def test_another_model(capsys, model_folder, artifact_folder, prompt):
+def test_another_models_artifact_and_a_missing_one(capsys, model_folder, artifact_folder, prompt, tmp_path):
     artifacts.save(tiny_artifact(tiny_model(seed=1)), artifact_folder)
     assert "belongs to another model" in refusal(capsys, *generate(model_folder, artifact_folder, prompt))
-
-
-def test_a_missing_artifact(capsys, model_folder, prompt, tmp_path):
     assert "is not an artifact" in refusal(capsys, *generate(model_folder, tmp_path / "none", prompt))
     assert "is not an artifact" in refusal(capsys, "inspect", tmp_path / "none")
 
@@ -405,33 +313,11 @@ def test_models_that_cannot_be_used(capsys, artifact_folder, prompt, tmp_path):
     assert "bad.gguf" in refusal(capsys, *generate(tmp_path / "bad.gguf", artifact_folder, prompt))
 
 
-def test_a_quantised_model(capsys, monkeypatch, artifact_folder, prompt):
-    quantised = tiny_model()
-    linear = quantised.model.layers[0].mlp.gate_proj
-    linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
-    monkeypatch.setattr(models, "load", lambda *_: models.LoadedModel(quantised, tiny_tokenizer(), "quantised"))
-    assert "load the model unquantised" in refusal(capsys, *generate("quantised", artifact_folder, prompt))
-
-
-def test_a_model_that_is_attached_already(capsys, monkeypatch, artifact_folder, prompt, texts, tmp_path):
-    from fastfill import attach
-
-    model = tiny_model()
-    monkeypatch.setattr(models, "load", lambda *_: models.LoadedModel(model, tiny_tokenizer(), "tiny"))
-    with attach(model, artifact_folder):
-        assert "already attached" in refusal(capsys, *generate("tiny", artifact_folder, prompt))
-        assert "already attached" in refusal(capsys, "calibrate", "tiny", "--data", texts, "--out", tmp_path / "a", *FAST)
-
-
 @pytest.mark.parametrize("command", ["calibrate", "evaluate"])
 @pytest.mark.parametrize(
     "name, content, words",
     [
         ("missing.jsonl", None, "cannot be read"),
-        ("empty.txt", b"", "holds no text"),
-        ("empty.jsonl", b"", "holds no text"),
-        ("binary.txt", b"\xff\xfe\x80", "not UTF-8"),
-        ("broken.jsonl", b'{"text": ', "line 1 is not JSON"),
         ("short.txt", b"w9 w10", "too short"),
     ],
     ids=str,
@@ -450,10 +336,7 @@ def test_bad_data(capsys, model_folder, artifact_folder, tmp_path, command, name
 def test_evaluating_too_few_tokens(capsys, model_folder, artifact_folder, texts):
     arguments = ["evaluate", model_folder, "--artifact", artifact_folder, "--data", texts, "--dtype", "fp32"]
     assert "too few for a sparse part" in refusal(capsys, *arguments, "--tokens", 30, "--continuation", 20)
-    assert "--continuation" in refusal(capsys, *arguments, "--continuation", 0)
-    assert "--tokens" in refusal(capsys, *arguments, "--tokens", 1)
     assert "psychic" in refusal(capsys, *arguments, "--predictor", "psychic", "--tokens", 48)
-    assert "--limit" in refusal(capsys, *arguments, "--limit", 0)
 
 
 def test_bad_prompts_and_lengths(capsys, model_folder, artifact_folder, tmp_path, prompt):
@@ -491,17 +374,6 @@ def test_a_demo_document_that_is_too_short_or_too_long(capsys, default_is_tiny, 
     assert "--repeats" in refusal(capsys, *demo, "--repeats", 0)
 
 
-def test_a_full_disk_while_saving(capsys, model_folder, artifact_folder, texts, monkeypatch):
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    before = snapshot(artifact_folder)
-    monkeypatch.setattr(artifacts, "save_file", full)
-    arguments = ["calibrate", model_folder, "--data", texts, "--out", artifact_folder, "--dtype", "fp32", *FAST]
-    assert "No space left on device" in refusal(capsys, *arguments)
-    assert snapshot(artifact_folder) == before
-
-
 @pytest.mark.parametrize(
     "error, words",
     [
@@ -530,35 +402,26 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, artifact_folder):
         run("inspect", artifact_folder)
 
 
+BENCH, CALIBRATE = ["bench", "m", "--artifact", "a"], ["calibrate", "m", "--data", "d", "--out", "o"]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         ([], "required: COMMAND; see: fastfill --help"),
         (["generate"], "required: MODEL, --artifact, --prompt-file; see: fastfill generate --help"),
-        (["bench", "m", "--artifact", "a", "--repeats", "two"], "argument --repeats: invalid int value"),
+        ([*BENCH, "--repeats", "two"], "argument --repeats: invalid int value"),
         (["fl\x1b[2Jy"], "invalid choice"),
         (["inspect", "a", "\x1b[2J" * 1000], "unrecognized arguments"),
-        (["bench", "m", "--artifact", "a", "--repeats", "9" * 5000], "--repeats"),
-        (["bench", "m", "--artifact", "a", "--repeats", "9" * 500], "--repeats must be a whole number of at most"),
-        (["bench", "m", "--artifact", "a", "--prompt-lengths", "9" * 5000], "--prompt-lengths must be numbers"),
-        (
-            ["bench", "m", "--artifact", "a", "--prompt-lengths", "9" * 30],
-            "each prompt length must be a whole number of at most",
-        ),
-        (["bench", "m", "--artifact", "a", "--seed", str(10**20)], "--seed must be a whole number"),
-        (["bench", "m", "--artifact", "a", "--seed", "-1"], "--seed must be a whole number"),
-        (
-            ["evaluate", "m", "--artifact", "default", "--data", "d", "--limit", "9" * 30],
-            "--limit must be a whole number of at most",
-        ),
-        (["calibrate", "m", "--data", "d", "--out", "o", "--seed", str(2**63 - 1)], "--seed must be a whole number"),
-        (["calibrate", "m", "--data", "d", "--out", "o", "--fit-lr", "1e300"], "fit_lr must be a positive number of at most"),
-        (["calibrate", "m", "--data", "d", "--out", "o", "--answer-weight", "1e300"], "answer_weight must be a number"),
-        (["calibrate", "m", "--data", "d", "--out", "o", "--steps", "9" * 30], "steps must be a whole number of at most"),
-        (
-            ["calibrate", "m", "--data", "d", "--out", "o", "--processes", "99999", "--batch", "99999"],
-            "too few for --processes",
-        ),
+        ([*BENCH, "--repeats", "9" * 5000], "--repeats"),
+        ([*BENCH, "--prompt-lengths", "9" * 5000], "--prompt-lengths must be numbers"),
+        ([*BENCH, "--prompt-lengths", "9" * 30], "each prompt length must be a whole number of at most"),
+        ([*BENCH, "--seed", str(10**20)], "--seed must be a whole number"),
+        (["evaluate", "m", "--artifact", "default", "--data", "d", "--limit", "9" * 30], "--limit must be a whole number"),
+        ([*CALIBRATE, "--seed", str(2**63 - 1)], "--seed must be a whole number"),
+        ([*CALIBRATE, "--fit-lr", "1e300"], "fit_lr must be a positive number of at most"),
+        ([*CALIBRATE, "--steps", "9" * 30], "steps must be a whole number of at most"),
+        ([*CALIBRATE, "--processes", "99999", "--batch", "99999"], "too few for --processes"),
         (["inspect", "x" * 100_000], "File name too long"),
         (["report", "x\x1b[2J" * 1000], "File name too long"),
     ],
@@ -572,13 +435,7 @@ def test_a_wrong_command_line_is_one_printable_line(capsys, arguments, words):
 def test_the_json_is_strict(capsys, monkeypatch, artifact_folder):
     from fastfill.cli import show
 
-    made = {
-        "nan": float("nan"),
-        "list": [float("inf"), 1.5, (float("-inf"),)],
-        "text": "cut \ud83d",
-        "whole": 2**60,
-        "none": None,
-    }
+    made = {"nan": float("nan"), "list": [float("inf"), 1.5, (float("-inf"),)], "text": "cut \ud83d", "whole": 2**60}
     monkeypatch.setattr(artifacts.Artifact, "summary", lambda _: made)
     monkeypatch.setattr(show, "artifact", lambda *_: None)
     assert run("inspect", artifact_folder, "--json") == 0
@@ -587,7 +444,7 @@ def test_the_json_is_strict(capsys, monkeypatch, artifact_folder):
         raise ValueError(name)
 
     found = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=forbidden)
-    assert found == {"nan": None, "list": [None, 1.5, [None]], "text": "cut \ufffd", "whole": 2**60, "none": None}
+    assert found == {"nan": None, "list": [None, 1.5, [None]], "text": "cut \ufffd", "whole": 2**60}
 
 
 def test_a_prompt_that_is_far_too_long_is_not_tokenized(capsys, monkeypatch, model_folder, artifact_folder, tmp_path):
@@ -605,16 +462,6 @@ def test_a_question_of_markup_and_controls(capsys, default_is_tiny, artifact_fol
     out = capsys.readouterr().out
     assert "Question What does [/INST] mean\\x1b[2J?" in out and "\x1b" not in out
     assert json.loads(out.splitlines()[-1])["question"] == "What does [/INST] mean\x1b[2J?\ufffd"
-
-
-def test_as_a_program(artifact_folder, tmp_path):
-    """One real process each: the exit code and the streams are what a shell sees."""
-    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fastfill.cli", "inspect", "--json"]
-    good = subprocess.run([*command, str(artifact_folder)], capture_output=True, text=True, env=environment)
-    assert good.returncode == 0 and good.stderr == "" and json.loads(good.stdout.splitlines()[-1])["sparsity"] == 0.5
-    bad = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, env=environment)
-    assert bad.returncode == 2 and bad.stdout == "" and len(bad.stderr.splitlines()) == 1 and "is not an artifact" in bad.stderr
 
 
 @pytest.mark.parametrize("words", [["report", "a", "--out", "\0"], ["inspect", "a\0b"], ["report", "a", "--svg", "\ud800"]])

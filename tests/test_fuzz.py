@@ -1,10 +1,8 @@
 """A short stretch of the fuzzer, the same every time, and that it finds what it is for. `make fuzz` runs for longer."""
 
-import random
-
 import pytest
 from fuzz import artifacts as fuzzed
-from fuzz import bed, misbehaving
+from fuzz import bed
 
 from fastfill import artifact as artifacts
 from fastfill import schema
@@ -37,49 +35,3 @@ def test_a_fault_of_each_kind_is_found(tmp_path, monkeypatch, name):
     world = bed.world_of("artifacts", tmp_path)
     monkeypatch.setattr(owner, attribute, mutant)
     assert any(bed.judge("artifacts", number, 0, world).verdict == verdict for number in range(200))
-
-
-def judged(act, size=0):
-    return bed.judge("kind", 0, 0, lambda _: ("what", size, act)).verdict
-
-
-def test_verdicts():
-    def sentence(words):
-        def act():
-            raise UserError(words)
-
-        return act
-
-    assert judged(lambda: ("right", "")) == "right" and judged(sentence("One sentence.")) == "refused"
-    assert judged(lambda: 1 / 0) == "traceback" and judged(sentence("")) == "words"
-
-
-@pytest.mark.skipif(not bed._memory("VmHWM"), reason="this system does not say how much memory was in use at most")
-def test_memory_is_held_to_twice_the_input(monkeypatch):
-    monkeypatch.setattr(bed, "CONSTANT", 64 << 20)
-    kept = []
-
-    def act():
-        kept.append(b"x" * (100 << 20))
-        return "right", ""
-
-    assert judged(act) == "memory" and judged(act, size=50 << 20) == "right"
-
-
-def test_cases_come_out_the_same_every_time(tmp_path):
-    found = []
-    for name in ("one", "two"):
-        world = bed.world_of("artifacts", tmp_path / name)
-        found.append([bed.judge("artifacts", number, 3, world) for number in range(30)])
-    assert [(o.what, o.verdict) for o in found[0]] == [(o.what, o.verdict) for o in found[1]]
-    assert len({o.what for o in found[0]}) > 20
-
-
-def test_a_worker_that_hangs_or_dies_is_replaced(monkeypatch):
-    def ways(seed):
-        return [random.Random(f"misbehaving-{seed}-{number}").choice(misbehaving.WAYS) for number in range(4)]
-
-    seed = next(seed for seed in range(1000) if ways(seed) == ["right", "hang", "crash", "right"])
-    monkeypatch.setattr(bed, "CASE_S", 60.0)
-    found = [outcome.verdict for outcome in bed.outcomes("misbehaving", seed, lambda number: number < 4)]
-    assert found == ways(seed)

@@ -139,19 +139,6 @@ def test_worked_numbers():
     }
 
 
-def test_sums_are_the_same_in_chunks(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    dense, sparse = torch.randn(50, 20, generator=generator), torch.randn(50, 20, generator=generator)
-    targets = torch.randint(0, 20, (50,), generator=generator)
-    results = []
-    for chunk in (256, 7):
-        monkeypatch.setattr(perplexity, "CHUNK", chunk)
-        sums = perplexity._Sums()
-        sums.add(Table(), dense, sparse, targets)
-        results.append(list(sums.result("").values()))
-    assert results[0] == pytest.approx(results[1], abs=2e-4)
-
-
 @pytest.mark.parametrize("tokens", [15, 16, 27])
 def test_a_document_without_a_sparse_part_is_refused(tokens):
     model = tiny_model()
@@ -173,20 +160,6 @@ def test_a_continuation_longer_than_min_tokens_is_still_dense():
 
 
 # --- along the prompt ---------------------------------------------------------------------------------------------------
-
-
-def test_worked_curve(monkeypatch):
-    monkeypatch.setattr(perplexity, "BUCKET", 4)
-    dense = torch.tensor([[0.5, 0.5]] * 6).log()
-    sparse = torch.tensor([[0.25, 0.75]] * 6).log()
-    sums = perplexity._Sums()
-    sums.add(Table(), dense, sparse, torch.tensor([0, 0, 0, 0, 0, 1]), position=3)  # positions 3; 4 to 7; 8
-    ln2 = math.log(2)
-    assert [list(point.values()) for point in sums.curve()] == [
-        [0, 4, 1, round(ln2, 4), round(2 * ln2, 4)],
-        [4, 8, 4, round(ln2, 4), round(2 * ln2, 4)],
-        [8, 12, 1, round(ln2, 4), round(-math.log(0.75), 4)],
-    ]
 
 
 @pytest.mark.parametrize("chunk", [256, 7])

@@ -5,7 +5,7 @@ from conftest import BLOCK, HIDDEN, INTERMEDIATE, PREFILL, tiny_artifact, tiny_m
 
 from fastfill import families, kernels
 from fastfill.blocks import make_plan
-from fastfill.lab.baselines import BASELINES, FirstBlock, LowRank, Oracle, Random, Static
+from fastfill.lab.baselines import BASELINES, FirstBlock, LowRank, Oracle, Random
 from fastfill.predictor import LearnedPredictor
 
 TORCH = kernels.Kernel("torch")
@@ -48,12 +48,6 @@ def test_importance_is_the_energy_a_neuron_adds(x, ffn):
     torch.testing.assert_close(got[7, 11].double(), alone.square().sum(), **CLOSE)
 
 
-def test_oracle_sums_importance_over_the_block(x, ffn):
-    scores = Oracle(ffn).scores(x, PLAN, TORCH)
-    assert scores.shape == (PLAN.blocks, INTERMEDIATE)
-    torch.testing.assert_close(scores.double(), torch.from_numpy(blocks_of(numpy_energy(x, ffn))), **CLOSE)
-
-
 def test_learned_sums_the_tokens_distributions(x):
     artifact = tiny_artifact(tiny_model())
     predictor = artifact.predictor(1, x)
@@ -67,12 +61,6 @@ def test_learned_sums_the_tokens_distributions(x):
     assert predictor.macs_per_token() == 8 * (HIDDEN + INTERMEDIATE)
 
 
-def test_static_is_the_same_for_every_block(x):
-    mean = torch.rand(INTERMEDIATE)
-    scores = Static(mean).scores(x, PLAN, TORCH)
-    assert scores.shape == (PLAN.blocks, INTERMEDIATE) and bool((scores == mean).all())
-
-
 def test_first_block_reads_only_the_first_block_of_each_sequence(x, ffn):
     scores = FirstBlock(ffn).scores(x, PLAN, TORCH)
     # The sequences begin at rows 0 and 32 + 5; three sparse blocks follow in the first, two in the second (27 tokens).
@@ -83,13 +71,6 @@ def test_first_block_reads_only_the_first_block_of_each_sequence(x, ffn):
     torch.testing.assert_close(scores.double(), torch.from_numpy(expected), rtol=2e-6, atol=1e-12)
     with pytest.raises(ValueError, match="whole prompt"):
         FirstBlock(ffn).scores(x, make_plan([(0, 64, 16)], 64, PREFILL), TORCH)
-
-
-def test_low_rank_at_full_rank_is_the_oracle(x, ffn):
-    scores = LowRank(ffn, x.square().mean(0).sqrt(), HIDDEN).scores(x, PLAN, TORCH)
-    # The factors are fp32: eps * sqrt(H) relative to the largest score, with a margin of ten for the SVD.
-    oracle = Oracle(ffn).scores(x, PLAN, TORCH)
-    torch.testing.assert_close(scores, oracle, rtol=0, atol=10 * 1.2e-7 * HIDDEN**0.5 * float(oracle.max()))
 
 
 def test_low_rank_loses_something_at_low_rank_but_beats_random(x, ffn):

@@ -53,14 +53,6 @@ def test_worked_costs():
     assert [cost.layers_to_drop(share) for share in (1, 0.9, 0.8, 0.5, 0)] == [0, 0, 1, 2, 2]
 
 
-def test_cost_of_a_model():
-    model = tiny_model()
-    with attach(model, tiny_artifact(model)) as attachment:
-        cost = published.Cost.of(attachment, 60)
-        assert published.Cost.of(attachment, 15).sparse == 0
-    assert (cost.tokens, cost.sparse) == (60, 48) and cost.config is model.config
-
-
 @pytest.mark.parametrize("compensator", [True, False])
 @pytest.mark.parametrize("name", published.BLOCKWISE)
 def test_blockwise_methods_cost_the_same_to_a_neuron(name, compensator):
@@ -79,18 +71,6 @@ def test_blockwise_methods_cost_the_same_to_a_neuron(name, compensator):
     assert share == pytest.approx(budget, abs=neuron)
     price = 48 * {"learned": 4, "low-rank": 8}.get(name, 0) * (HIDDEN + INTERMEDIATE) + 60 * compensator * 2 * HIDDEN * 4
     assert 48 * without == pytest.approx(60 * (1 - budget) + price / dense, abs=48 * neuron)
-
-
-def test_what_cannot_be_matched_is_the_nearest_there_is():
-    artifact, cost = tiny_artifact(tiny_model()), published.Cost(CONFIG, 60, 48)
-    assert cost.matched_sparsity(artifact, "oracle", False, 1.2) == 0
-    assert cost.matched_sparsity(artifact, "low-rank", True, 0.1) == 0.95
-
-
-def test_a_layer_that_keeps_all_asks_nobody():
-    model = tiny_model()
-    with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
-        assert (published.Cost.of(attachment, 60).attached(attachment), published.skipped(attachment)) == (1, 0)
 
 
 # --- thresholds ---------------------------------------------------------------------------------------------------------
@@ -137,21 +117,6 @@ def silu(z):
     return z / (1 + np.exp(-z))
 
 
-def test_by_gate_is_a_plain_loop():
-    ffn, x = tiny_ffn(), torch.randn(3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    out, used = published.by_gate(x, ffn, published.Levels(0.2, math.inf, math.inf))
-    expected, macs = np.zeros((3, 4)), 0
-    for t in range(3):
-        for j in range(6):
-            gate = silu(float(x[t] @ ffn.gate[j]))
-            macs += 4
-            if abs(gate) >= 0.2:
-                expected[t] += gate * float(x[t] @ ffn.up[j]) * ffn.down[:, j].numpy()
-                macs += 8
-    assert used == macs and 3 * 6 * 4 < macs < 3 * 6 * 12
-    np.testing.assert_allclose(out.numpy(), expected, rtol=1e-12, atol=1e-12)
-
-
 def test_by_input_is_a_plain_loop():
     ffn, x = tiny_ffn(), torch.randn(3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     out, used = published.by_input(x, ffn, published.Levels(math.inf, 0.5, 0.3))
@@ -167,19 +132,6 @@ def test_by_input_is_a_plain_loop():
                 macs += 4
     assert used == macs < 3 * 6 * 12
     np.testing.assert_allclose(out.numpy(), expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("rule", [published.by_gate, published.by_input])
-def test_thresholds_of_zero_are_dense(rule):
-    model = tiny_model(dtype=torch.float64)
-    ids, tally = token_ids(1, 60), published.Tally()
-    dense = logits(model, ids)
-    with (
-        attach(model, tiny_artifact(model)) as attachment,
-        published.thresholded(attachment, rule, [published.Levels(0, 0, 0)] * LAYERS, tally),
-    ):
-        torch.testing.assert_close(logits(model, ids), dense, rtol=1e-9, atol=1e-9)
-    assert tally.used == tally.dense == 48 * LAYERS * 3 * HIDDEN * INTERMEDIATE
 
 
 def test_thresholds_touch_sparse_tokens_only():
@@ -248,14 +200,6 @@ def test_dropped_layers_keep_keys_values_and_the_last_token(family):
             before.layers[index].values[:, :, -1] = cache.layers[index].values[:, :, -2]
         last = model.base_model(input_ids=ids[:, -1:], past_key_values=before, use_cache=True)[0]
     torch.testing.assert_close(hidden[:, -1:], last, rtol=1e-9, atol=1e-9)
-
-
-def test_dropping_no_layer_is_dense():
-    model = tiny_model(dtype=torch.float64)
-    ids = token_ids(1, 40)
-    dense = logits(model, ids)
-    with attach(model, tiny_artifact(model)) as attachment, published.dropped(attachment, 0):
-        assert torch.equal(logits(model, ids), dense)
 
 
 @contextmanager

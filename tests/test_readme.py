@@ -99,12 +99,6 @@ def test_python_in_documents_compiles_and_imports_what_exists(path: Path) -> Non
             assert len(names) > 1, line  # more than the builtins
 
 
-def test_the_documents_have_python() -> None:
-    """Else the test above would find nothing to fail on."""
-    blocks = [block for path in DOCUMENTS for block in code_blocks(path.read_text(encoding="utf-8"), "python")]
-    assert sum("fastfill" in block for block in blocks) >= 3
-
-
 def anchors(text: str) -> set[str]:
     """The ids that a forge gives to a page's headings."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)

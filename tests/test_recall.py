@@ -71,17 +71,6 @@ def test_the_oracle_agrees_with_itself(model):
     assert all(line["recall"] == line["recovery"] == 1 and line["held"] == line["held_oracle"] < 1 for line in found["layers"])
 
 
-def test_watching_changes_nothing_and_ends_with_an_error_too(model):
-    ids = DOCUMENTS[0][1][None]
-    with attach(model, tiny_artifact(model)) as attachment:
-        before = logits(model, ids)
-        with pytest.raises(KeyError), recall.watch(attachment):
-            assert torch.equal(before, logits(model, ids))
-            raise KeyError
-        assert torch.equal(before, logits(model, ids))
-        assert all(not ffn.taps for ffn in attachment.ffns)
-
-
 def test_it_resumes(model, tmp_path):
     with attach(model, tiny_artifact(model)) as attachment:
         whole = recall.evaluate(attachment, DOCUMENTS)

@@ -296,15 +296,6 @@ def test_a_folder_that_is_no_run_is_refused(attached, tmp_path):
             Store(tmp_path / "foreign", settings(attached, made))
 
 
-def test_a_damaged_line_is_told_by_its_number(attached, tmp_path):
-    made = examples()
-    Store(tmp_path, settings(attached, made)).add("a", {"x": 1})
-    with (tmp_path / resume.PREDICTIONS).open("a") as handle:
-        handle.write("nonsense\n")
-    with pytest.raises(UserError, match="line 2 is damaged"):
-        Store(tmp_path, settings(attached, made))
-
-
 @pytest.mark.parametrize(
     "line",
     [

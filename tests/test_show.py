@@ -1,18 +1,12 @@
 """Tables for people: every one fits 80 columns with the widest values that may come, uncut; colours obey NO_COLOR."""
 
-import inspect
 import os
 import pty
 import re
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
-from conftest import tiny_artifact, tiny_model
 
 from fastfill import tables
-from fastfill.cli import show
 from fastfill.lab.tasks import TASKS
 
 NAME = "some-organisation/A-Model-With-A-Name-1.5B-Instruct"  # a line with it may not be wrapped
@@ -34,11 +28,6 @@ COMMON = {
         "transformers": "5.23.0",
     },
 }
-BIG = 123_456.789  # a perplexity that went wrong
-
-
-def _reading(prefix):
-    return {f"{prefix}{key}": BIG for key in ("ppl_dense", "ppl_sparse", "ppl_ratio", "kl", "top1_agreement")}
 
 
 def _line(name):
@@ -52,75 +41,6 @@ def _line(name):
     }
 
 
-def _bench():
-    kinds, parts = ("dense", "all_neurons", "sparse"), ("attention", "ffn", "predictor", "compensator", "rest")
-    row = {"speedup": 12.34, "ceiling": 19.99, "ffn_share": 1.0, "ffn_ratio": 12.34, "ffn_flops_ratio": 12.34}
-    row |= {"ratio_quartiles": [12.34] * 3, "clear": False, "rounds": 400, "sparse_tokens": 131_072}
-    for kind in kinds:
-        row |= {f"ttft_{kind}_s": 123.456, f"ttft_{kind}_quartiles_s": [123.456] * 3, f"ffn_{kind}_s": 123.456}
-        row |= {f"flops_{kind}": 1.23e16, f"peak_{kind}_mb": 123_456.0, f"split_{kind}": dict.fromkeys(parts, 123.456)}
-    rows = [{"prompt_tokens": tokens, **row} for tokens in (512, 131_072)]
-    other = {"name": "llama.cpp", "version": "b10000", "weights": "a-file.gguf", "prompt_tokens": 131_072}
-    others = [{**other, "ttft_s": 123.456}, {**other, "skipped": "it is not installed"}]
-    growth = {"growth_dense": 1.23, "growth_sparse": 1.23, "model_mb": 123_456.0, "attached_mb": 123_456.0}
-    reason = "fastest, 12.34x of the dense FFN's speed at 131072 tokens"
-    choice = {"kernel": "native", "min_tokens": 131_072, "expected_gain": 12.34, "reason": reason}
-    return {**COMMON, **growth, "engine": "transformers", "repeats": 100, "rows": rows, "choice": choice, "compare": others}
-
-
-def _quality():
-    point = {"from": 131_072, "to": 131_328, "nll_dense": 12.345, "nll_sparse": 23.456}
-    more = {"context_kept": 0.98765, "no_context_ppl": BIG, "curve": [point] * 3}
-    return {**COMMON, **_reading(""), **_reading("cont_"), **more}
-
-
-def _artifact():
-    artifact = tiny_artifact(tiny_model(), name="some-organisation/A-Model-1.7B-Instruct")  # its line is not wrapped
-    artifact.quality = _quality()
-    artifact.calibration = {
-        "sequences": 10_000,
-        "documents": [f"a-data-file-{i}.jsonl" for i in range(9)],
-        "tokens_distilled": 123_456_789,
-        "loss_first": 12.3456,
-        "loss_last": 0.1234,
-        "seconds": 123_456.7,
-    }
-    return artifact, Path("an-artifact")
-
-
-def _recall():
-    keys = ("held", "held_oracle", "recovery", "recall", "by_chance")
-    layers = [{"layer": layer, "kept": 53_248, **dict.fromkeys(keys, 1.0)} for layer in (0, 127)]
-    return {**COMMON, **dict.fromkeys(keys, 1.0), "layers": layers}
-
-
-def _picks():
-    shares = {key: [1.0, 1.0] for key in ("overlap", "always", "never")}
-    return {
-        **COMMON,
-        **shares,
-        "document": f"{'a-long-name' * 8}.jsonl#12345",
-        "blocks": 4096,
-        "neurons": 53_248,
-        "kept": [53_248] * 2,
-    }
-
-
-def _peers():
-    row = {"sparsity": 1.0, "ffn_flops": 1.0, "ppl_ratio": 34.12, "kl": 3.435, "cont_ppl_ratio": 1.234, "cont_kl": 0.36}
-    row |= {"compensator": True, "context_kept": 0.34, "ttft_s": 123.456, "speedup": 1.22}
-    nothing = {"ppl_ratio": None, "kl": None, "context_kept": None, "ttft_s": None, "speedup": None, "compensator": False}
-    rows = [{**row, "method": "first-block", "published_as": "GRIFFIN-like"}]
-    rows.append({**row, "method": "layer-drop", "published_as": "POP-like", **nothing})
-    return {**COMMON, "documents": 1000, "prompt_tokens": 131_072, "rows": rows, "calibration": ["demo_document.txt"]}
-
-
-def _pareto():
-    result = _peers()
-    result["rows"] = [{**row, "method": "first-block", "ppl_ratio": 34.12, "kl": 3.435} for row in result["rows"]]
-    return result
-
-
 def _suite():
     loss = {"examples": 100, "dense": 12.345, "loss": -0.1234, "interval": [-0.2345, 0.1234], "kl": 1.234}
     loss["first_token_agreement"] = 1.0
@@ -129,34 +49,6 @@ def _suite():
     average = {**_line("average"), "sets": 2, "mean_recovery": 0.9876, "mean_recovery_interval": [0.9123, 1.0123]}
     counts = {"examples": 99_000, "planned": 100_000, "same_answers": 100, "cut_prompts": 100}
     return {**COMMON, "task": "suite", "datasets": lines, "average": average, "likelihood": loss, **counts}
-
-
-SAMPLES = {  # function -> its arguments
-    show.artifact: _artifact,
-    show.bench: lambda: (_bench(),),
-    show.engines: lambda: (_bench(),),
-    TASKS["perplexity"].show: lambda: (_quality(),),
-    TASKS["suite"].show: lambda: (_suite(),),  # longbench's and ruler's too
-    TASKS["recall"].show: lambda: (_recall(),),
-    TASKS["picks"].show: lambda: (_picks(),),
-    TASKS["peers"].show: lambda: (_peers(),),
-    TASKS["pareto"].show: lambda: (_pareto(),),
-}
-
-
-def test_every_table_has_a_sample_here():
-    """A new function of `show`, or a new task, needs a line in SAMPLES."""
-    of_verbs = {found for name, found in inspect.getmembers(show, inspect.isfunction) if found.__module__ == show.__name__}
-    assert {found for found in of_verbs if found.__name__[0] != "_"} | {task.show for task in TASKS.values()} == SAMPLES.keys()
-
-
-@pytest.mark.parametrize("function", SAMPLES, ids=lambda function: function.__qualname__)
-def test_it_fits_80_columns_and_nothing_is_cut(capsys, function):
-    function(*SAMPLES[function]())
-    out = capsys.readouterr().out
-    lines = out.splitlines()
-    assert len(lines) > 2 and max(map(len, lines)) <= 80, "\n".join(line for line in lines if len(line) > 80)
-    assert "…" not in out
 
 
 def test_sets_at_chance_have_a_table_of_their_own(capsys):

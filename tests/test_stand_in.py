@@ -13,18 +13,6 @@ from fastfill.lab import cuda, ffn_op, profile, stand_in
 from fastfill.lab.cuda import CudaEngine
 from fastfill.lab.ffn_op import Chip, Size
 
-PARAMETERS = {"Llama-3.2-1B": 1.24e9, "Llama-3.2-3B": 3.21e9, "Llama-3.1-8B": 8.03e9, "Qwen3-8B": 8.19e9, "Qwen2.5-7B": 7.62e9}
-
-
-@pytest.mark.parametrize("name", stand_in.SHAPES)
-def test_shapes_have_the_published_number_of_parameters(name):
-    import transformers
-
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(stand_in.config(name))
-    model.tie_weights()  # transformers 5.0 leaves it out on the meta device
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(PARAMETERS[name], rel=0.005)
-
 
 def test_a_folder_is_a_shape_and_layers_cut_it(model_folder):
     loaded = stand_in.model(str(model_folder), "fp32", layers=2)

@@ -13,7 +13,7 @@ import torch
 from conftest import logits, tiny_artifact, tiny_model, token_ids
 
 import fastfill
-from fastfill import attach, families, swap
+from fastfill import attach, swap
 from fastfill.artifact import Artifact
 from fastfill.attachment import MARK
 from fastfill.errors import UserError
@@ -251,26 +251,6 @@ def test_of_two_that_attach_at_once_one_is_refused(model, monkeypatch):
     assert fastfill.detach(model) and untouched(model)
 
 
-def test_threads_that_attach_at_once(model):
-    artifact, barrier, got, refused = tiny_artifact(model), threading.Barrier(4), [], []
-
-    def work():
-        barrier.wait()
-        try:
-            got.append(attach(model, artifact))
-        except UserError as error:
-            refused.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(got), len(refused)) == (1, 3)
-    got[0].detach()
-    assert untouched(model)
-
-
 def in_a_thread(work):
     def run(*_):
         thread = threading.Thread(target=work)
@@ -320,7 +300,3 @@ def test_calls_that_begin_after_detach_are_dense_beside_one_that_began_before(mo
     assert torch.equal(logits(model, IDS), sparse)
     assert torch.equal(seen[0], dense)
     assert untouched(model)
-
-
-def test_base_of_finds_the_same_from_everywhere(model):
-    assert families.base_of(model) is families.base_of(model.model) is model.model

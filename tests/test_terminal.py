@@ -4,7 +4,6 @@ import pytest
 from rich.text import Text
 
 from fastfill import tables, terminal
-from fastfill.errors import LONGEST, UserError
 
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\ud800\x00"
 
@@ -14,13 +13,6 @@ def test_what_a_terminal_obeys_is_written_out():
     assert found == r"x\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\ud800\x00"
     assert terminal.text_of("tab\tand line\nand \u4e2d\u6587 \U0001f600\r\n") == "tab\tand line\nand \u4e2d\u6587 \U0001f600\n"
     assert terminal.text_of("caf\udce9") == r"caf\xe9"  # a byte of a file's name
-
-
-def test_an_error_is_one_bounded_line():
-    error = str(UserError(f"The file {HOSTILE * 10_000}\nis odd and so on; name another."))
-    assert len(error) <= LONGEST and error.isprintable()
-    assert error.startswith("The file x\\x1b") and error.endswith("is odd and so on; name another.")
-    assert str(UserError("Short and  plain.")) == "Short and  plain."
 
 
 @pytest.mark.parametrize(

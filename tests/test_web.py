@@ -60,12 +60,6 @@ def test_a_missing_package_is_one_sentence(capsys, monkeypatch):
     assert capsys.readouterr().err == "fastfill: The page needs more packages; run: pip install 'fastfill[web]'.\n"
 
 
-def test_help_says_where_the_page_is(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["demo", "--help"])
-    assert "127.0.0.1" in capsys.readouterr().out
-
-
 @needs_page
 def test_times():
     from fastfill.lab import web
@@ -333,12 +327,3 @@ def test_two_tabs_and_stop(tab):
     second.close()  # its run ends with it
     first.get_by_role("button", name="Compare").click()
     wait(first, "Done.")
-
-
-@needs_browser
-def test_a_phone_scrolls_down_only(tab):
-    page = tab(width=390)
-    page.get_by_role("button", name="Compare").click()
-    wait(page, "Done.")
-    page.wait_for_selector("#map-blocks svg")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
