@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -372,26 +372,6 @@ def test_scratch_is_counted_and_released():
     kernels.release()
 
 
-@native
-def test_release_beside_running_calls():
-    cases = [problem([16] * 6, [150 + i] * 6, 64 + i, 400, torch.bfloat16, seed=i) for i in range(4)]
-    want, wrong = [run(p, kernel="native") for p in cases], []
-
-    def work(i):
-        for _ in range(30):
-            kernels.release()
-            if not torch.equal(run(cases[i], kernel="native"), want[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    kernels.release()
-    assert not wrong and kernels.scratch_bytes() == 0
-
-
 def test_bad_input_is_refused(kernel):
     p = problem([16, 16], [4, 4], 8, 20, torch.float32)
     ids = p["ids"]
@@ -461,7 +441,8 @@ def test_large_gates_saturate(kernel):
     x = torch.tensor([[-1e4], [-200.0], [-88.5], [88.5], [200.0], [1e4]])
     one = torch.ones(1, 1)
     y = kernels.sparse_ffn(x, one, one, one, torch.zeros(1, 1, dtype=torch.int64), kernel=kernel)
-    assert torch.allclose(y.double(), ACTS["silu"](x.double()) * x.double(), rtol=1e-6, atol=1e-30)
+    # silu to 16 u and three roundings, u = 2^-24: 1.1e-6; e^-88 is 1e-38.
+    assert torch.allclose(y.double(), ACTS["silu"](x.double()) * x.double(), rtol=1.2e-6, atol=1e-30)
 
 
 @native
@@ -482,22 +463,21 @@ def test_threads_do_not_change_the_result(monkeypatch, dtype):
 
 
 @native
-def test_concurrent_calls_equal_calls_in_sequence():
-    cases = [problem([16] * 6, [150 + i] * 6, 64 + i, 400, torch.bfloat16, seed=i) for i in range(6)]
+@pytest.mark.parametrize("release", [False, True])
+def test_concurrent_calls_equal_calls_in_sequence(release):
+    """Also where each gives the buffers back before it."""
+    cases = [problem([16] * 6, [150 + i] * 6, 64 + i, 400, torch.bfloat16, seed=i) for i in range(5)]
     want = [run(p, kernel="native") for p in cases]
-    wrong = []
 
-    def work(i):
-        for _ in range(20):
-            if not torch.equal(run(cases[i], kernel="native"), want[i]):
-                wrong.append(i)
+    def again(i):
+        if release:
+            kernels.release()
+        return torch.equal(run(cases[i], kernel="native"), want[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
+    with ThreadPoolExecutor(len(cases)) as pool:
+        assert all(pool.map(again, [*range(len(cases))] * 25))
+    kernels.release()
+    assert kernels.scratch_bytes() == 0
 
 
 def test_choice(monkeypatch):

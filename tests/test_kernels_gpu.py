@@ -216,11 +216,8 @@ def test_top_k(neurons):
         for kept in {0, 1, neurons // 3, neurons // 2, neurons - 1, neurons}:
             got = kernels.top_k(s.to(DEVICE), kept, kernel="triton").cpu()
             assert got.dtype == torch.int32 and torch.equal(got, order[:, :kept].sort(1).values.int())
-
-
-def test_top_k_of_strided_scores():
-    s = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    assert torch.equal(kernels.top_k(s.t(), 20, kernel="triton"), kernels.top_k(s.t(), 20, kernel="torch"))
+            strided = s.t().contiguous().t().to(DEVICE)
+            assert torch.equal(kernels.top_k(strided, kept, kernel="triton").cpu(), got)
 
 
 def test_choice(monkeypatch):

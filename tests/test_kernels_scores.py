@@ -1,7 +1,7 @@
 """Block scores, selection and compensator: every kernel and instruction set of this machine against fp64 references."""
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -240,19 +240,9 @@ def test_concurrent_calls_equal_calls_in_sequence():
         return scores, run_compensate(p, 4), kernels.top_k(scores, 150, kernel="native")
 
     want = [all_ops(p) for p in cases]
-    wrong = []
-
-    def work(i):
-        for _ in range(20):
-            if not all(torch.equal(a, b) for a, b in zip(all_ops(cases[i]), want[i], strict=True)):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for i, found in enumerate(pool.map(all_ops, cases * 20)):
+            assert all(torch.equal(a, b) for a, b in zip(found, want[i % len(cases)], strict=True))
 
 
 # ---- selection --------------------------------------------------------------------------------------------------------

