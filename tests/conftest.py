@@ -7,6 +7,7 @@ import importlib.util
 import os
 import random
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,6 +33,7 @@ from hypothesis import settings
 from fastfill import artifact as artifacts
 from fastfill import choice, families, kernels, partner
 from fastfill.config import PrefillConfig
+from fastfill.errors import UserError
 
 FAMILIES = tuple(families.FAMILIES)
 KERNELS = ("torch", pytest.param("native", marks=pytest.mark.skipif(not kernels.cpu.usable(), reason=kernels.cpu.status())))
@@ -182,6 +184,14 @@ def artifact_folder(model, tmp_path):
 def snapshot(folder):
     """Every file below a folder with its bytes, hidden ones too."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+@contextmanager
+def user_error(match):
+    """Expects a UserError with these words, in one sentence."""
+    with pytest.raises(UserError, match=match) as error:
+        yield
+    one_sentence(error)
 
 
 def one_sentence(error):

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import logits, one_sentence, tiny_artifact, tiny_model, token_ids
+from conftest import logits, one_sentence, tiny_artifact, tiny_model, token_ids, user_error
 from torch import nn
 
 import fastfill
@@ -205,6 +205,5 @@ def test_an_artifact_without_the_fingerprints_knows_what_it_knew(model, tmp_path
         warnings.simplefilter("error")
         attach(model, old).detach()
         attach(model.float(), old).detach()
-    with pytest.raises(UserError, match="fp16") as error:
+    with user_error("fp16"):
         attach(model.half(), old)
-    one_sentence(error)

@@ -19,6 +19,7 @@ from conftest import (
     snapshot,
     tiny_artifact,
     token_ids,
+    user_error,
 )
 from safetensors.torch import load_file, save_file
 
@@ -278,9 +279,8 @@ def test_tensors_that_changed_places_are_refused(artifact_folder):
             tensors[a], tensors[b] = tensors[b], tensors[a]
 
     edit_weights(artifact_folder, change)
-    with pytest.raises(UserError, match=r"layers\.0\.compensator\.w_in is not what was saved \(4 tensors\)") as error:
+    with user_error(r"layers\.0\.compensator\.w_in is not what was saved \(4 tensors\)"):
         artifacts.load(artifact_folder)
-    one_sentence(error)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +294,8 @@ def test_tensors_that_changed_places_are_refused(artifact_folder):
 )
 def test_settings_that_were_changed_by_hand_are_refused(artifact_folder, change):
     edit(artifact_folder, change)
-    with pytest.raises(UserError, match=r"not what was saved: prefill, ranks, layer_importance belong to the weights") as error:
+    with user_error(r"not what was saved: prefill, ranks, layer_importance belong to the weights"):
         artifacts.load(artifact_folder)
-    one_sentence(error)
 
 
 def test_an_artifact_older_than_a_setting_has_its_default(model, artifact_folder):
@@ -373,9 +372,8 @@ def test_a_weight_that_overflows_in_the_models_dtype_is_refused(model, name, val
     artifact.tensors[f"layers.1.{name}"].view(-1)[3] = 60000.0
     take()
     artifact.tensors[f"layers.1.{name}"].view(-1)[3] = value
-    with pytest.raises(UserError, match=rf"layers\.1\.{name} does not fit into torch\.{str(dtype)[6:]}.*bf16 or fp32") as error:
+    with user_error(rf"layers\.1\.{name} does not fit into torch\.{str(dtype)[6:]}.*bf16 or fp32"):
         take()
-    one_sentence(error)
 
 
 def test_a_correction_that_overflows_when_it_is_scaled_is_refused(model):
@@ -413,9 +411,8 @@ def test_a_failing_write_leaves_the_old_artifact_and_nothing_else(model, artifac
     before = snapshot(artifact_folder.parent)
     with monkeypatch.context() as patch:
         FAILURES[name](patch)
-        with pytest.raises(UserError, match=r"could not be written: No space left on device.*untouched") as error:
+        with user_error(r"could not be written: No space left on device.*untouched"):
             artifacts.save(tiny_artifact(model, seed=1), artifact_folder, readme="new\n")
-        one_sentence(error)
     assert snapshot(artifact_folder.parent) == before
     assert [p.name for p in artifact_folder.parent.iterdir()] == [artifact_folder.name]
 
@@ -495,9 +492,8 @@ def test_what_would_not_load_never_replaces_what_does(model, artifact_folder, tm
     artifact, before = tiny_artifact(model, seed=1), snapshot(tmp_path)
     change(artifact)
     for folder in (artifact_folder, tmp_path / "new"):
-        with pytest.raises(UserError, match=f"is not written, and what was there is untouched.*{words}") as error:
+        with user_error(f"is not written, and what was there is untouched.*{words}"):
             artifacts.save(artifact, folder)
-        one_sentence(error)
     assert snapshot(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["artifact"]
 
 
@@ -543,7 +539,6 @@ def test_a_measurement_is_not_recorded_in_another_artifact(model, artifact_folde
     artifact = artifacts.load(artifact_folder)
     artifacts.save(tiny_artifact(model, seed=1), artifact_folder)  # a calibration ended meanwhile
     before = snapshot(artifact_folder)
-    with pytest.raises(UserError, match="holds another artifact by now") as error:
+    with user_error("holds another artifact by now"):
         artifacts.record(artifact, artifact_folder, {"ppl_ratio": 1.5})
-    one_sentence(error)
     assert snapshot(artifact_folder) == before

@@ -119,25 +119,6 @@ def test_an_assistant_model_moves_nothing():
         assert torch.equal(generate(model, ids, assistant_early_exit=2), greedy)
 
 
-def test_beams_without_a_cache_are_beams_with_one(exact_model):
-    model, ids = exact_model, token_ids(1, 47)
-    with attach(model, tiny_artifact(model), dense_tail=TAIL) as attachment:
-        out = [generate(model, ids, num_beams=3, use_cache=cached) for cached in (True, False)]
-        assert attachment.stats.sparse_tokens == 3 * SPARSE * (1 + NEW)
-    assert torch.equal(*out)
-
-
-def test_embeddings_as_a_prompt(exact_model):
-    model, ids = exact_model, token_ids(1, 47)
-    with torch.no_grad():
-        embeddings = model.model.embed_tokens(ids)
-    with attach(model, tiny_artifact(model), dense_tail=TAIL) as attachment:
-        greedy = generate(model, ids)[:, 47:]
-        settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "prefill_chunk_size": None}
-        out = model.generate(inputs_embeds=embeddings, attention_mask=torch.ones_like(ids), **settings)
-        assert torch.equal(out, greedy) and attachment.stats.sparse_tokens == 2 * SPARSE
-
-
 @not_in_old
 @pytest.mark.parametrize("whole", [True, False], ids=["whole input", "new tokens only"])
 @pytest.mark.parametrize("chunk", [None, 16])
@@ -209,17 +190,6 @@ def test_what_lies_behind_the_end_is_dense(exact_model):
         assert attachment.stats.sparse_tokens - before == 3 * SPARSE
         logits(model, ids)
         assert attachment.stats.sparse_tokens - before == 3 * SPARSE + 64  # nothing said: all of it is prompt
-
-
-def test_a_prompt_shorter_than_min_tokens_stays_dense_whatever_follows(exact_model):
-    model, ids = exact_model, token_ids(1, 47)
-    with attach(model, tiny_artifact(model)) as attachment:
-        with attachment.prompt(end=15):
-            logits(model, ids)
-        assert attachment.stats.sparse_tokens == 0 and attachment.stats.dense_because == {}
-        with attachment.prompt(end=16):
-            logits(model, ids)
-        assert attachment.stats.sparse_tokens == BLOCK
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -380,15 +350,6 @@ def test_an_odd_piece_of_a_known_prompt_is_counted_whatever_its_size(exact_model
             logits(model, ids[:, 10:40], attention_mask=mask[:, :40], past_key_values=cache)
             logits(model, ids[:, 40:47], attention_mask=mask, past_key_values=cache)  # behind the end
         assert attachment.stats.dense_because == {calls.HOLES: 2}
-
-
-def test_a_second_text_inside_a_prompt_is_dense_and_says_so(exact_model):
-    model, ids = exact_model, token_ids(1, 47)
-    with attach(model, tiny_artifact(model)) as attachment, attachment.prompt(end=47):
-        logits(model, ids)
-        with pytest.warns(UserWarning, match="another text"):
-            logits(model, ids[:, :30])
-        assert attachment.stats.sparse_tokens == 32 and attachment.stats.dense_because == {calls.OTHER_TEXT: 1}
 
 
 def test_a_plan_that_no_ffn_ran_is_not_counted_as_sparse(model):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import one_sentence, snapshot
+from conftest import snapshot, user_error
 
 from fastfill.calibration.checkpoint import Checkpoint
 from fastfill.config import CalibrationConfig
@@ -65,9 +65,8 @@ DAMAGES = {
 def test_a_damaged_file_is_named_and_refused(folder, name, damage):
     (folder / name).write_bytes(DAMAGES[damage]((folder / name).read_bytes()))
     before = snapshot(folder)
-    with pytest.raises(UserError, match=rf"{name} is damaged \(.*delete .*to start anew") as error:
+    with user_error(rf"{name} is damaged \(.*delete .*to start anew"):
         read_all(resume(folder))
-    one_sentence(error)
     assert snapshot(folder) == before
     (folder / name).unlink()
     if name != "settings.json":
@@ -108,9 +107,8 @@ def test_a_checkpoint_older_than_a_setting_is_resumed_where_that_has_its_default
 
 def test_parts_without_settings_are_refused(folder):
     (folder / "settings.json").unlink()
-    with pytest.raises(UserError, match=r"has no settings\.json and cannot be resumed") as error:
+    with user_error(r"has no settings\.json and cannot be resumed"):
         resume(folder)
-    one_sentence(error)
 
 
 def test_a_checkpoint_that_was_killed_at_its_very_begin_is_resumed(tmp_path):

@@ -81,22 +81,6 @@ def test_the_commands_are_understood(script, folder, monkeypatch):
             task.read()
 
 
-def test_figures_of_other_results_are_not_the_readmes(script, folder):
-    report = script.plan(script.find_text(folder), Path("elsewhere"), Path("tasks"))[-1].command
-    assert report[report.index("--svg") + 1] == "elsewhere/figures"
-
-
-def test_what_is_there_is_skipped(script, folder, capfd):
-    results = Path("benchmarks/results/eval")
-    results.mkdir(parents=True)
-    for name in ("bench", "longbench-made", "peers"):
-        (results / f"{name}.json").write_text("{}")
-    assert script.main(["--steps", "bench,peers,pareto,longbench-made"]) == 0
-    assert [words[words.index("--task") + 1] for words in calls()] == ["pareto"]
-    assert (results / "peers.json").read_text() == "{}" and not Path("made.txt").exists()
-    assert capfd.readouterr().out.count("there already") == 3
-
-
 @pytest.mark.parametrize("file, words", [("fails.txt", "exit code 3"), ("mute.txt", "not a JSON document")])
 def test_a_failing_step_stops_with_its_command_and_the_next_run_goes_on(script, folder, capfd, file, words):
     Path(file).write_text("recall")
@@ -133,12 +117,6 @@ def test_without_data_it_says_what_it_reads(script, capfd):
         assert Path(source.split("[")[0]).is_file()
     assert not {source.split("[")[0] for source in evaluated} & {source.split("[")[0] for source in other}
     assert not any("multi_news" in words for words in calls()) and "--squad" not in Path("made.txt").read_text()
-
-
-def test_an_unknown_step_is_refused(script, capsys):
-    with pytest.raises(SystemExit):
-        script.main(["--steps", "flying"])
-    assert "there is no step 'flying'" in capsys.readouterr().err
 
 
 def test_held_out_slices_are_those_of_the_recipe(script):

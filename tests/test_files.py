@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import one_sentence, snapshot
+from conftest import one_sentence, snapshot, user_error
 
 from fastfill import files
 from fastfill.errors import LONGEST, UserError, printable, quoted
@@ -107,9 +107,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         Path(path).write_text("ha")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"could not be written: No space left on device") as error:
+    with user_error(r"could not be written: No space left on device"):
         files.write(file, half)
-    one_sentence(error)
     assert snapshot(tmp_path) == {"deep/page.html": b"two"} and os.listdir(file.parent) == ["page.html"]
     with pytest.raises(UserError, match="could not be written"):
         files.write(file, "lone \ud800 surrogate")
@@ -134,9 +133,8 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
     for place in (tmp_path / "pipe", tmp_path / "folder", Path("/dev/null")):
         before = place.stat().st_mode
         for act in (lambda place: files.write(place, "x"), files.check_file):
-            with pytest.raises(UserError, match="no regular file of that name") as error:
+            with user_error("no regular file of that name"):
                 act(place)
-            one_sentence(error)
         assert place.stat().st_mode == before
 
 
@@ -304,9 +302,8 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
     env = {"PYTHONPATH": ":".join(sys.path)}
     with subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another process is writing there") as error:
+        with user_error("another process is writing there"):
             files.hold(tmp_path)
-        one_sentence(error)
         other.stdin.close()
         other.wait()
     mine, again = files.hold(tmp_path), files.hold(tmp_path)  # the end of the process was the end of its lock
@@ -338,14 +335,12 @@ def test_a_place_that_cannot_be_written_is_found_at_once(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path / "here")
     place = place if place == "" else tmp_path / place
     for act in (files.check_folder, lambda place: files.replace_folder(place, FOLDER)):
-        with pytest.raises(UserError, match=words) as error:
+        with user_error(words):
             act(place)
-        one_sentence(error)
     if words not in ("there is a file of that name", "mount point", "holds the folder you are in"):
         for act in (files.check_file, lambda place: files.write(place, "text")):
-            with pytest.raises(UserError, match="could not be written") as error:
+            with user_error("could not be written"):
                 act(place)
-            one_sentence(error)
     assert snapshot(tmp_path) == {"file": b"mine"}
 
 

@@ -102,17 +102,6 @@ def test_generation_settings_in_the_models_own_config(exact_model):
     assert torch.equal(engine.generate(model, ids, NEW), wanted)
 
 
-def test_the_caller_can_say_where_the_prompt_ends(exact_model):
-    model, ids = exact_model, token_ids(1, 45)
-    with attach(model, tiny_artifact(model)) as attachment:
-        with attachment.prompt(end=24):
-            engine.generate(model, ids, NEW)
-        assert attachment.stats.sparse_tokens == 16
-        with attachment.dense():
-            engine.generate(model, ids, NEW)
-        assert attachment.stats.sparse_tokens == 16
-
-
 def test_a_greedy_configuration_has_the_special_tokens_only(model):
     model.generation_config = GenerationConfig(
         eos_token_id=[5, 6], bos_token_id=1, repetition_penalty=1.2, top_k=3, do_sample=True, max_length=9

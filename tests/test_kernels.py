@@ -1,10 +1,10 @@
 """The sparse FFN op: every kernel and instruction set of this machine against an fp64 reference."""
 
-import os
 import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,12 +31,18 @@ BIASES = ("gate_bias", "up_bias")
 native = pytest.mark.skipif(not ISAS, reason=cpu.status() if not ISAS else "")
 
 
+@contextmanager
+def on(isa):
+    """Where hypothesis draws the instruction set, no fixture can."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cpu.ISA_VARIABLE, isa)
+        yield
+
+
 @pytest.fixture(params=KERNELS, ids=lambda p: "-".join(filter(None, p)))
-def kernel(request, monkeypatch):
-    name, isa = request.param
-    if isa:
-        monkeypatch.setenv(cpu.ISA_VARIABLE, isa)
-    return name
+def kernel(request):
+    with on(request.param[1]):
+        yield request.param[0]
 
 
 def problem(lengths, kept, hidden, neurons, dtype, seed=0, init=True, biases=False):
@@ -162,14 +168,8 @@ def test_sweep(p, which, activation, narrow_ids):
     kernel, isa = which
     if narrow_ids:
         p["ids"] = p["ids"].int()
-    before = os.environ.get(cpu.ISA_VARIABLE)
-    os.environ[cpu.ISA_VARIABLE] = isa
-    try:
+    with on(isa):
         y = run(p, kernel=kernel, activation=activation)
-    finally:
-        os.environ.pop(cpu.ISA_VARIABLE)
-        if before is not None:
-            os.environ[cpu.ISA_VARIABLE] = before
     assert excess(y, p, activation, kernel) <= 1
 
 

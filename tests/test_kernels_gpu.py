@@ -71,17 +71,12 @@ def test_matches_fp64(shape, dtype):
     assert error(problem(*shape, dtype)) <= 1
 
 
-@pytest.mark.parametrize("activation", [name for name in ACTS if name != "gelu"])
+@pytest.mark.parametrize("activation", ACTS)
 def test_activations(activation):
-    p = problem([20, 21], [60, 61], 40, 90, torch.float32, init=False)
-    p["x"] *= 4
+    """gelu in bf16 and small: 1 + erf loses the far tail, as in torch, 2^-24 absolute in units of g, which is not in the bound."""
+    p = problem([20, 21], [60, 61], 40, 90, torch.bfloat16 if activation == "gelu" else torch.float32, init=False)
+    p["x"] *= 1 if activation == "gelu" else 4
     assert error(p, activation) <= 1
-
-
-def test_gelu():
-    """1 + erf loses the far tail, as in torch: 2^-24 absolute in units of g, which the bound of the other tests has not."""
-    p = problem([20, 21], [60, 61], 40, 90, torch.bfloat16, init=False)
-    assert error(p, "gelu") <= 1
 
 
 @settings(max_examples=SMALL, deadline=None)

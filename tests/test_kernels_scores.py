@@ -1,6 +1,5 @@
 """Block scores, selection and compensator: every kernel and instruction set of this machine against fp64 references."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,26 +7,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kernels import ISAS, KERNELS, native, on
 from torch import Tensor
 
 from fastfill import kernels
 from fastfill.kernels import cpu
 
-ISAS = [name for name, supported in cpu.isas().items() if supported]
-KERNELS = [("torch", "")] + [("native", isa) for isa in ISAS]  # what this machine can run
 DTYPES = [torch.float32, torch.bfloat16]
 U = 2.0**-24  # unit roundoff of fp32 sums
 
-native = pytest.mark.skipif(not ISAS, reason=cpu.status() if not ISAS else "")
 both = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 
 
 @pytest.fixture(params=KERNELS, ids=lambda p: "-".join(filter(None, p)))
-def kernel(request, monkeypatch):
-    name, isa = request.param
-    if isa:
-        monkeypatch.setenv(cpu.ISA_VARIABLE, isa)
-    return name
+def kernel(request):
+    with on(request.param[1]):
+        yield request.param[0]
 
 
 def problem(tokens, hidden, rank, columns, dtype, seed=0) -> dict[str, Tensor]:
@@ -149,14 +144,8 @@ def test_sweep(shape, dtype, which, seed, data):
     p = problem(blocks * block_size, hidden, rank, columns, dtype, seed)
     linear_rank = data.draw(st.integers(0, rank))
     kernel, isa = which
-    before = os.environ.get(cpu.ISA_VARIABLE)
-    os.environ[cpu.ISA_VARIABLE] = isa
-    try:
+    with on(isa):
         scores, y = run_scores(p, block_size, kernel), run_compensate(p, linear_rank, kernel)
-    finally:
-        os.environ.pop(cpu.ISA_VARIABLE)
-        if before is not None:
-            os.environ[cpu.ISA_VARIABLE] = before
     assert scores_excess(scores, p, block_size, kernel) <= 1
     assert compensate_excess(y, p, linear_rank) <= 1
 
@@ -276,14 +265,8 @@ def test_top_k_equals_a_full_sort(blocks, neurons, kind, which, seed, data):
         "equal": lambda: np.full((blocks, neurons), 0.5),
     }[kind]().astype(np.float32)
     kernel, isa = which
-    before = os.environ.get(cpu.ISA_VARIABLE)
-    os.environ[cpu.ISA_VARIABLE] = isa
-    try:
+    with on(isa):
         ids = kernels.top_k(torch.from_numpy(scores), kept, kernel=kernel)
-    finally:
-        os.environ.pop(cpu.ISA_VARIABLE)
-        if before is not None:
-            os.environ[cpu.ISA_VARIABLE] = before
     assert ids.dtype == torch.int32 and ids.is_contiguous() and ids.shape == (blocks, kept)
     np.testing.assert_array_equal(ids.numpy(), full_sort(scores, kept))
 

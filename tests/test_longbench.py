@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import one_sentence, tiny_text
+from conftest import tiny_text, user_error
 
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
@@ -97,9 +97,8 @@ def test_longbench_e_is_another_set(tmp_path):
 )
 def test_bad_rows_are_a_sentence(tmp_path, content, words):
     (tmp_path / "hotpotqa.jsonl").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=words.replace("[", r"\[")) as error:
+    with user_error(words.replace("[", r"\[")):
         longbench.read([str(tmp_path / "hotpotqa.jsonl")])
-    one_sentence(error)
 
 
 def test_bad_names_are_a_sentence(tmp_path):
@@ -110,9 +109,8 @@ def test_bad_names_are_a_sentence(tmp_path):
         (tmp_path / "empty", ["colours"], "has no dataset 'colours'"),
         (write(tmp_path / "a.jsonl", [fields()]), ["lcc"], "no rows of lcc; it has hotpotqa"),
     ]:
-        with pytest.raises(UserError, match=words) as error:
+        with user_error(words):
             longbench.read([str(source)], datasets)
-        one_sentence(error)
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import one_sentence, tiny_model, tiny_tokenizer
+from conftest import one_sentence, tiny_model, tiny_tokenizer, user_error
 from safetensors.torch import load_file, save_file
 
 from fastfill import models
@@ -193,6 +193,5 @@ def test_chat_without_a_template_is_refused():
 def test_a_template_that_fails_is_one_sentence(template):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(UserError, match="chat template") as error:
+    with user_error("chat template"):
         engine.encode(tokenizer, "w5", chat=True)
-    one_sentence(error)

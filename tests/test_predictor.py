@@ -6,7 +6,6 @@ from conftest import BLOCK, HIDDEN, INTERMEDIATE, PREFILL, tiny_artifact, tiny_m
 from fastfill import families, kernels
 from fastfill.blocks import make_plan
 from fastfill.lab.baselines import BASELINES, FirstBlock, LowRank, Oracle, Random
-from fastfill.predictor import LearnedPredictor
 
 TORCH = kernels.Kernel("torch")
 PLAN = make_plan([(0, 32, 0), (5, 32, 0)], 32, PREFILL)  # two sequences, the second left-padded
@@ -48,27 +47,7 @@ def test_importance_is_the_energy_a_neuron_adds(x, ffn):
     torch.testing.assert_close(got[7, 11].double(), alone.square().sum(), **CLOSE)
 
 
-def test_learned_sums_the_tokens_distributions(x):
-    artifact = tiny_artifact(tiny_model())
-    predictor = artifact.predictor(1, x)
-    assert isinstance(predictor, LearnedPredictor)
-    logits = x.numpy() @ predictor.w_in.numpy().T @ predictor.w_out.numpy().T + predictor.bias.numpy()
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    scores = predictor.scores(x, PLAN, TORCH)
-    torch.testing.assert_close(scores.double(), torch.from_numpy(blocks_of(p)), **CLOSE)
-    torch.testing.assert_close(scores.sum(1), torch.full((PLAN.blocks,), float(BLOCK)), rtol=1e-5, atol=0)
-    assert predictor.macs_per_token() == 8 * (HIDDEN + INTERMEDIATE)
-
-
-def test_first_block_reads_only_the_first_block_of_each_sequence(x, ffn):
-    scores = FirstBlock(ffn).scores(x, PLAN, TORCH)
-    # The sequences begin at rows 0 and 32 + 5; three sparse blocks follow in the first, two in the second (27 tokens).
-    assert PLAN.blocks == 5
-    h = np.sqrt(numpy_energy(x, ffn)) / np.linalg.norm(np.asarray(ffn.down), axis=0)
-    h = (h / np.linalg.norm(h, axis=1, keepdims=True)) ** 2
-    expected = np.stack([h[0:8].sum(0)] * 3 + [h[37:45].sum(0)] * 2)
-    torch.testing.assert_close(scores.double(), torch.from_numpy(expected), rtol=2e-6, atol=1e-12)
+def test_first_block_needs_the_first_block(x, ffn):
     with pytest.raises(ValueError, match="whole prompt"):
         FirstBlock(ffn).scores(x, make_plan([(0, 64, 16)], 64, PREFILL), TORCH)
 

@@ -59,14 +59,9 @@ def test_a_closed_stdin(folder, tmp_path):
 
 def test_stdin_that_is_no_text(folder):
     arguments = ["generate", "default", "--artifact", folder, "--prompt-file", "-"]
-    for locale in (
-        {"LC_ALL": "C"},
-        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
-        {"PYTHONIOENCODING": "latin-1"},
-    ):
-        assert "Standard input cannot be read: it is not UTF-8" in refused(
-            command(*arguments, stdin=b"caf\xe9 " * 400, **locale)
-        )
+    for locale in ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "latin-1"}):
+        done = command(*arguments, stdin=b"caf\xe9 " * 400, **locale)
+        assert "Standard input cannot be read: it is not UTF-8" in refused(done)
 
 
 def test_a_closed_stdout_is_told_before_anything_is_done(folder):
@@ -144,10 +139,7 @@ def test_an_ignored_ctrl_c_stays_ignored(folder, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"WORLD_SIZE": "many"},
-        {"WORLD_SIZE": "-2"},
-        {"WORLD_SIZE": "9" * 5000},
-        {"WORLD_SIZE": "2"},
+        *({"WORLD_SIZE": size} for size in ("many", "-2", "9" * 5000, "2")),
         {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"},
         {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "x"},
         {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import report_documents as documents
-from conftest import one_sentence, snapshot, tiny_artifact, tiny_model
+from conftest import one_sentence, snapshot, tiny_artifact, tiny_model, user_error
 
 from fastfill import artifact as artifacts
 from fastfill import cli
@@ -134,9 +134,8 @@ def test_picks_and_maps_by_hand() -> None:
     assert layers.maps_tables(document)[0].rows == [["1", "3", "2", "2", "1", "4"]]
     assert layers.picks_tables(document)[0].rows[1] == ["1", "2", "33.3%", "33.3%", "25.0%", "40.0%"]
     for broken in ([*blocks[:1], "AAAA"], ["?"], [3], None):
-        with pytest.raises(UserError, match="neuron map") as error:
+        with user_error("neuron map"):
             layers.maps({**document, "maps": [{"layer": 0, "blocks": broken}]})
-        one_sentence(error)
 
 
 def drawn(found: list[dict[str, Any]]) -> tuple[list[page.Drawn], list[str]]:
@@ -318,24 +317,20 @@ def test_stored_results_of_the_project_make_a_page(tmp_path: Path) -> None:
 )
 def test_what_is_no_result_is_refused(content: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text(content)
-    with pytest.raises(UserError, match=words) as error:
+    with user_error(words):
         report.write([tmp_path / "odd.json"], tmp_path / "report.html")
-    one_sentence(error)
     assert not (tmp_path / "report.html").exists()
 
 
 def test_places_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist") as error:
+    with user_error("does not exist"):
         runs.read([tmp_path / "nothing"])
-    one_sentence(error)
-    with pytest.raises(UserError, match="holds no") as error:
+    with user_error("holds no"):
         runs.read([tmp_path])
-    one_sentence(error)
     store(tmp_path / "all.json", documents.pareto())
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="could not be written") as error:
+    with user_error("could not be written"):
         report.write([tmp_path / "all.json"], tmp_path / "file" / "report.html")
-    one_sentence(error)
 
 
 def test_files_that_others_wrote(tmp_path: Path) -> None:
@@ -344,18 +339,16 @@ def test_files_that_others_wrote(tmp_path: Path) -> None:
     (tmp_path / "all.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n{line}\n".encode())
     assert [run.kind for run in runs.read([tmp_path / "all.jsonl"])] == ["demo", "demo"]
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(UserError, match=r"cannot be read .it is not a regular file") as error:
+    with user_error(r"cannot be read .it is not a regular file"):
         runs.read([tmp_path / "pipe.json"])
-    one_sentence(error)
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"fastfill\[report\]") as error:
+    with user_error(r"fastfill\[report\]"):
         quality.pareto(documents.pareto())
-    one_sentence(error)
 
 
 def test_names_tell_documents_apart() -> None:

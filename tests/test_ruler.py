@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import one_sentence
+from conftest import user_error
 
 from fastfill.errors import UserError
 from fastfill.lab import ruler
@@ -166,6 +166,5 @@ def test_the_users_text_hides_the_needles(tokenizer):
     ],
 )
 def test_what_cannot_be_made_is_a_sentence(tokenizer, settings, words):
-    with pytest.raises(UserError, match=words) as error:
+    with user_error(words):
         ruler.examples(tokenizer, 600, count=1, **settings)
-    one_sentence(error)

@@ -4,7 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-from conftest import PREFILL, one_sentence, tiny_artifact, tiny_text
+from conftest import PREFILL, tiny_artifact, tiny_text, user_error
 
 from fastfill import artifact as artifacts
 from fastfill import attach, cli
@@ -115,15 +115,13 @@ def test_vllm_changes_nothing_of_an_artifact_but_from_where_on_prompts_are_spars
     ids=str,
 )
 def test_bad_settings_are_refused_before_anything_is_touched(model, given, words):
-    with pytest.raises(UserError, match=words) as refused:
+    with user_error(words):
         attach(model, tiny_artifact(model), **given)
-    one_sentence(refused)
     assert all("forward" not in module.__dict__ for module in model.modules())
     assert not model.model._forward_pre_hooks
 
 
 def test_vllm_refuses_wrong_settings_before_it_starts(artifact_folder):
     for given, words in (({"sparsty": 0.3}, "unknown setting.* sparsty"), ({"dense_tail": -1}, "dense_tail must be")):
-        with pytest.raises(UserError, match=words) as refused:
+        with user_error(words):
             vllm.overrides("llama", artifact_folder, **given)
-        one_sentence(refused)

@@ -46,11 +46,6 @@ def test_likelihoods_alone(capsys):
     assert "recover" not in out and "-0.123" in out and "-0.234 to +0.123" in out
 
 
-def test_brackets_are_shown(capsys):
-    tables.table("title of a.jsonl[20:]", ["a"], [["b.jsonl[red]"]])
-    assert capsys.readouterr().out.split("\n") == ["title of a.jsonl[20:]", "a           ", "b.jsonl[red]", ""]
-
-
 def test_a_word_that_is_too_long_is_folded(capsys):
     tables.table("title", ["a", "b"], [["x" * 200, "y" * 5]])
     out = capsys.readouterr().out

@@ -4,12 +4,21 @@ import threading
 
 import pytest
 import torch
-from conftest import BLOCK, LAYERS, logits, one_sentence, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer, token_ids
+from conftest import (
+    BLOCK,
+    LAYERS,
+    logits,
+    tiny_artifact,
+    tiny_model,
+    tiny_text,
+    tiny_tokenizer,
+    token_ids,
+    user_error,
+)
 
 from fastfill import attach
 from fastfill.engines import transformers as engine
 from fastfill.engines.transformers import TransformersEngine
-from fastfill.errors import UserError
 from fastfill.lab import demo, picks, side_by_side
 from fastfill.lab.side_by_side import Comparison, Run, State
 
@@ -159,9 +168,8 @@ TOO_LONG = r"The prompt has 606 tokens and the answer up to 6, more than the 512
 
 @pytest.mark.parametrize("document, words", [(" \n", "no document"), (tiny_text(600), TOO_LONG)])
 def test_documents_that_cannot_be_read(comparison, document, words):
-    with pytest.raises(UserError, match=words) as error:
+    with user_error(words):
         comparison.ask(document, QUESTION)
-    one_sentence(error)
 
 
 def test_what_stays_dense_says_so(model):
@@ -183,9 +191,8 @@ def test_an_empty_question_gets_one(comparison):
 
 def test_a_huge_document_is_refused_before_it_is_tokenized(comparison, monkeypatch):
     monkeypatch.setattr(engine, "encode", None)
-    with pytest.raises(UserError, match=r"The document has 60,0\d\d characters, more than the 512 tokens") as error:
+    with user_error(r"The document has 60,0\d\d characters, more than the 512 tokens"):
         comparison.ask("w9 " * 20_000, QUESTION)
-    one_sentence(error)
 
 
 def test_so_many_may_wait():
@@ -195,9 +202,8 @@ def test_so_many_may_wait():
         gate = Gate(model)
         runs = [made.ask(DOCUMENT, QUESTION) for _ in range(side_by_side.MOST_RUNS)]
         assert gate.reached.wait(SECONDS)
-        with pytest.raises(UserError, match="questions are waiting") as error:
+        with user_error("questions are waiting"):
             made.ask(DOCUMENT, QUESTION)
-        one_sentence(error)
         runs[-1].stop()
         assert last(runs[-1]).status == "Stopped."
         again = made.ask(DOCUMENT, QUESTION)  # its place is free

@@ -1,7 +1,6 @@
 """Fields and formulas. Nothing here asserts how long anything takes."""
 
 import itertools
-import math
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -25,7 +24,6 @@ from fastfill import attach, clocks, engines, models
 from fastfill.cli import show
 from fastfill.cost import Cost
 from fastfill.engines import Prefill
-from fastfill.engines import transformers as engine
 from fastfill.engines.transformers import TransformersEngine
 from fastfill.errors import UserError
 from fastfill.lab import flops, profile, speed
@@ -157,11 +155,6 @@ def test_the_split_is_the_median_run_whole():
     row = speed.split(engine, token_ids(1, 45), 3, 30)
     assert row["split_dense"] == {"attention": 1.2, "ffn": 6.6, "predictor": 0.0, "compensator": 0.0, "rest": 1.0}
     assert row["split_sparse"]["ffn"] == 24.0
-
-
-def test_quartiles():
-    assert speed.quartiles([2.0]) == (2.0, 2.0, 2.0)
-    assert speed.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
 
 
 def test_growth_and_lengths():
@@ -324,17 +317,6 @@ def test_flops_of_a_dense_prefill_are_those_that_torch_counts(family):
     assert counter.get_total_flops() - rotary == sum(parts.values()) - parts["attention"] + full
 
 
-def test_flops_of_a_row_count_tokens_as_they_were_read(attachment):
-    """45 tokens: head of 8, four blocks of 8, tail of 5. Ranks 8, 4 and 4: the predictor has 8 (32 + 96) multiply-adds a
-    token, the compensator 2 * 32 * 8."""
-    kept = sum(attachment.kept)
-    row = speed.cost(TransformersEngine(attachment, "tiny"), 45, 32)
-    dense = 6 * HIDDEN * INTERMEDIATE * 45 * LAYERS
-    sparse = 6 * HIDDEN * (INTERMEDIATE * 13 * LAYERS + kept * 32) + 2 * LAYERS * (32 * 8 * (32 + 96) + 45 * 2 * 32 * 8)
-    assert row["flops_sparse"] - row["flops_dense"] == sparse - dense
-    assert row["ffn_flops_ratio"] == round(sparse / dense, 4)
-
-
 def test_flops_of_the_sparse_ffns_are_those_that_torch_counts(model):
     """The torch kernel gathers and multiplies as it says: nothing more, nothing less."""
     ids, counts = token_ids(1, 45), {}
@@ -399,21 +381,3 @@ def test_all_neurons_is_the_dense_model_by_the_sparse_kernel(family, kernel):
         assert torch.equal(logits(model, ids), before)
         with made.dense():
             assert torch.equal(logits(model, ids), want)
-
-
-def test_what_looks_inside_asks_for_transformers():
-    with pytest.raises(UserError, match=r"--task recall looks inside the model; it needs --engine transformers\."):
-        engine.inside(GivenTimes(), "--task recall")
-
-
-def test_the_engine_generates_what_transformers_does(tokenizer):
-    model = tiny_model()
-    ids = token_ids(1, 30)
-    out = engine.generate(model, ids, 4)
-    current = ids
-    for _ in range(4):  # greedy, by hand
-        current = torch.cat([current, logits(model, current)[:, -1:].argmax(-1)], 1)
-    assert torch.equal(out, current[0, 30:])
-    assert engine.encode(tokenizer, "w9 w10", chat=False).tolist() == [[9, 10]]
-    assert engine.encode(tokenizer, "w9 w10", chat=True).tolist() == [[5, 9, 10, 6, 7]]
-    assert math.isfinite(engine.time_to_first_token(model, ids))

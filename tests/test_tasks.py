@@ -5,7 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import LAYERS, one_sentence, tiny_artifact, tiny_text
+from conftest import LAYERS, tiny_artifact, tiny_text, user_error
 
 from fastfill import attach, cli, models
 from fastfill.errors import UserError
@@ -282,9 +282,8 @@ def test_options_from_python_are_checked_when_they_are_given(model, tokenizer):
         (lambda: tasks.LongBench(minutes="5"), "--minutes must be"),
         (lambda: tasks.Recall(seed=-1), "--seed must be"),
     ]:
-        with pytest.raises(UserError, match=sentence) as error:
+        with user_error(sentence):
             make()
-        one_sentence(error)
     vllm = SimpleNamespace(
         engine="vllm", artifact=tiny_artifact(model), choices={"predictor": "LearnedPredictor", "compensator": True}
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import LAYERS, one_sentence, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
+from conftest import LAYERS, one_sentence, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer, user_error
 
 import fastfill
 from fastfill import artifact as artifacts
@@ -104,9 +104,8 @@ def test_the_port():
     with web.listen(0) as sock:
         host, port = sock.getsockname()
         assert host == "127.0.0.1" and port > 0
-        with pytest.raises(UserError, match=f"Port {port} cannot be used") as error:
+        with user_error(f"Port {port} cannot be used"):
             web.listen(port)
-        one_sentence(error)
     for wrong in -1, 65536:
         with pytest.raises(UserError, match="--port must lie"):
             web.listen(wrong)
