@@ -13,17 +13,9 @@ from fastfill.errors import UserError
 from fastfill.lab.baselines import named
 
 CONFIG = CalibrationConfig(
-    predictor_rank=8,
-    linear_rank=4,
-    silu_rank=4,
-    fit_tokens=512,
-    fit_batch=128,
-    schedule_tokens=128,
-    steps=8,
-    sequence_length=64,
+    **{"predictor_rank": 8, "linear_rank": 4, "silu_rank": 4, "fit_tokens": 512, "fit_batch": 128, "schedule_tokens": 128},
+    **{"steps": 8, "sequence_length": 64, "compensator_lr": 1.5e-2, "predictor_lr": 3e-3},
     loss_stride=1,  # 40 tokens are few
-    compensator_lr=1.5e-2,
-    predictor_lr=3e-3,
 )
 TEXTS = [tiny_text(256, seed=s) for s in range(6)]
 
@@ -314,9 +306,8 @@ def test_streamed_inputs_are_what_the_whole_model_gives(family):
     for layer, inputs, activations in capture.stream_ffns(anatomy, hidden, calls, slice(8, 40)):
         x, ffn = torch.cat(expected[layer]), anatomy.ffns[layer]
         assert torch.equal(inputs, x[:, 8:40])  # the same operations on the same shapes
-        torch.testing.assert_close(
-            activations, ffn.hidden(x)[:, 8:40], rtol=0, atol=1e-5
-        )  # fp32, values near one: 32 terms of eps each
+        # fp32, values near one: 32 terms of eps each
+        torch.testing.assert_close(activations, ffn.hidden(x)[:, 8:40], rtol=0, atol=1e-5)
     assert layer == LAYERS - 1
     with capture.known(anatomy, LAYERS, hidden[:1]):
         last = anatomy.base(input_ids=tokens[:1], use_cache=False)[0]
@@ -442,9 +433,8 @@ def a_trainer(model, artifact, answer, weight):
     students = make_students(anatomy, artifact, artifact.kept(), answer)
     config = change(answer=answer, answer_weight=weight, loss_stride=1)
     nothing = torch.empty(0, 0, dtype=torch.long)
-    return distill.Distiller(
-        model, anatomy, students, config, PREFILL.dense_head, distill.Teacher(model, anatomy, nothing, nothing)
-    )
+    teacher = distill.Teacher(model, anatomy, nothing, nothing)
+    return distill.Distiller(model, anatomy, students, config, PREFILL.dense_head, teacher)
 
 
 @pytest.mark.parametrize("answer, weight", [(0.25, 3.0), (0.3, 0.5), (0.0, 3.0)])

@@ -1,6 +1,5 @@
 """Which kernel runs and from which length: clocks are injected, so that no test depends on this machine's speed."""
 
-import json
 import warnings
 from types import SimpleNamespace
 
@@ -99,13 +98,7 @@ def test_it_is_remembered_for_the_same_layer_and_settings_alone(clock, tmp_path)
         assert len(clock.timed) == count + 1, other
     files = list((tmp_path / "cache" / "choices").iterdir())
     assert len(files) == 4
-    for content in (
-        "",
-        "[]",
-        "{}",
-        json.dumps({"kernel": "fast", "tokens": 1, "gain": 2.0}),
-        '{"kernel": "torch", "gain": "x"}',
-    ):
+    for content in ("", "[]", "{}", '{"kernel": "fast", "tokens": 1, "gain": 2.0}', '{"kernel": "torch", "gain": "x"}'):
         count = len(clock.timed)
         for file in files:
             file.write_text(content)

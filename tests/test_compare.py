@@ -201,16 +201,6 @@ time.sleep(60)
         pytest.fail("the child of an engine that was ended still runs")
 
 
-def test_the_first_prompt_of_each_length_is_warm_up(monkeypatch):
-    clock, lasts = [0.0], iter([100.0, 1.0, 2.0, 200.0, 3.0, 5.0])
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: clock[0])
-
-    def read(_ids):
-        clock[0] += next(lasts)
-
-    assert compare._answer("1.0", "bfloat16", JOB, read)["ttft_s"] == {"20": [1.0, 2.0], "45": [3.0, 5.0]}
-
-
 def test_other_engines_see_our_device_only(monkeypatch):
     def visible(device, before=""):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)

@@ -8,6 +8,7 @@ from fastfill import context
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SCALINGS = {
     "none": (None, 4096),
     "linear": ({"rope_type": "linear", "factor": 8.0}, 32768),
@@ -15,16 +16,7 @@ SCALINGS = {
     "yarn beside": ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),  # as Qwen's pages add it
     "yarn inside": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
     "yarn of less": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 4096),
-    "llama3": (
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "original_max_position_embeddings": 512,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-        },
-        4096,
-    ),
+    "llama3": ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512} | LLAMA3, 4096),
 }
 
 

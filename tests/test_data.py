@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import one_sentence, tiny_text, user_error
+from conftest import tiny_text, user_error
 
 from fastfill import data
 from fastfill.errors import UserError
@@ -50,37 +50,10 @@ def test_several_sources_in_order(news, tmp_path):
     assert texts(tmp_path / "a.txt", f"{news}[:1]") == ["alpha", "w10 w11 w12"]
 
 
-def binary(file):
-    file.write_bytes(b"\xff\xfe\x80" * 20)
-
-
-BAD = {
-    "missing.txt": (None, "cannot be read: No such file"),
-    "missing.jsonl": (None, "cannot be read: No such file"),
-    "no_such_dataset": (None, "There is no file|could not be loaded"),
-    "empty.txt": (lambda f: f.write_text(""), "holds no text"),
-    "blank.txt": (lambda f: f.write_text(" \n\n"), "holds no text"),
-    "empty.jsonl": (lambda f: f.write_text("\n"), "holds no text"),
-    "blank.jsonl": (lambda f: f.write_text('{"text": "  "}\n'), "holds no text"),
-    "binary.txt": (binary, "not UTF-8"),
-    "binary.jsonl": (binary, "not UTF-8"),
-    "folder.txt": (lambda f: f.mkdir(), "cannot be read: Is a directory"),
-    "broken.jsonl": (lambda f: f.write_text('{"text": "good"}\n{"text": '), "line 2 is not JSON"),
-    "other.jsonl": (lambda f: f.write_text('{"body": "x"}\n'), "line 1 has neither"),
-    "list.jsonl": (lambda f: f.write_text("[1]\n"), "line 1 has neither"),
-    "number.jsonl": (lambda f: f.write_text('{"text": 5}\n'), "line 1 has neither"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_sources(tmp_path, monkeypatch, name):
+def test_a_name_that_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make, words = BAD[name]
-    if make:
-        make(tmp_path / name)
-    with pytest.raises(UserError, match=words) as error:
-        data.load_documents([name])
-    assert name in one_sentence(error)
+    with user_error("There is no file|could not be loaded"):
+        data.load_documents(["no_such_dataset"])
 
 
 def test_a_slice_with_nothing_in_it(news):

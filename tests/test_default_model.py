@@ -74,12 +74,7 @@ def mean_kl(loaded, artifact, ids, dense, **settings):
 
 def test_it_is_the_model_it_should_be(loaded, ids, dense):
     config = loaded.model.config
-    assert (config.model_type, config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (
-        "llama",
-        576,
-        1536,
-        30,
-    )
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llama", 576, 30)
     loss = torch.nn.functional.cross_entropy(dense[0, :-1], ids[0, 1:])
     assert float(loss) < 4  # a model whose weights were mixed up says ln 49152 = 10.8 or worse
 
@@ -117,12 +112,3 @@ def test_the_shipped_artifact_is_as_good_as_it_was(loaded, document):
         found = perplexity.evaluate(attachment, [("demo", document[0, :1280])])
     assert found["tokens"] == 1280 - 64 - 64 and found["cont_tokens"] == 255
     assert found["kl"] < 1.05 * STRICT_KL and found["cont_kl"] < 1.05 * CONTINUATION_KL
-
-
-def test_generate_reads_the_prompt_sparsely(loaded, ids, bare):
-    with attach(loaded.model, bare, predictor=named("oracle")) as attachment:
-        out = loaded.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2, do_sample=False
-        )
-        assert out.shape == (1, TOKENS + 2)
-        assert (attachment.stats.sparse_tokens, attachment.stats.dense_tokens) == (448, TOKENS - 448 + 1)

@@ -292,6 +292,12 @@ REFUSED = {
 def test_what_cannot_be_followed_is_refused_at_the_call(model, name):
     change, words = REFUSED[name]
     before = logits(model, IDS)
+    if name in ("quantised", "one byte", "offloaded"):  # of what is refused when an artifact is put on
+        twin = copy.deepcopy(model)
+        change(twin)
+        with pytest.raises(UserError, match=words):
+            attach(twin, tiny_artifact(model))
+        assert not any("forward" in vars(module) for module in twin.modules())
     weights = copy.deepcopy(model.state_dict())
     with attach(model, tiny_artifact(model)) as attachment:
         sparse = logits(model, IDS)

@@ -92,26 +92,23 @@ def test_large_tensors_are_unpacked_in_pieces_and_written_in_shards(tmp_path, mo
 # Tensors
 
 
+ODD = {name: np.zeros(32, np.float32) for name in ("blk.0.attn_q.bias", "blk.0.ffn_norm.bias", "blk.7.ffn_up.weight", "v.x")}
+ODD |= {"rope_factors_long.weight": np.zeros(32, np.float32), "blk.1.ffn_up.weight": np.zeros((32, 96), np.float32)}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_tensor_too_many_or_of_another_shape_is_named(tmp_path, name):
+    write(tmp_path / "m.gguf", extra={name: ODD[name]})
+    message = refused(tmp_path / "m.gguf")
+    assert name in message or "tensors are missing" in message  # one bias asks for the others
+
+
 @pytest.mark.parametrize("gone", ["blk.1.ffn_up.weight", "output_norm.weight", "token_embd.weight", "blk.0.attn_q.bias"])
 def test_a_tensor_that_is_missing_is_named(tmp_path, gone):
     family = "qwen2" if gone.endswith("bias") else "llama"
     write(tmp_path / "m.gguf", family, skip=[gone])
     message = refused(tmp_path / "m.gguf")
     assert "tensors are missing" in message or f"it has no tensor {gone!r}" in message
-
-
-@pytest.mark.parametrize(
-    "name", ["blk.0.attn_q.bias", "blk.0.ffn_norm.bias", "blk.7.ffn_up.weight", "rope_factors_long.weight", "v.x"]
-)
-def test_a_tensor_too_many_is_named(tmp_path, name):
-    write(tmp_path / "m.gguf", extra={name: np.zeros(32, np.float32)})
-    message = refused(tmp_path / "m.gguf")
-    assert name in message or "tensors are missing" in message  # one bias asks for the others
-
-
-def test_a_tensor_of_another_shape_is_named(tmp_path):
-    write(tmp_path / "m.gguf", extra={"blk.1.ffn_up.weight": np.zeros((32, 96), np.float32)})
-    assert "blk.1.ffn_up.weight" in refused(tmp_path / "m.gguf")
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path, cache):
@@ -148,25 +145,17 @@ def rope_of(model):
 
 YARN = [("add_rope_scaling_type", library.RopeScalingType.YARN), ("add_rope_scaling_factor", 4.0)]
 ORIGINAL = ("add_rope_scaling_orig_ctx_len", 128)
+READ = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 
 @pytest.mark.parametrize(
     ("kv", "parameters"),
     [
-        (
-            [*YARN, ORIGINAL],
-            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-        ),
-        (YARN, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}),
+        ([*YARN, ORIGINAL], READ),
+        (YARN, READ | {"original_max_position_embeddings": 512}),
         (
             [*YARN, ORIGINAL, ("add_rope_scaling_attn_factors", 0.5), ("add_rope_scaling_yarn_beta_fast", 16.0)],
-            {
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "original_max_position_embeddings": 128,
-                "beta_fast": 16.0,
-                "attention_factor": 0.5 * (0.1 * np.log(4) + 1),
-            },
+            READ | {"beta_fast": 16.0, "attention_factor": 0.5 * (0.1 * np.log(4) + 1)},
         ),
         ([("add_rope_scaling_factor", 2.0)], {"rope_type": "linear", "factor": 2.0}),
         ([("add_float32", "qwen2.rope.scale_linear", 2.0)], {"rope_type": "linear", "factor": 2.0}),
@@ -350,12 +339,8 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes(tmp_path):
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "c", "ab", "bc", "▁a", "▁ab"]
     types = [2, 3, 3, *[6] * 256, *[1] * 8]
     scores = [0.0] * 259 + [-10.0, -11.0, -12.0, -13.0, -3.0, -2.0, -4.0, -5.0]
-    kv = [
-        ("add_tokenizer_model", "llama"),
-        ("add_token_list", tokens),
-        ("add_token_types", types),
-        ("add_token_scores", scores),
-    ]
+    kv = [("add_tokenizer_model", "llama"), ("add_token_list", tokens)]
+    kv += [("add_token_types", types), ("add_token_scores", scores)]
     gone = [f"tokenizer.ggml.{key}" for key in ("pre", "merges", "bos_token_id", "eos_token_id")]
     write(tmp_path / "m.gguf", kv=kv, without=gone, model=tiny_model(vocab_size=len(tokens)))
     loaded = load(tmp_path / "m.gguf")
@@ -368,9 +353,8 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes(tmp_path):
     assert read("é") == ["<s>", "▁", "<0xC3>", "<0xA9>"]
     assert loaded.tokenizer.decode(loaded.tokenizer("ab é c")["input_ids"], skip_special_tokens=True) == "ab é c"
     assert loaded.model.config.bos_token_id == 1 and loaded.model.config.eos_token_id == 2  # llama.cpp's defaults
-    write(
-        tmp_path / "m.gguf", kv=[*kv, ("add_add_space_prefix", False)], without=gone, model=tiny_model(vocab_size=len(tokens))
-    )
+    kv.append(("add_add_space_prefix", False))
+    write(tmp_path / "m.gguf", kv=kv, without=gone, model=tiny_model(vocab_size=len(tokens)))
     loaded = load(tmp_path / "m.gguf")
     assert read("ab") == ["<s>", "ab"]
 

@@ -122,11 +122,8 @@ def test_revisions_and_a_cache_of_ones_own(model, artifact_folder, tmp_path, onl
     online.put(artifact_folder)
     commit = online.put(tmp_path / "other", "v2")
     key, second = "layers.0.predictor.bias", tiny_artifact(model, seed=1).tensors
-    for found in (
-        artifacts.load(NAME, revision="v2", cache_dir=tmp_path / "mine"),
-        artifacts.load(f"{NAME}@v2"),
-        artifacts.load(f"{NAME}@{commit}"),
-    ):
+    mine = artifacts.load(NAME, revision="v2", cache_dir=tmp_path / "mine")
+    for found in (mine, artifacts.load(f"{NAME}@v2"), artifacts.load(f"{NAME}@{commit}")):
         assert torch.equal(found.tensors[key], second[key])
     assert not torch.equal(artifacts.load(NAME).tensors[key], second[key])
     assert any((tmp_path / "mine").iterdir())

@@ -73,7 +73,7 @@ def test_matches_fp64(shape, dtype):
 
 @pytest.mark.parametrize("activation", ACTS)
 def test_activations(activation):
-    """gelu in bf16 and small: 1 + erf loses the far tail, as in torch, 2^-24 absolute in units of g, which is not in the bound."""
+    """gelu in bf16 and small: 1 + erf loses the far tail, as in torch, by 2^-24 in units of g, which is not in the bound."""
     p = problem([20, 21], [60, 61], 40, 90, torch.bfloat16 if activation == "gelu" else torch.float32, init=False)
     p["x"] *= 1 if activation == "gelu" else 4
     assert error(p, activation) <= 1

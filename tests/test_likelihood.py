@@ -102,9 +102,7 @@ def test_scoring_leaves_the_written_answer_as_it_was(exact_model, tokenizer):
     with attach(model, tiny_artifact(model)) as attachment:
         both = read(attachment, tokenizer, example(gold(7), gold(40, seed=3)))
         texts = read(attachment, tokenizer, example(gold(7), gold(40, seed=3)), "answers")
-        alone = runner.answer(
-            TransformersEngine(attachment, "tiny"), tokenizer, example(gold(7), gold(40, seed=3)), "likelihood"
-        )
+        alone = read(attachment, tokenizer, example(gold(7), gold(40, seed=3)), "likelihood")
         sparse = tokenizer.decode(engine.generate(model, example().ids, 6), skip_special_tokens=True)
     dense = tokenizer.decode(engine.generate(model, example().ids, 6), skip_special_tokens=True)
     assert (both["dense"], both["sparse"]) == (texts["dense"], texts["sparse"]) == (dense, sparse)

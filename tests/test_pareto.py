@@ -28,18 +28,8 @@ def clock(monkeypatch):
 
 
 def run(model, artifact, sparsities=(0.25, 0.75), methods=("learned", "oracle"), **more):
-    attachment = attach(model, artifact)
-    return pareto.evaluate(
-        attachment,
-        artifact,
-        DOCUMENTS,
-        sparsities=sparsities,
-        methods=methods,
-        prompt_tokens=40,
-        repeats=2,
-        continuation=CONTINUATION,
-        **more,
-    )
+    settings = {"sparsities": sparsities, "methods": methods, "prompt_tokens": 40, "repeats": 2, "continuation": CONTINUATION}
+    return pareto.evaluate(attach(model, artifact), artifact, DOCUMENTS, **settings, **more)
 
 
 def test_rows_are_what_is_measured_one_by_one(clock, monkeypatch):

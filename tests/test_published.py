@@ -1,7 +1,6 @@
 """Costs by hand; each published method against a plain computation of its own; the table against `perplexity.evaluate`."""
 
 import math
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,15 +28,8 @@ def states(module):
 # --- costs --------------------------------------------------------------------------------------------------------------
 
 
-CONFIG = SimpleNamespace(
-    hidden_size=4,
-    intermediate_size=6,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=2,
-    vocab_size=50,
-)
+CONFIG = SimpleNamespace(hidden_size=4, intermediate_size=6, num_hidden_layers=2, vocab_size=50)
+CONFIG.num_attention_heads, CONFIG.num_key_value_heads, CONFIG.head_dim = 2, 1, 2
 
 
 def test_worked_costs():
@@ -80,31 +72,6 @@ def test_worked_levels():
     values = torch.tensor([[-3.0, 1.0], [2.0, -4.0]])
     assert [published.level(values, share) for share in (0, 0.25, 0.5, 0.74, 0.75, 1)] == [1, 2, 3, 3, 4, math.inf]
     assert published.level(torch.ones(4), 0.5) == 1  # of equal values none is below
-
-
-def test_levels_leave_out_the_wanted_share_of_the_calibration_text():
-    model = tiny_model(dtype=torch.float64)
-    seen = []
-    hooks = [
-        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, BLOCK:].numpy()))
-        for layer in model.model.layers
-    ]
-    logits(model, CALIBRATION)
-    for hook in hooks:
-        hook.remove()
-    with attach(model, tiny_artifact(model)) as attachment:
-        before = states(model)
-        levels = published.calibrate_levels(attachment, CALIBRATION, gate_share=0.6, input_share=0.3)
-        assert states(model) == before and not any(m._forward_pre_hooks for m in attachment.modules)
-    assert len(levels) == LAYERS
-    for index, (found, part) in enumerate(zip(levels, families.dissect(model).ffns, strict=True)):
-        x = seen[index]
-        z = x @ part.gate.numpy().T
-        gate = z / (1 + np.exp(-z))
-        hidden = gate * (x @ part.up.numpy().T)
-        for values, threshold, share in ((gate, found.gate, 0.6), (x, found.input, 0.3), (hidden, found.hidden, 0.3)):
-            below = (np.abs(values) < threshold * (1 - 1e-9)).sum()
-            assert below == int(share * values.size)
 
 
 def tiny_ffn():
@@ -200,38 +167,6 @@ def test_dropped_layers_keep_keys_values_and_the_last_token(family):
             before.layers[index].values[:, :, -1] = cache.layers[index].values[:, :, -2]
         last = model.base_model(input_ids=ids[:, -1:], past_key_values=before, use_cache=True)[0]
     torch.testing.assert_close(hidden[:, -1:], last, rtol=1e-9, atol=1e-9)
-
-
-@contextmanager
-def contexts(attachment, which):
-    levels = [published.Levels(0.1, 0.1, 0.1)] * LAYERS
-    if which == "drop":
-        with published.dropped(attachment, 2):
-            yield
-    else:
-        rule = published.by_gate if which == "gate" else published.by_input
-        with published.thresholded(attachment, rule, levels, published.Tally()):
-            yield
-
-
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("which", ["gate", "input", "drop"])
-def test_the_model_is_left_as_it_was(which, fails):
-    model = tiny_model()
-    ids = token_ids(1, 60)
-    bare, dense = states(model), logits(model, ids)
-    with attach(model, tiny_artifact(model)) as attachment:
-        before, sparse = states(model), logits(model, ids)
-        try:
-            with contexts(attachment, which):
-                assert states(model) != before
-                assert not torch.equal(logits(model, ids), sparse)
-                if fails:
-                    raise RuntimeError("in the middle")
-        except RuntimeError:
-            assert fails
-        assert states(model) == before and torch.equal(logits(model, ids), sparse)
-    assert states(model) == bare and torch.equal(logits(model, ids), dense)
 
 
 # --- the table ----------------------------------------------------------------------------------------------------------

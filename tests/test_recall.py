@@ -30,14 +30,8 @@ def plain(model, artifact, **settings):
                     start = (block + 1) * BLOCK  # behind the dense head of one block
                     truth = part.importance(inputs[layer][start : start + BLOCK]).sum(0).double()
                     best = truth.argsort(descending=True)[: len(chosen)].tolist()
-                    sums[layer] += torch.tensor(
-                        [
-                            1,
-                            truth[chosen].sum() / truth.sum(),
-                            truth[best].sum() / truth.sum(),
-                            len(set(chosen) & set(best)) / len(best),
-                        ]
-                    )
+                    held, most = (truth[ids].sum() / truth.sum() for ids in (chosen, best))
+                    sums[layer] += torch.tensor([1, held, most, len(set(chosen) & set(best)) / len(best)])
     return sums
 
 

@@ -47,22 +47,3 @@ def test_kinds_take_turns_and_the_first_round_is_not_counted(serving):
     found = serving.Pair(None, None).in_turn(["stock", "sparse", "off"], 2, lambda kind: calls.append(kind) or len(calls))
     assert calls == ["off", "sparse", "stock", "stock", "sparse", "off", "off", "sparse", "stock"]
     assert found == {"stock": [4, 9], "sparse": [5, 8], "off": [6, 7]}
-
-
-def test_steps_that_are_there_are_skipped(serving, tmp_path, monkeypatch, capsys):
-    """Two steps, one stored; a failure in the second leaves the file as it was."""
-    file, asked = tmp_path / "vllm.jsonl", []
-    stored = {"step": "qwen", "rows": [], "model_mb": 1.0, "extra_mb": 1.0}
-    serving.write(file, {"qwen": stored})
-
-    def fail(load):
-        asked.append(load.requests)
-        raise RuntimeError("stopped")
-
-    monkeypatch.setattr(serving, "loaded", fail)
-    monkeypatch.setattr(serving.torch, "set_num_threads", lambda threads: None)
-    monkeypatch.setattr(sys, "argv", ["serving.py", "--steps", "qwen,load", "--out", str(file)])
-    with pytest.raises(RuntimeError):
-        serving.main()
-    assert asked == [32] and serving.read(file) == {"qwen": stored}
-    assert [path.name for path in tmp_path.iterdir()] == ["vllm.jsonl"]

@@ -20,7 +20,7 @@ from fastfill import attach
 from fastfill.engines import transformers as engine
 from fastfill.engines.transformers import TransformersEngine
 from fastfill.lab import demo, picks, side_by_side
-from fastfill.lab.side_by_side import Comparison, Run, State
+from fastfill.lab.side_by_side import Comparison, Run
 
 DOCUMENT, QUESTION, NEW = tiny_text(90), "w9 w10", 6
 SECONDS = 60  # no wait is longer; without a bug all are short
@@ -49,17 +49,6 @@ class Gate:
 
 def last(run):
     return list(run.states())[-1]
-
-
-def test_each_token_is_received_as_soon_as_it_is_there(model):
-    calls, received = [], []
-    model.model.register_forward_hook(lambda *_: calls.append(1))
-    ids = token_ids(1, 20)
-    new = engine.generate(model, ids, 5, lambda token, seconds: received.append((token, seconds, len(calls))))
-    assert [token for token, _, _ in received] == new.tolist() == engine.generate(model, ids, 5).tolist()
-    assert [made for _, _, made in received] == [1, 2, 3, 4, 5]  # the first after the prefill and nothing more
-    seconds = [second for _, second, _ in received]
-    assert seconds == sorted(seconds) and seconds[0] > 0
 
 
 def test_both_answers_and_the_picks(model, comparison):
@@ -182,13 +171,6 @@ def test_what_stays_dense_says_so(model):
         assert (end.sparse_tokens, end.picks, end.dense) == (0, None, end.sparse)
 
 
-def test_an_empty_question_gets_one(comparison):
-    end = last(comparison.ask(DOCUMENT, ""))
-    assert isinstance(end, State) and end.status == "Done."
-    expected = demo.prompt(comparison.engine, DOCUMENT, "What is this document about?", NEW)
-    assert end.prompt_tokens == expected.shape[1]
-
-
 def test_a_huge_document_is_refused_before_it_is_tokenized(comparison, monkeypatch):
     monkeypatch.setattr(engine, "encode", None)
     with user_error(r"The document has 60,0\d\d characters, more than the 512 tokens"):
@@ -210,15 +192,3 @@ def test_so_many_may_wait():
         gate.open.set()
         made.close()
         assert last(again).status in ("Stopped.", "Done.")
-
-
-def test_close_ends_what_runs_and_what_waits():
-    model = tiny_model()
-    with attach(model, tiny_artifact(model)) as attachment:
-        made = Comparison(TransformersEngine(attachment, "tiny", tiny_tokenizer()), NEW)
-        gate = Gate(model)
-        runs = [made.ask(DOCUMENT, QUESTION), made.ask(DOCUMENT, QUESTION)]
-        assert gate.reached.wait(SECONDS)
-        gate.open.set()
-        made.close()
-        assert {last(run).status for run in runs} <= {"Stopped.", "Done."}
