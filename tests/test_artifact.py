@@ -9,18 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    HIDDEN,
-    INTERMEDIATE,
-    LAYERS,
-    PREFILL,
-    logits,
-    one_sentence,
-    snapshot,
-    tiny_artifact,
-    token_ids,
-    user_error,
-)
+from conftest import HIDDEN, INTERMEDIATE, LAYERS, PREFILL, logits, one_sentence, snapshot, tiny_artifact, token_ids, user_error
 from safetensors.torch import load_file, save_file
 
 from fastfill import artifact as artifacts
@@ -323,13 +312,16 @@ def test_what_changes_no_result_may_change(artifact_folder):
     assert after.kept() == before.kept() and all(torch.equal(after.tensors[k], before.tensors[k]) for k in before.tensors)
 
 
-def test_an_artifact_of_before_checksums_loads_with_a_note(artifact_folder, caplog):
-    artifacts.load(artifact_folder)
+def test_an_artifact_of_before_checksums_loads_with_a_note_and_recording_gives_them(artifact_folder, caplog):
+    sums = artifacts.load(artifact_folder).checksums
     assert not caplog.records
     edit(artifact_folder, lambda d: d.pop("checksums"))
-    artifacts.load(artifact_folder)
+    old = artifacts.load(artifact_folder)
     (note,) = caplog.messages
     assert "has no checksums" in note and str(artifact_folder) in note
+    artifacts.record(old, artifact_folder, {})
+    caplog.clear()
+    assert artifacts.load(artifact_folder).checksums == sums and not caplog.records
 
 
 def test_what_is_not_finite_in_records_is_null(model, tmp_path, artifact_folder):
@@ -525,14 +517,6 @@ def test_recording_changes_the_quality_and_nothing_else(artifact_folder, tmp_pat
         assert "| ppl_ratio | 1.5 |" in (artifact_folder / "README.md").read_text()
         artifacts.load(folder)
     assert sorted(p.name for p in artifact_folder.iterdir()) == ["README.md", "config.json", "weights.safetensors"]
-
-
-def test_recording_gives_checksums_to_an_artifact_of_before(artifact_folder, caplog):
-    sums = artifacts.load(artifact_folder).checksums
-    edit(artifact_folder, lambda d: d.pop("checksums"))
-    artifacts.record(artifacts.load(artifact_folder), artifact_folder, {})
-    caplog.clear()
-    assert artifacts.load(artifact_folder).checksums == sums and not caplog.records
 
 
 def test_a_measurement_is_not_recorded_in_another_artifact(model, artifact_folder):

@@ -5,16 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import BLOCK, FAMILIES, INTERMEDIATE, KERNELS, logits, tiny_artifact, tiny_model, token_ids
+from conftest import BLOCK, EXACT, FAMILIES, INTERMEDIATE, KERNELS, logits, tiny_artifact, tiny_model, token_ids
 from transformers import DynamicCache, StaticCache
 
 from fastfill import attach
 from fastfill.errors import UserError
 from fastfill.lab.baselines import named
 from fastfill.sparse_ffn import SparseFFN, current_plan
-
-# fp64 logits of order ten through 3 layers: 1e-10 is 5e4 eps of them, and 1e-9 of what a wrong selection would change.
-EXACT = {"rtol": 0, "atol": 1e-10}
 
 
 def far(a, b):

@@ -41,9 +41,6 @@ def counted(times):
     return run
 
 
-# Keys
-
-
 def test_a_file_overwritten_in_place_is_read_again(tmp_path):
     path, other = tmp_path / "m.gguf", tmp_path / "other.gguf"
     write(path)
@@ -75,9 +72,6 @@ def test_a_remembered_hash_that_is_damaged_is_made_again(tmp_path, folder):
     for damage in ("", "0123", "../../../../x/xx", "\x00" * 16):
         file.write_text(damage)
         assert cache.fingerprint(tmp_path / "m") == found == file.read_text()
-
-
-# Whole or not there
 
 
 @pytest.mark.parametrize("damage", ["empty", "short", "gone", "seal", "file", "link"])
@@ -151,9 +145,6 @@ def test_two_at_once_both_succeed_and_one_makes_it(folder):
     outputs = [process.communicate(timeout=300)[0] for process in (first, second)]
     assert outputs == [f"{folder / 'm'}\n"] * 2 and first.returncode == second.returncode == 0  # the second never began
     assert cache.find("m")
-
-
-# What cannot be written
 
 
 def test_a_cache_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):

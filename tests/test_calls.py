@@ -3,12 +3,11 @@
 import copy
 import pickle
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers
-from conftest import BLOCK, FAMILIES, PREFILL, logits, tiny_artifact, tiny_model, token_ids
+from conftest import BLOCK, EXACT, FAMILIES, PREFILL, logits, tiny_artifact, tiny_model, token_ids
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
@@ -22,7 +21,6 @@ OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 1)
 not_in_old = pytest.mark.skipif(OLD, reason="transformers 5.0 has it otherwise")
 OLD_CANNOT = ("prompt lookup", "long drafts", "chunks of blocks", "short chunks", "chunks and a static cache")
 
-EXACT = {"rtol": 0, "atol": 1e-10}  # fp64 through 3 layers; see test_attach
 TAIL = 12  # dense at the end of a prompt, and no whole number of blocks
 NEW = 9
 # Of 47 tokens 8 are head; blocks end before 47 - 12 = 35.
@@ -221,16 +219,6 @@ def test_the_caller_goes_before_generate(exact_model):
         assert attachment.stats.sparse_tokens == 16
         generate(model, ids)
         assert attachment.stats.sparse_tokens == 16 + 32
-
-
-def test_what_one_thread_says_is_not_said_in_another(exact_model):
-    model, ids = exact_model, token_ids(1, 47)
-    with attach(model, tiny_artifact(model)) as attachment, ThreadPoolExecutor(1) as pool:
-        with attachment.prompt(end=24):
-            pool.submit(logits, model, ids).result()
-        assert attachment.stats.sparse_tokens == 32
-        logits(model, ids)
-        assert attachment.stats.sparse_tokens == 64
 
 
 @pytest.mark.parametrize("end", [0, -3, 4.0, "47", None, True, [47]], ids=str)

@@ -18,7 +18,8 @@ def make(linear, silu, dtype=torch.float32):
 
 @pytest.mark.parametrize("linear, silu", [(4, 4), (3, 2), (1, 0)])
 def test_shards_of_ranks_add_up(linear, silu):
-    """Three ranks; some have nothing left of (1, 0) but the bias, which is rank 0's. Tolerance as for the formula."""
+    """Three ranks; some have nothing left of (1, 0) but the bias, which is rank 0's. fp32: two sums of
+    at most 32 terms of order one, in another order."""
     c = make(linear, silu)
     x = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(1))
     shards = [c.shard(rank, 3) for rank in range(3)]

@@ -31,9 +31,6 @@ def fresh(model, **settings):
     return out
 
 
-# --- followed -----------------------------------------------------------------------------------------------------------
-
-
 def load(model, name, assign=False):
     other = tiny_model(seed=1).state_dict()
     model.load_state_dict(
@@ -230,9 +227,6 @@ def test_a_model_and_an_artifact_made_under_inference_mode(model):
             for linear in linears(twin, "down_proj"):
                 linear.weight.mul_(2)
             assert torch.equal(logits(twin, IDS), fresh(twin))
-
-
-# --- refused ------------------------------------------------------------------------------------------------------------
 
 
 class Adapter(nn.Module):

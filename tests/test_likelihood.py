@@ -40,9 +40,6 @@ def forced(model, prompt, answer, off=0):
     return float(known[first : first + len(answer)].gather(1, answer[:, None]).sum())
 
 
-# --- nothing sparse -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_without_sparsity_it_is_a_plain_forwards_log_softmax(tokenizer, family, length):
@@ -56,9 +53,6 @@ def test_without_sparsity_it_is_a_plain_forwards_log_softmax(tokenizer, family, 
     assert row["gold_tokens"] == row["same_tokens"] == length and row["same_first"] and row["sparse_tokens"] == 0
     for off in (-1, 1) if length > 1 else (-1,):
         assert abs(-forced(model, example().ids, answer[: length - (off > 0)], off) - want) > 0.01  # one token off shows
-
-
-# --- a sparse prompt ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -129,9 +123,6 @@ def test_logits_are_only_taken_where_they_are_needed(model, tokenizer):
     assert sum(rows) == 2 * 6 + 3 * (2 * likelihood.CHUNK + 1)  # written twice; chosen, compared with both
 
 
-# --- by hand ------------------------------------------------------------------------------------------------------------
-
-
 def test_sums_by_hand():
     """Two tokens, three words. First: dense (1/2, 1/4, 1/4), sparse (1/4, 1/2, 1/4), right is word 0. Then both the same."""
     head = torch.nn.Identity()
@@ -177,9 +168,6 @@ def test_the_interval_of_the_loss_is_that_of_a_ratio_of_sums():
     assert low < 0.2 < high and found == likelihood.summarize([rows], seed=3)
     # Delta method: sd(e - 0.2 t) / sqrt(n) / mean(t) = 0.2 / 20 / 4.5 = 0.0022; by a fixed number of tokens it would be 0.005.
     assert high - low == pytest.approx(2 * 1.96 * 0.2 / 20 / float(tokens.double().mean()), rel=0.2)
-
-
-# --- tokens of an answer ------------------------------------------------------------------------------------------------
 
 
 class Letters:

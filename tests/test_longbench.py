@@ -43,9 +43,6 @@ def whole_prompt(dataset="hotpotqa", **changes):
     return longbench.Row(dataset, dataset, "f#0", {**row, "prompt": tiny_text(60, seed=4), **changes})
 
 
-# --- the benchmark's own data -------------------------------------------------------------------------------------------
-
-
 # --- reading ------------------------------------------------------------------------------------------------------------
 
 
@@ -111,9 +108,6 @@ def test_bad_names_are_a_sentence(tmp_path):
     ]:
         with user_error(words):
             longbench.read([str(source)], datasets)
-
-
-# --- prompts ------------------------------------------------------------------------------------------------------------
 
 
 def test_braces_in_the_text_stay(tokenizer):
@@ -210,9 +204,6 @@ def test_the_answer_fits_behind_the_prompt():
     """Also where the written one is kept short: the right one is read to its end."""
     (example,) = longbench.examples(Letters(), [one(answers=[tiny_text(40)])], 100, max_new_tokens=1, chat=False)
     assert (example.ids.shape[1], len(example.golds[0]), example.max_new_tokens) == (100 - 32, 32, 1)
-
-
-# --- scores -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_best_reference_counts():

@@ -36,9 +36,6 @@ def config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# Weights
-
-
 def test_tensors_that_are_missing_are_named(folder):
     weights(folder, lambda tensors: {k: v for k, v in tensors.items() if k != "model.layers.1.mlp.up_proj.weight"})
     assert "missing: 'model.layers.1.mlp.up_proj.weight'" in refused(folder)
@@ -81,8 +78,6 @@ def test_tied_embeddings_are_fine(tmp_path):
     model = models.load(str(tmp_path), "fp32").model
     assert torch.equal(model.lm_head.weight, source.model.embed_tokens.weight)
 
-
-# Broken folders
 
 BROKEN = {
     "no JSON": ("config.json", lambda f: (f / "config.json").write_text("{not json")),
@@ -151,9 +146,6 @@ def test_a_device_without_values_is_refused():
         models.check_device("meta")
 
 
-# The process
-
-
 @pytest.mark.parametrize("bars", [True, False])
 def test_loading_leaves_the_log_of_transformers_as_it_was(folder, bars):
     from huggingface_hub import utils as hub
@@ -173,9 +165,6 @@ def test_loading_leaves_the_log_of_transformers_as_it_was(folder, bars):
     finally:
         logging.set_verbosity(before[0])
         (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
-
-
-# The chat template
 
 
 def test_chat_without_a_template_is_refused():

@@ -159,9 +159,6 @@ def test_a_continuation_longer_than_min_tokens_is_still_dense():
     assert found["cont_kl"] == pytest.approx(sums["cont"][2] / counts["cont"], abs=2e-5)
 
 
-# --- along the prompt ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("chunk", [256, 7])
 def test_the_curve_is_the_strict_reading_by_position(monkeypatch, chunk):
     monkeypatch.setattr(perplexity, "BUCKET", 16)

@@ -17,9 +17,6 @@ def rng():
     return random.Random(5)
 
 
-# --- each problem, solved from its text alone ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "task, numbers", [("niah_single", 1), ("niah_multikey", 1), ("niah_multivalue", 4), ("niah_multiquery", 4)]
 )
@@ -70,9 +67,6 @@ def test_the_question_has_its_document_among_others():
     documents = re.findall(r"Document \d+:\n(.+)", prompt)
     (row,) = [row for row in ROWS if f"Question: {row['input']}" in prompt]
     assert len(documents) == 7 and documents.count(row["context"]) == 1 and answers == row["answers"] and begin == " Answer:"
-
-
-# --- lengths and seeds --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ruler.TASKS)

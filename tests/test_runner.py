@@ -107,9 +107,6 @@ def test_no_interval_where_many_resamples_have_no_dense_score():
     assert runner.bootstrap([[(0.0, 0.0), (0.0, 0.1), (1.0, 1.0)]]) is None
 
 
-# --- chance, likelihood, and time ---------------------------------------------------------------------------------------
-
-
 def test_sets_at_chance_are_apart_and_not_in_the_average():
     rows = [row("x", 1.0, 0.5), row("x", 0.5, 0.5), row("y", 0.25, 0.125), row("z", 0.5, 0.1), row("z", 0.5, 0.1)]
     result = runner.summarize(rows, levels={"x": [0.1, 0.1], "z": [0.5, 0.5]})
@@ -193,9 +190,6 @@ def test_a_run_that_stops_in_time_is_fair_and_goes_on(attached, tokenizer, tmp_p
     assert rest == {**whole, "resumed": 4} and snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
-# --- going on after a kill ----------------------------------------------------------------------------------------------
-
-
 class Killed(Exception):
     pass
 
@@ -252,17 +246,16 @@ def test_a_run_older_than_a_setting_goes_on_where_that_has_its_default(tmp_path)
 
 
 def test_other_examples_another_artifact_and_another_task_are_refused(attached, model, tmp_path):
-    attachment, artifact = attached
-    made = examples()
+    (attachment, artifact), made = attached, examples()
     Store(tmp_path, settings(attached, made))
-    with pytest.raises(UserError, match="items was"):
-        Store(tmp_path, settings(attached, examples(5)))
-    with pytest.raises(UserError, match="artifact was"):
-        Store(tmp_path, resume.settings("test", attachment, tiny_artifact(model, seed=1), runner.identity(made)))
-    with pytest.raises(UserError, match="task was"):
-        Store(tmp_path, resume.settings("other", attachment, artifact, runner.identity(made)))
-    with pytest.raises(UserError, match="continuation was None, is 5"):
-        Store(tmp_path, settings(attached, made, continuation=5))
+    for other, words in (
+        (settings(attached, examples(5)), "items was"),
+        (resume.settings("test", attachment, tiny_artifact(model, seed=1), runner.identity(made)), "artifact was"),
+        (resume.settings("other", attachment, artifact, runner.identity(made)), "task was"),
+        (settings(attached, made, continuation=5), "continuation was None, is 5"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Store(tmp_path, other)
 
 
 def test_a_folder_that_is_no_run_is_refused(attached, tmp_path):

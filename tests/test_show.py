@@ -52,8 +52,6 @@ def test_a_word_that_is_too_long_is_folded(capsys):
     assert max(map(len, out.splitlines())) <= 80 and out.count("x") == 200 and out.count("y") == 5
 
 
-# --- terminals ----------------------------------------------------------------------------------------------------------
-
 COLOUR = re.compile(r"\x1b\[(?:[\d;]*;)?(?:3[0-7]|4[0-7]|9[0-7]|38|48)(?:;[\d;]*)?m")
 PROGRESS = "import time; from fastfill.progress import stage\nwith stage('things', 2) as bar: bar.step(); time.sleep(0.3)"
 

@@ -4,17 +4,7 @@ import threading
 
 import pytest
 import torch
-from conftest import (
-    BLOCK,
-    LAYERS,
-    logits,
-    tiny_artifact,
-    tiny_model,
-    tiny_text,
-    tiny_tokenizer,
-    token_ids,
-    user_error,
-)
+from conftest import BLOCK, LAYERS, logits, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer, token_ids, user_error
 
 from fastfill import attach
 from fastfill.engines import transformers as engine

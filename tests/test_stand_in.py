@@ -40,9 +40,6 @@ def test_bench_of_a_shape(model_folder, capsys):
     assert "Name MODEL and --artifact, or --shape" in capsys.readouterr().err
 
 
-# --- one FFN ------------------------------------------------------------------------------------------------------------
-
-
 def test_work_and_floors_by_hand():
     """H = 4, F = 8, two blocks of 3 tokens that keep 4 neurons, ranks 2 and 1, bf16."""
     size = Size(4, 8, 6, 3, 4, 2, 1)
@@ -80,9 +77,6 @@ def test_the_op_is_measured_part_by_part(compensator):
     assert all(row[key] > 0 for key in row if key.endswith("_s"))
     assert row["speedup"] == pytest.approx(row["dense_s"] / row["sparse_s"])
     assert row["of_gemm"] == pytest.approx((6 * 24 * 32 * 48 / row["sparse_s"]) / (2 * 24 * 32 * 96 / row["gemm_s"]))
-
-
-# --- the engine for GPUs, with a graph that just runs and a clock that is counted -----------------------------------------
 
 
 @pytest.fixture

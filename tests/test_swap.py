@@ -37,9 +37,6 @@ def saved(model):
     return torch.load(file, weights_only=False)
 
 
-# --- copies -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, dumped, saved], ids=["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_copy_of_an_attached_model_is_detached(model, duplicate, checkpointing):
@@ -74,6 +71,7 @@ def test_a_pickled_model_needs_nothing_of_ours(model, tmp_path):
         f"print(float(model(torch.tensor({IDS.tolist()})).logits.double().sum()))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    # In another process, with threads of its own: fp32's sums in another order.
     assert float(out) == pytest.approx(float(logits(model, IDS).double().sum()), rel=1e-4)
 
 
@@ -100,9 +98,6 @@ def test_the_signature_is_the_models(model):
     before = inspect.signature(model.model.forward)
     with attach(model, tiny_artifact(model)):
         assert inspect.signature(model.model.forward) == before
-
-
-# --- interrupts ---------------------------------------------------------------------------------------------------------
 
 
 class Interruption(BaseException):
@@ -152,9 +147,6 @@ def test_an_interrupt_of_attach_leaves_nothing_behind(model, monkeypatch, after)
         assert attachment.stats.sparse_tokens == 32
 
 
-# --- others who patch ---------------------------------------------------------------------------------------------------
-
-
 def places(model):
     return [model.model.layers[1].mlp, model.model]
 
@@ -201,9 +193,6 @@ def test_layers_that_stay_dense_are_not_made_sparse_by_what_was_left_behind(mode
     with attach(model, artifact) as around:
         around.ffns[1].kept = 96
         assert torch.equal(logits(model, IDS), expected)
-
-
-# --- lost attachments, threads ------------------------------------------------------------------------------------------
 
 
 def test_a_lost_attachment_is_taken_off(model):

@@ -49,9 +49,6 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-# --- pieces -------------------------------------------------------------------------------------------------------------
-
-
 def test_a_missing_package_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "fastfill.lab.web", raising=False)
@@ -109,9 +106,6 @@ def test_the_port():
     for wrong in -1, 65536:
         with pytest.raises(UserError, match="--port must lie"):
             web.listen(wrong)
-
-
-# --- the server ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +181,6 @@ def test_questions_that_no_page_sends(address):
         with get(f"{address}/gradio_api/queue/data?session_hash={session}") as stream:
             text = stream.read().decode()
         assert "process_completed" in text and "Traceback" not in text
-
-
-# --- in a browser -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
