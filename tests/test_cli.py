@@ -131,13 +131,6 @@ def test_calibrate_inspect_generate_bench_evaluate(capsys, model_folder, texts, 
     assert "ppl_ratio" in (out / "README.md").read_text()
 
 
-def test_inspect_draws_a_bar_per_layer(capsys, artifact_folder):
-    assert run("inspect", artifact_folder) == 0
-    out = capsys.readouterr().out
-    assert out.count("█") > 10 * LAYERS and max(map(len, out.replace(str(artifact_folder), "").splitlines())) <= 80
-    assert "transposed down weights" in out and "quality not measured yet" in out
-
-
 @pytest.mark.parametrize("predictor", ["oracle", "static", "first-block", "low-rank", "random"])
 def test_evaluate_with_a_baseline(capsys, model_folder, artifact_folder, texts, predictor):
     line = ["evaluate", model_folder, "--artifact", artifact_folder, "--data", texts, "--limit", 2, "--dtype", "fp32"]

@@ -325,17 +325,6 @@ def test_text_is_split_as_the_name_says():
     assert set(SPLITS) > {"llama-bpe", "qwen2", "smollm", "tekken"}
 
 
-def test_a_qwen_file_with_another_split_is_refused_or_kept(tmp_path):
-    """transformers puts Qwen's own splitting into every Qwen tokenizer: then the file cannot be used."""
-    write(tmp_path / "m.gguf", "qwen2", kv=[("add_tokenizer_pre", "gpt-2")])
-    try:
-        ids = load(tmp_path / "m.gguf").tokenizer("12")["input_ids"]
-    except UserError as error:
-        assert "tokenizer" in str(error)
-    else:
-        assert len(ids) == 2
-
-
 def test_sentencepiece_merges_by_score_and_falls_back_to_bytes(tmp_path):
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "c", "ab", "bc", "▁a", "▁ab"]
     types = [2, 3, 3, *[6] * 256, *[1] * 8]

@@ -62,13 +62,6 @@ def test_dense_is_dense_and_sparse_is_a_sparse_prefill_with_dense_decode(attache
     assert row["score_sparse"] == example.score(row["sparse"]) and row["prompt_tokens"] == 45
 
 
-def test_at_sparsity_zero_everything_is_recovered(model, tokenizer):
-    with attach(model, tiny_artifact(model), sparsity=0.0) as attachment:
-        result = runner.run(TransformersEngine(attachment, "tiny"), tokenizer, examples(), Store(None, {}))
-    assert result["same_answers"] == result["examples"] == 4 and result["sparse_tokens"] == 0
-    assert all(line["dense"] == line["sparse"] for line in result["datasets"])
-
-
 def row(dataset, dense, sparse):
     counts = {"prompt_tokens": 10, "sparse_tokens": 8, "dense_tokens": 2}
     answers = {"dense": "a", "sparse": "b", "score_dense": dense, "score_sparse": sparse, "cut": False}

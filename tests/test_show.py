@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 
-from fastfill import tables
 from fastfill.lab.tasks import TASKS
 
 COMMON = {"model": "some/Model", "dtype": "bfloat16", "predictor": "learned", "compensator": True, "kernel": "native"}
@@ -44,12 +43,6 @@ def test_likelihoods_alone(capsys):
     TASKS["suite"].show(result)
     out = capsys.readouterr().out
     assert "recover" not in out and "-0.123" in out and "-0.234 to +0.123" in out
-
-
-def test_a_word_that_is_too_long_is_folded(capsys):
-    tables.table("title", ["a", "b"], [["x" * 200, "y" * 5]])
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80 and out.count("x") == 200 and out.count("y") == 5
 
 
 COLOUR = re.compile(r"\x1b\[(?:[\d;]*;)?(?:3[0-7]|4[0-7]|9[0-7]|38|48)(?:;[\d;]*)?m")

@@ -59,25 +59,6 @@ def test_both_answers_and_the_picks(model, comparison):
     assert not any(module._forward_pre_hooks for module in attachment.modules)
 
 
-def test_every_state_is_told_if_the_reader_keeps_up(comparison, monkeypatch):
-    """The order on the page: warm-up, then the dense answer token by token, then the sparse one."""
-    seen, show = [], Run.show
-
-    def spy(run, **changes):
-        show(run, **changes)
-        seen.append(run.state)
-
-    monkeypatch.setattr(Run, "show", spy)
-    last(comparison.ask(DOCUMENT, QUESTION))
-    statuses = list(dict.fromkeys(state.status.split()[0] for state in seen))
-    assert statuses == ["Starting.", "Warming", "Prefilling", "Decoding", "Done."]
-    assert [len(state.dense.split()) for state in seen if not state.sparse and state.dense][:NEW] == list(range(1, NEW + 1))
-    assert all(len(state.dense.split()) == NEW for state in seen if state.ttft_sparse_s)
-    seen.clear()
-    last(comparison.ask(DOCUMENT[: len(DOCUMENT) // 2], QUESTION))
-    assert "Warming" not in {state.status.split()[0] for state in seen}  # a shorter prompt is warm already
-
-
 def test_a_second_question_waits(model, comparison):
     gate = Gate(model)
     first = comparison.ask(DOCUMENT, QUESTION)

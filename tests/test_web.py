@@ -26,7 +26,6 @@ from fastfill import attach, cli
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 from fastfill.lab import demo, picks
-from fastfill.lab.side_by_side import State
 
 REQUIRED = os.environ.get("FASTFILL_REQUIRE_BROWSER") == "1"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -55,20 +54,6 @@ def test_a_missing_package_is_one_sentence(capsys, monkeypatch):
     monkeypatch.delattr(fastfill, "web", raising=False)
     assert cli.main(["demo", "--web"]) == 2
     assert capsys.readouterr().err == "fastfill: The page needs more packages; run: pip install 'fastfill[web]'.\n"
-
-
-@needs_page
-def test_times():
-    from fastfill.lab import web
-
-    def cells(state):
-        return re.findall(r"<dd id='(\w+)'>(.*?)</dd>", web.times(state))
-
-    assert [value for _, value in cells(None)] == ["-"] * 4
-    half = State("Decoding the dense answer.", 100, ttft_dense_s=1.5)
-    assert cells(half) == [("dense", "1.500 s"), ("sparse", "-"), ("speedup", "-"), ("tokens", "-")]
-    end = State("Done.", 1100, ttft_dense_s=1.5, ttft_sparse_s=1.25, sparse_tokens=1024, picks={})
-    assert cells(end) == [("dense", "1.500 s"), ("sparse", "1.250 s"), ("speedup", "1.20x"), ("tokens", "1,024 / 76")]
 
 
 @needs_page
