@@ -1,8 +1,10 @@
 """A short stretch of the fuzzer, the same every time, and that it finds what it is for. `make fuzz` runs for longer."""
 
+import random
+
 import pytest
 from fuzz import artifacts as fuzzed
-from fuzz import bed
+from fuzz import bed, misbehaving
 
 from fastfill import artifact as artifacts
 from fastfill import schema
@@ -35,3 +37,13 @@ def test_a_fault_of_each_kind_is_found(tmp_path, monkeypatch, name):
     world = bed.world_of("artifacts", tmp_path)
     monkeypatch.setattr(owner, attribute, mutant)
     assert any(bed.judge("artifacts", number, 0, world).verdict == verdict for number in range(200))
+
+
+def test_a_worker_that_hangs_or_dies_is_replaced(monkeypatch):
+    def ways(seed):
+        return [random.Random(f"misbehaving-{seed}-{number}").choice(misbehaving.WAYS) for number in range(4)]
+
+    seed = next(seed for seed in range(1000) if ways(seed) == ["right", "hang", "crash", "right"])
+    monkeypatch.setattr(bed, "CASE_S", 60.0)
+    found = [outcome.verdict for outcome in bed.outcomes("misbehaving", seed, lambda number: number < 4)]
+    assert found == ways(seed)

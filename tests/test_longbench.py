@@ -43,9 +43,6 @@ def whole_prompt(dataset="hotpotqa", **changes):
     return longbench.Row(dataset, dataset, "f#0", {**row, "prompt": tiny_text(60, seed=4), **changes})
 
 
-# --- reading ------------------------------------------------------------------------------------------------------------
-
-
 def test_files_folders_slices_limits_and_suffixes(tmp_path):
     write(tmp_path / "hotpotqa.jsonl", [fields(index=i) for i in range(5)])
     write(tmp_path / "lcc_e.jsonl", [fields("lcc_e", i) for i in range(2)])

@@ -7,7 +7,6 @@ from conftest import tiny_artifact, tiny_model, token_ids
 from fastfill import attach
 from fastfill.lab import pareto, perplexity, published, speed
 from fastfill.lab.baselines import named
-from fastfill.lab.resume import Store
 
 CONTINUATION = 12
 DOCUMENTS = [("a#0", token_ids(60, seed=1)), ("a#1", token_ids(60, seed=2))]
@@ -64,14 +63,3 @@ def test_without_the_learned_predictor_nothing_is_timed(clock):
     assert not clock and all(row["ttft_s"] is None and row["speedup"] is None for row in rows)
     with attach(model, tiny_artifact(model), sparsity=0.25, predictor=named("static"), compensator=False) as attachment:
         assert rows[1]["kl"] == perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION)["kl"]
-
-
-def test_a_killed_run_goes_on_and_takes_more_sparsities(clock, tmp_path):
-    model = tiny_model(dtype=torch.float64)
-    artifact = tiny_artifact(model)
-    whole = run(model, artifact)
-    assert run(model, artifact, sparsities=(0.75,), store=Store(tmp_path, {"a": 1}))["resumed"] == 0
-    clock.clear()
-    rest = run(model, artifact, store=Store(tmp_path, {"a": 1}))
-    assert rest.pop("resumed") == 5 and [asked[0] for asked in clock] == [0.25]
-    assert rest == {key: value for key, value in whole.items() if key != "resumed"}

@@ -14,7 +14,6 @@ from fastfill import attach
 from fastfill.errors import UserError
 from fastfill.lab import perplexity
 from fastfill.lab.baselines import named
-from fastfill.lab.resume import Store
 
 CONTINUATION = 12
 DOCUMENTS = [("a#0", token_ids(60, seed=1)), ("a#1", token_ids(64, seed=2)), ("a#2", token_ids(45, seed=3))]
@@ -191,12 +190,3 @@ def test_intervals_hold_the_ratio_and_one_document_has_none():
         low, high = found[f"{prefix}ppl_ratio_interval"]
         assert low < found[f"{prefix}ppl_ratio"] < high and single[f"{prefix}ppl_ratio_interval"] is None
     assert found == again
-
-
-def test_a_killed_evaluation_goes_on(tmp_path):
-    model = tiny_model()
-    with attach(model, tiny_artifact(model)) as attachment:
-        whole = perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION)
-        perplexity.evaluate(attachment, DOCUMENTS[:2], continuation=CONTINUATION, store=Store(tmp_path, {"a": 1}))
-        rest = perplexity.evaluate(attachment, DOCUMENTS, continuation=CONTINUATION, store=Store(tmp_path, {"a": 1}))
-    assert (whole.pop("resumed"), rest.pop("resumed")) == (0, 2) and rest == whole

@@ -8,7 +8,6 @@ from fastfill import attach, families
 from fastfill.errors import UserError
 from fastfill.lab import recall
 from fastfill.lab.baselines import named
-from fastfill.lab.resume import Store
 
 DOCUMENTS = [("a#0", token_ids(45, seed=1)), ("a#1", token_ids(64, seed=2))]
 
@@ -63,14 +62,6 @@ def test_the_oracle_agrees_with_itself(model):
     with attach(model, tiny_artifact(model), predictor=named("oracle")) as attachment:
         found = recall.evaluate(attachment, DOCUMENTS)
     assert all(line["recall"] == line["recovery"] == 1 and line["held"] == line["held_oracle"] < 1 for line in found["layers"])
-
-
-def test_it_resumes(model, tmp_path):
-    with attach(model, tiny_artifact(model)) as attachment:
-        whole = recall.evaluate(attachment, DOCUMENTS)
-        recall.evaluate(attachment, DOCUMENTS[:1], Store(tmp_path, {"a": 1}))
-        again = recall.evaluate(attachment, DOCUMENTS, Store(tmp_path, {"a": 1}))
-    assert again.pop("resumed") == 1 and whole.pop("resumed") == 0 and again == whole
 
 
 @pytest.mark.parametrize("settings, tokens", [({}, 15), ({"sparsity": 0.0}, 64)])
