@@ -271,8 +271,14 @@ def other_ffn(model):
 REFUSED = {
     "adapter": (put("up_proj", Adapter), "Layer 1: up_proj carries an adapter .*merge_and_unload"),
     "quantised": (put("gate_proj", lambda old: Packed(HIDDEN, INTERMEDIATE, bias=False)), "Layer 1: gate_proj is Packed"),
-    "one byte": (write("down_proj", lambda old: old.to(torch.float8_e4m3fn)), "Layer 1: down_proj"),
-    "integers": (write("down_proj", lambda old: old.to(torch.int32)), "Layer 1: down_proj"),
+    "one byte": (
+        write("down_proj", lambda old: old.to(torch.float8_e4m3fn)),
+        "Layer 1: down_proj is Linear, not a plain floating-point",
+    ),
+    "integers": (
+        write("down_proj", lambda old: old.to(torch.int32)),
+        "Layer 1: down_proj is Linear, not a plain floating-point",
+    ),
     "another FFN": (other_ffn, "Layer 1: mlp was replaced"),
     "offloaded": (write("down_proj", lambda old: old.to("meta")), "meta"),
     "another width": (write("gate_proj", lambda old: old[:-1]), r"Layer 1: gate_proj has the shape \(95, 32\), not \(96, 32\)"),
