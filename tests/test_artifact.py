@@ -176,6 +176,7 @@ FIELDS = [  # (path, a value that it must not have, words)
     (("quality",), "good", "quality must be a JSON object"),
     (("quality", "documents"), -1, "documents must be a whole number"),
     (("quality", "predictor"), "\x1b]0;x\x07", "predictor must be one line"),
+    (("quality", "curve"), [1], "must be a JSON object"),
     (("quality", "curve"), [{"from": 0, "to": 8}], "nll_dense must be a number"),
     (("checksums", "settings"), 1, "settings must be one line"),
     (("checksums", "tensors"), {"a": 1}, "must be one line"),

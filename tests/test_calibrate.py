@@ -2,7 +2,19 @@ import json
 
 import pytest
 import torch
-from conftest import BLOCK, FAMILIES, INTERMEDIATE, LAYERS, PREFILL, logits, snapshot, tiny_artifact, tiny_model, tiny_text
+from conftest import (
+    BLOCK,
+    FAMILIES,
+    INTERMEDIATE,
+    LAYERS,
+    PREFILL,
+    logits,
+    snapshot,
+    tiny_artifact,
+    tiny_model,
+    tiny_text,
+    user_error,
+)
 
 import fastfill
 from fastfill import artifact as artifacts
@@ -283,6 +295,14 @@ def test_an_attached_model_is_refused(model, tokenizer, tmp_path):
     with fastfill.attach(model, tiny_artifact(model)), pytest.raises(UserError, match="attached"):
         calibrate(model, tokenizer, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_one_is_in_is_refused(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "/"):
+        with user_error("folder you are in"):
+            calibrate(model, tokenizer, place)
+    assert not list(tmp_path.iterdir())
 
 
 # --- the pieces ---------------------------------------------------------------------------------------------------------
