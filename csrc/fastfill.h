@@ -56,11 +56,22 @@ struct fastfill_top_k_call {
   const char *isa;
 };
 
+// Rows in eight bits: q (rows, columns) int8, and the scale of each row; see csrc/int8.h.
+struct fastfill_round_call {
+  const void *x;
+  int8_t *q;
+  float *scale;
+  int64_t x_stride, rows, columns;
+  int32_t dtype, threads;
+  const char *isa;
+};
+
 FASTFILL_API int32_t fastfill_interface();                       // FASTFILL_INTERFACE, as the library was built
 FASTFILL_API int32_t fastfill_sparse_ffn(fastfill_call *call);
 FASTFILL_API int32_t fastfill_block_scores(const fastfill_low_rank_call *call);
 FASTFILL_API int32_t fastfill_compensate(const fastfill_low_rank_call *call);
 FASTFILL_API int32_t fastfill_top_k(const fastfill_top_k_call *call);
+FASTFILL_API int32_t fastfill_round(const fastfill_round_call *call);
 FASTFILL_API int64_t fastfill_scratch_bytes();                   // memory that is kept between calls, or in use
 FASTFILL_API void fastfill_release();                            // frees what of it no call is using
 FASTFILL_API int32_t fastfill_isa_count();

@@ -41,9 +41,9 @@ struct Int8 : Store {
     memset(to + n, 0, (4 - n % 4) % 4);
   }
 
-  // Units of four columns, each byte plus `offset`; gives the token's scale.
-  static float pack_token(const char *from, int n, uint32_t *to, int stride, int offset) {
-    constexpr int kPart = 64;
+  static constexpr int kPart = 64;
+
+  static Quantiser row_quantiser(const char *from, int n) {
     float part[kPart];
     uint32_t top = 0;
     for (int i = 0; i < n; i += kPart) {
@@ -56,14 +56,36 @@ struct Int8 : Store {
         top = bits > top ? bits : top;
       }
     }
-    const Quantiser q = quantiser(top);
+    return quantiser(top);
+  }
+
+  // Bytes of columns [i, i + m) plus `offset`; behind the m-th those of zeros.
+  static void round_part(const char *from, int i, int m, float inverse, int offset, uint8_t *bytes) {
+    float part[kPart];
+    Store::unpack(from + (size_t)i * Store::kTensorBytes, m, part);
+    for (int k = m; k < kPart; k++) part[k] = 0;
+    for (int k = 0; k < kPart; k++) bytes[k] = (uint8_t)(rounded(part[k] * inverse) + offset);
+  }
+
+  // Units of four columns, each byte plus `offset`; gives the token's scale.
+  static float pack_token(const char *from, int n, uint32_t *to, int stride, int offset) {
+    const Quantiser q = row_quantiser(from, n);
     for (int i = 0; i < n; i += kPart) {
       const int m = n - i < kPart ? n - i : kPart;
-      Store::unpack(from + (size_t)i * Store::kTensorBytes, m, part);
-      for (int k = m; k < kPart; k++) part[k] = 0;
       uint8_t bytes[kPart];
-      for (int k = 0; k < kPart; k++) bytes[k] = (uint8_t)(rounded(part[k] * q.inverse) + offset);
+      round_part(from, i, m, q.inverse, offset, bytes);
       for (int k = 0; k < m; k += 4, to += stride) memcpy(to, bytes + k, 4);
+    }
+    return q.scale;
+  }
+
+  static float round_row(const char *from, int n, char *to) {
+    const Quantiser q = row_quantiser(from, n);
+    for (int i = 0; i < n; i += kPart) {
+      const int m = n - i < kPart ? n - i : kPart;
+      uint8_t bytes[kPart];
+      round_part(from, i, m, q.scale == q.scale ? q.inverse : 0.0f, 0, bytes);
+      memcpy(to + i, bytes, m);
     }
     return q.scale;
   }

@@ -48,6 +48,7 @@ struct Loops {
   size_t (*down_bytes)(const Job &);
   void (*pack_x)(const Job &, int block);
   void (*gate_up)(const Job &, int task, char *scratch);
+  float (*round_row)(const char *from, int n, char *to);  // int8 alone: gives the row's scale
   void (*quantise_h)(const Job &, int task);  // null but for int8; a task for each block and chunk of f_chunk neurons
   void (*down)(const Job &, int task, char *scratch);
 };

@@ -543,9 +543,9 @@ struct Ffn {
 
   static constexpr Loops loops() {
     if constexpr (kInt8)
-      return Loops{{L, P, kTile, S::kDownBytes}, gate_up_bytes, down_bytes, pack_x, gate_up, quantise_h, down};
+      return Loops{{L, P, kTile, S::kDownBytes}, gate_up_bytes, down_bytes, pack_x, gate_up, S::round_row, quantise_h, down};
     else
-      return Loops{{L, P, kTile, S::kDownBytes}, gate_up_bytes, down_bytes, pack_x, gate_up, nullptr, down};
+      return Loops{{L, P, kTile, S::kDownBytes}, gate_up_bytes, down_bytes, pack_x, gate_up, nullptr, nullptr, down};
   }
 };
 

@@ -85,8 +85,31 @@ int32_t top_k(const fastfill_top_k_call *call) {
   return FASTFILL_OK;
 }
 
+constexpr int kRoundRows = 16;  // of a task
+
+int32_t round_rows(const fastfill_round_call *call) {
+  const Isa *isa = find_isa(call->isa);
+  if (!isa) return FASTFILL_BAD_ISA;
+  struct Pass {
+    const fastfill_round_call *call;
+    const Loops *loops;
+    int element;
+  } pass{call, call->dtype == FASTFILL_BF16 ? isa->int8_bf16 : isa->int8_f32, call->dtype == FASTFILL_BF16 ? 2 : 4};
+  parallel(at_least_one(call->threads), ceil_div(call->rows, kRoundRows), nullptr, 0, &pass, [](void *p, int task, char *) {
+    const Pass &pass = *static_cast<Pass *>(p);
+    const fastfill_round_call &c = *pass.call;
+    for (int64_t row = (int64_t)task * kRoundRows; row < c.rows && row < (int64_t)(task + 1) * kRoundRows; row++) {
+      const char *from = static_cast<const char *>(c.x) + row * c.x_stride * pass.element;
+      c.scale[row] = pass.loops->round_row(from, (int)c.columns, reinterpret_cast<char *>(c.q) + row * c.columns);
+    }
+  });
+  return FASTFILL_OK;
+}
+
 }  // namespace
 }  // namespace fastfill
+
+FASTFILL_API int32_t fastfill_round(const fastfill_round_call *call) { return fastfill::round_rows(call); }
 
 FASTFILL_API int32_t fastfill_block_scores(const fastfill_low_rank_call *call) {
   try {

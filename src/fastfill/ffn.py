@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfill.kernels import int8
+from fastfill.kernels import int8, rounded
 from fastfill.kernels.int8 import Scales
 
 _ops = torch.ops.aten
@@ -97,7 +97,7 @@ class FFN:
     @torch.no_grad()
     def int8(self) -> FFN:
         """The same with weights in eight bits, each row (of down: each channel of H) over its largest magnitude / 127."""
-        (gate, g), (up, u), (down, d) = map(int8.rounded, (self.gate, self.up, self.down))
+        (gate, g), (up, u), (down, d) = map(rounded, (self.gate, self.up, self.down))
         down = down.t().contiguous().t()  # rows of down^T are what the kernel reads
         biases = (self.gate_bias, self.up_bias, self.down_bias)
         b, c, e = (None if bias is None else bias.detach() for bias in biases)

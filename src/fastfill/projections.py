@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastfill import kernels
 from fastfill.kernels import int8
 from fastfill.sparse_ffn import as_loaded, current_plan, in_call
+
+
+class Last(threading.local):
+    """The last input that was rounded: query, key and value are asked for one behind the other, of the same states."""
+
+    _of: tuple[torch.Tensor, int | None, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        version = None if x.is_inference() else x._version
+        if self._of is None or self._of[0] is not x or self._of[1] != version:
+            self._of = x, version, kernels.rounded(x.reshape(-1, x.shape[-1]))
+        return self._of[2]
 
 
 class Projection:
     """Stands in for the forward of one Linear: in eight bits in prompts with sparse blocks, and, with dense_int8, in all other
     calls of the model. By torch's own product of int8 matrices; the rounding is that of the FFNs (`kernels.int8`)."""
 
-    def __init__(self, linear: nn.Linear, dense_int8: bool):
+    def __init__(self, linear: nn.Linear, dense_int8: bool, last: Last):
         self.linear, self.dense, self.dense_int8, self.on = linear, linear.forward, dense_int8, True
+        self._last = last
         self.renew()
 
     @torch.inference_mode(False)
@@ -26,7 +41,7 @@ class Projection:
     def renew(self) -> None:
         """Round the weight that is there now."""
         self._stamp = self._now()
-        self.weight, self.scale = int8.rounded(self.linear.weight)
+        self.weight, self.scale = kernels.rounded(self.linear.weight)
 
     def stale(self) -> bool:
         return self._stamp != self._now()
@@ -46,7 +61,7 @@ class Projection:
         eight = current_plan.get() is not None or (self.dense_int8 and in_call.get() and not as_loaded.get())
         if not self.on or not eight:
             return self.dense(x)
-        y = int8.linear(x.reshape(-1, x.shape[-1]), self.weight, self.scale, self.linear.bias)
+        y = int8.scaled(*self._last.rounded(x), self.weight, self.scale, self.linear.bias)
         return y.view(*x.shape[:-1], -1).to(self.linear.weight.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -60,4 +75,5 @@ class Projection:
 def of(attentions: Iterable[nn.Module], dense_int8: bool) -> list[Projection]:
     """Those of the attentions' own plain Linears; what carries an adapter stays as it is."""
     linears = (child for attention in attentions for child in attention.children())
-    return [Projection(linear, dense_int8) for linear in linears if type(linear) is nn.Linear]
+    last = Last()
+    return [Projection(linear, dense_int8, last) for linear in linears if type(linear) is nn.Linear]

@@ -14,14 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import contract, cpu, torch_ref
+from . import contract, cpu, int8, torch_ref
 from .contract import Bounds
 from .contract import check_ids as _check_ids
 from .int8 import Scales
 
 __all__ = [
     "ACTIVATIONS", "Bounds", "Kernel", "Scales", "available", "block_scores", "choose", "compensate", "describe", "release",
-    "resolve", "scratch_bytes", "sparse_ffn", "top_k",
+    "resolve", "rounded", "scratch_bytes", "sparse_ffn", "top_k",
 ]  # fmt: skip
 
 KERNELS = ("native", "triton", "torch")
@@ -240,6 +240,12 @@ def _top_k_op(scores: Tensor, kept: int, kernel: str) -> Tensor:
 @_top_k_op.register_fake
 def _(scores, kept, kernel):
     return scores.new_empty(scores.shape[0], kept, dtype=torch.int32)
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, K) in eight bits, a scale per row: `int8.rounded`, by the native kernel where it runs. No gradient."""
+    native = x.ndim == 2 and cpu.usable() and not x.is_neg() and cpu.problem(x) is None
+    return cpu.rounded(x.detach()) if native else int8.rounded(x.detach())
 
 
 def sparse_ffn(

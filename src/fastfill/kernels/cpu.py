@@ -54,6 +54,17 @@ class _LowRankCall(ctypes.Structure):
     )
 
 
+class _RoundCall(ctypes.Structure):
+    """`fastfill_round_call` of csrc/fastfill.h, field by field."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "q", "scale")),
+        *((name, c_int64) for name in ("x_stride", "rows", "columns")),
+        *((name, c_int32) for name in ("dtype", "threads")),
+        ("isa", c_char_p),
+    )
+
+
 class _TopKCall(ctypes.Structure):
     """`fastfill_top_k_call` of csrc/fastfill.h, field by field."""
 
@@ -118,6 +129,7 @@ def _load() -> ctypes.CDLL | str:
         lib.fastfill_sparse_ffn.argtypes = [POINTER(_Call)]
         lib.fastfill_block_scores.argtypes = [POINTER(_LowRankCall)]
         lib.fastfill_compensate.argtypes = [POINTER(_LowRankCall)]
+        lib.fastfill_round.argtypes = [POINTER(_RoundCall)]
         lib.fastfill_top_k.argtypes = [POINTER(_TopKCall)]
         lib.fastfill_scratch_bytes.restype = c_int64
         lib.fastfill_release.restype = None
@@ -308,6 +320,25 @@ def top_k(scores: Tensor, kept: int) -> Tensor:
     )
     _check_code(_library().fastfill_top_k(byref(call)))
     return ids
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `int8.rounded`, of x (T, K) in one of `DTYPES`."""
+    x = _unit_rows(x)
+    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), dtype=torch.float32)
+    call = _RoundCall(
+        x=x.data_ptr(),
+        q=q.data_ptr(),
+        scale=scale.data_ptr(),
+        x_stride=_row_stride(x),
+        rows=x.shape[0],
+        columns=x.shape[1],
+        dtype=_DTYPE_CODES[x.dtype],
+        threads=torch.get_num_threads(),
+        isa=isa().encode(),
+    )
+    _check_code(_library().fastfill_round(byref(call)))
+    return q, scale
 
 
 def _library() -> ctypes.CDLL:

@@ -48,7 +48,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (T, K), int8 weight (N, K), scale (N,) -> x (scale weight)^T + bias (T, N), in fp32."""
-    q, by = rounded(x)
+    return scaled(*rounded(x), weight, scale, bias)
+
+
+def scaled(q: Tensor, by: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of what is rounded already: int8 (T, K) and its scales (T,)."""
     y = product(q, weight).mul_(by[:, None] * scale)
     return y if bias is None else y.add_(bias.float())
 
