@@ -272,7 +272,7 @@ def test_the_embedded_model_in_other_formats():
 
     def runs(change):
         layers = [[partner.sample(change(weight).bfloat16()) for weight in ffn] for ffn in ffns]
-        return partner._stacked(layers)
+        return partner.runs_of(layers)
 
     def packed(weight, kind):
         return torch.from_numpy(quants.dequantize(quants.quantize(np.ascontiguousarray(weight), kind), kind))
@@ -292,3 +292,11 @@ def test_the_embedded_model_in_other_formats():
     assert len(told) == 1
     assert partner.compare(known, runs(lambda w: tuned(w, 0.03))).kind == partner.FINETUNED
     assert partner.compare(known, runs(lambda w: w.roll(1, 0))).kind == partner.ANOTHER
+
+
+def test_attaching_samples_each_matrix_once(monkeypatch):
+    model, sample, taken = tiny_model(), partner.sample, []
+    artifact = tiny_artifact(model)
+    monkeypatch.setattr(partner, "sample", lambda weight: taken.append(weight.data_ptr()) or sample(weight))
+    attach(model, artifact).detach()
+    assert len(taken) == len(set(taken)) == 3 * len(model.model.layers)

@@ -105,10 +105,15 @@ class Artifact:
         """Of what was learned."""
         return sum(t.nbytes for t in self.tensors.values())
 
-    def check_partner(self, anatomy: families.Anatomy, allow_finetuned: bool = False) -> list[str]:
+    def check_partner(
+        self,
+        anatomy: families.Anatomy,
+        allow_finetuned: bool = False,
+        layers: list[list[partner.Sample]] | None = None,
+    ) -> list[str]:
         """What to warn of, a sentence each, before this is put on the model. Raises UserError unless the model is the one it
         was learned for, requantised or rounded, or fine-tuned where that is allowed: see `partner`."""
-        found = partner.check_model(self.base_model, self.samples, anatomy, allow_finetuned)
+        found = partner.check_model(self.base_model, self.samples, anatomy, allow_finetuned, layers)
         return found + partner.notes(self.base_model, self.samples, anatomy, requantised=bool(found))
 
     def push_to_hub(

@@ -51,6 +51,7 @@ class Attachment:
         artifact: Artifact,
         config: PrefillConfig,
         followers: list[Follower],
+        before: partner.Samples,
         gains: bool = True,
     ):
         self.model, self.config = model, config
@@ -68,8 +69,7 @@ class Attachment:
         self._swaps = Swaps()
         self._attached = False
         self._open: set[object] = set()  # calls that are running now
-        self._before = partner.inside(anatomy)
-        self._known = True  # the weights are those of `_before`
+        self._before, self._known = before, True  # samples of the weights, and whether these are still those
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -326,7 +326,8 @@ def attach(
             artifact = artifacts.load(artifact, revision, cache_dir)
     anatomy = families.dissect(model)
     check_detached(anatomy)
-    notes = artifact.check_partner(anatomy, allow_finetuned)
+    layers = partner.sample_layers(anatomy)
+    notes = artifact.check_partner(anatomy, allow_finetuned, layers)
     if predictor is not None and not callable(predictor):
         raise UserError(f"predictor must be made by fastfill.lab.baselines.named(...), not {quoted(predictor)}.")
     if not isinstance(prefill, PrefillConfig | None):
@@ -353,7 +354,8 @@ def attach(
             layer.choose(chosen.kernel)
         config = config.with_(min_tokens=max(config.min_tokens, chosen.first or 0))
         notes = notes if chosen.first else [*notes, chosen.warning]
-    attachment = Attachment(model, anatomy, artifact, config, followers, gains=not chosen or chosen.first is not None)
+    gains = not chosen or chosen.first is not None
+    attachment = Attachment(model, anatomy, artifact, config, followers, partner.runs_of(layers), gains)
     with _attaching:  # of two threads that got this far, one finds the other's artifact
         check_detached(anatomy)
         attachment._swap()

@@ -111,7 +111,7 @@ def samples(anatomy: families.Anatomy) -> Samples:
 
 def inside(anatomy: families.Anatomy) -> Samples:
     """Of the FFNs alone."""
-    return _stacked(_layers(anatomy))
+    return runs_of(sample_layers(anatomy))
 
 
 def outside(anatomy: families.Anatomy) -> Samples:
@@ -134,11 +134,13 @@ def _outside(anatomy: families.Anatomy) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in anatomy.base.named_parameters() if id(weight) not in inside}
 
 
-def _layers(anatomy: families.Anatomy) -> Iterable[list[Sample]]:
-    return ([sample(weight) for weight in (ffn.gate, ffn.up, ffn.down)] for ffn in anatomy.ffns)
+def sample_layers(anatomy: families.Anatomy) -> list[list[Sample]]:
+    """`sample` of gate, up and down of each layer."""
+    return [[sample(weight) for weight in (ffn.gate, ffn.up, ffn.down)] for ffn in anatomy.ffns]
 
 
-def _stacked(layers: Iterable[list[Sample]]) -> Samples:
+def runs_of(layers: Iterable[list[Sample]]) -> Samples:
+    """Of FFNs that were sampled."""
     found = list(layers)
     return {role: torch.stack([layer[i].runs for layer in found]) for i, role in enumerate(ROLES)}
 
@@ -159,7 +161,7 @@ def run_shapes(base_model: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
 def judge(base_model: dict[str, Any], known: Samples, layers: Iterable[list[Sample]]) -> Verdict:
     """What a model's FFNs are to an artifact. known: its samples, empty in older ones. layers: `sample` of gate, up, down."""
     if known:
-        return compare({role: known[role] for role in ROLES}, _stacked(layers))
+        return compare({role: known[role] for role in ROLES}, runs_of(layers))
     rows = ([one.rows for one in layer] for layer in layers)
     found = fingerprints_of(base_model["hidden_size"], base_model["intermediate_size"], base_model["layers"], rows)
     prints = {"bf16": base_model["fingerprint"], **base_model.get("fingerprints", {})}
@@ -191,16 +193,24 @@ def check(base_model: dict[str, Any], known: Samples, layers: Iterable[list[Samp
     )
 
 
-def check_model(base_model: dict[str, Any], known: Samples, anatomy: families.Anatomy, allow_finetuned: bool) -> list[str]:
-    """`check`, of a loaded model; raises UserError for one of other shapes, too."""
+def check_model(
+    base_model: dict[str, Any],
+    known: Samples,
+    anatomy: families.Anatomy,
+    allow_finetuned: bool,
+    layers: list[list[Sample]] | None = None,
+) -> list[str]:
+    """`check`, of a loaded model; raises UserError for one of other shapes, too. layers: `sample_layers` of it, where they are
+    there."""
     mine = (base_model["hidden_size"], base_model["intermediate_size"], base_model["layers"])
     theirs = (anatomy.hidden, anatomy.intermediate, len(anatomy.ffns))
     if mine != theirs:
         raise UserError(wrong_partner(base_model["name"], f"shapes {mine} against {theirs}"))
+    layers = layers or sample_layers(anatomy)
     old = not known and "fingerprints" not in base_model
-    if old and anatomy.ffns[0].gate.dtype == torch.float16 and judge(base_model, known, _layers(anatomy)).kind != SAME:
+    if old and anatomy.ffns[0].gate.dtype == torch.float16 and judge(base_model, known, layers).kind != SAME:
         raise UserError("This artifact does not know its model in fp16, for it is too old; load it in bf16 or fp32.")
-    return check(base_model, known, _layers(anatomy), allow_finetuned)
+    return check(base_model, known, layers, allow_finetuned)
 
 
 def notes(base_model: dict[str, Any], known: Samples, anatomy: families.Anatomy, requantised: bool = False) -> list[str]:
@@ -366,7 +376,7 @@ def fingerprints(anatomy: families.Anatomy) -> dict[str, str]:
 
     Rounding makes it the same whether a checkpoint is loaded in fp32 or bf16; the sample keeps it fast at any size.
     """
-    rows = ([one.rows for one in layer] for layer in _layers(anatomy))
+    rows = ([one.rows for one in layer] for layer in sample_layers(anatomy))
     return fingerprints_of(anatomy.hidden, anatomy.intermediate, len(anatomy.ffns), rows)
 
 
