@@ -94,6 +94,12 @@ class FFN:
             return y.view(*h.shape[:-1], -1).to(self.dtype)
         return F.linear(h, self.down, self.down_bias)
 
+    def start(self, x: Tensor, y: Tensor | None = None) -> Tensor | None:
+        """What the sparse op adds to, and may overwrite, for x (T, H): y (T, H) with down's bias; None where neither is."""
+        if self.down_bias is None:
+            return y
+        return self.down_bias.expand_as(x).clone() if y is None else y + self.down_bias
+
     @torch.no_grad()
     def int8(self) -> FFN:
         """The same with weights in eight bits, each row (of down: each channel of H) over its largest magnitude / 127."""

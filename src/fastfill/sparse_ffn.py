@@ -101,11 +101,7 @@ class SparseFFN:
 
     def _correction(self, x: torch.Tensor, plan: Plan) -> torch.Tensor | None:
         """What the kernel adds to: the compensator's output on sparse rows, down's bias on all."""
-        y = plan.clear_dense(self.compensator(x, self.kernel)) if self.compensator else None
-        bias = self.ffn.down_bias
-        if bias is None:
-            return y
-        return bias.expand_as(x).clone() if y is None else y + bias
+        return self.ffn.start(x, plan.clear_dense(self.compensator(x, self.kernel)) if self.compensator else None)
 
     def _tell(self, step: str, plan: Plan, value: Value) -> Value:
         for tap in self.taps:
@@ -137,8 +133,8 @@ class AllNeurons:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, T, H) -> (batch, T, H)."""
         rows = x.reshape(-1, x.shape[-1]).to(self.ffn.dtype)
-        init = None if self.ffn.down_bias is None else self.ffn.down_bias.expand_as(rows).clone()
-        return self.kernel.sparse_ffn(rows, self.ffn, self.down_t, self.ids, init=init).view_as(x).to(x.dtype)
+        y = self.kernel.sparse_ffn(rows, self.ffn, self.down_t, self.ids, init=self.ffn.start(rows))
+        return y.view_as(x).to(x.dtype)
 
 
 def _refuse_recomputation() -> None:
