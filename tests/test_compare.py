@@ -39,6 +39,7 @@ class LLM:
         record(ids=prompt["prompt_token_ids"])
 """
 )
+TRANSFORMERS = ("transformers, fp32", "transformers, dynamic int8")
 PLATFORMS = "class current_platform:\n    device_type = 'cpu'\n"
 
 LLAMA_CPP = (
@@ -98,6 +99,8 @@ def stand_in(tmp_path, monkeypatch):
 
     put.calls = lambda: [json.loads(line) for line in calls.read_text().splitlines()]
     put.file = calls
+    for name in TRANSFORMERS:  # the real ones; they have a test of their own
+        monkeypatch.delitem(compare.OTHERS, name)
     return put
 
 
@@ -113,6 +116,16 @@ def test_what_is_missing_is_listed(stand_in):
     }
     folder = compare.Job("some/folder", None, "float32", "cpu", [20], 1, 1, 128)
     assert reasons(compare.compare(folder))["llama-bench"] == "reads GGUF files only; give MODEL as one"
+
+
+def test_transformers_in_fp32_and_in_torchs_eight_bits(model_folder, monkeypatch):
+    for name in compare.OTHERS.keys() - TRANSFORMERS:
+        monkeypatch.delitem(compare.OTHERS, name)
+    job = compare.Job(str(model_folder), None, "bfloat16", "cpu", [20], repeats=1, threads=1, vocabulary=128)
+    rows = compare.compare(job)
+    assert [(row["name"], row["weights"]) for row in rows] == list(zip(TRANSFORMERS, ("fp32", "int8"), strict=True))
+    assert all(row["ttft_s"] > 0 for row in rows)
+    assert set(reasons(compare.compare(compare.Job(**{**vars(job), "device": "cuda"})))) == set(TRANSFORMERS)
 
 
 def check_prompts(calls):

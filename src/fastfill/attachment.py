@@ -59,9 +59,7 @@ class Attachment:
         self.kept = [ffn.kept for ffn in self.ffns]
         self._anatomy, self._artifact, self._followers = anatomy, artifact, followers
         eight = config.weights == "int8"
-        self._projections: list[Projection] = (
-            projections.of(anatomy.attentions, config.dense_weights == "int8") if eight else []
-        )
+        self.projections: list[Projection] = projections.of(anatomy.attentions, config.dense_weights == "int8") if eight else []
         thins = any(ffn.kept < anatomy.intermediate for ffn in self.ffns)  # False at sparsity 0: all of it is dense
         self._calls = Calls(config, list(inspect.signature(anatomy.base.forward).parameters), thins, gains)
         self.stats = self._calls.stats
@@ -96,7 +94,7 @@ class Attachment:
     def extra_bytes(self) -> int:
         learned = [tensor for name, tensor in self._artifact.tensors.items() if ".stats." not in name]  # kept to be cast anew
         held = [*learned, *(tensor for ffn in self.ffns for tensor in ffn.tensors)]
-        eight = sum(projection.nbytes for projection in self._projections)
+        eight = sum(projection.nbytes for projection in self.projections)
         return eight + sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
 
     def refresh(self) -> None:
@@ -108,13 +106,13 @@ class Attachment:
         with self._lock:
             for follower in self._followers:
                 follower.renew()
-            for projection in self._projections:
+            for projection in self.projections:
                 projection.renew()
             self._check_partner()
 
     def _follow(self) -> None:
         with self._lock:
-            for projection in self._projections:
+            for projection in self.projections:
                 if projection.stale():
                     projection.renew()
             if follow(self._followers):
@@ -136,7 +134,7 @@ class Attachment:
                 for part, sparse in zip(self._anatomy.ffns, self.ffns, strict=True):
                     sparse.on = True
                     self._swaps.put(part.module, "forward", sparse)
-                for projection in self._projections:
+                for projection in self.projections:
                     projection.on = True
                     self._swaps.put(projection.linear, "forward", projection)
                 base = self._anatomy.base
@@ -163,7 +161,7 @@ class Attachment:
         if not self._attached and not self._open:
             for sparse in self.ffns:
                 sparse.on = False  # somebody may have put theirs on top of it
-            for projection in self._projections:
+            for projection in self.projections:
                 projection.on = False
             self._swaps.undo()
 

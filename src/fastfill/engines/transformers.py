@@ -163,16 +163,20 @@ class TransformersEngine:
 
     @contextmanager
     def all_neurons(self) -> Iterator[None]:
-        ffns = self.attachment.ffns
+        ffns, projections = self.attachment.ffns, self.attachment.projections
         own = [ffn.dense for ffn in ffns]
         try:
             for ffn in ffns:
                 ffn.dense = AllNeurons(ffn.ffn, ffn.down_t, ffn.kernel)
+            for projection in projections:
+                projection.always = True
             with self.attachment.dense():
                 yield
         finally:
             for ffn, dense in zip(ffns, own, strict=True):
                 ffn.dense = dense
+            for projection in projections:
+                projection.always = False
 
     def clocks(self) -> AbstractContextManager[dict[str, float]]:
         attentions = families.dissect(self.model).attentions

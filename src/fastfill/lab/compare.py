@@ -1,4 +1,5 @@
-"""What a user would choose instead, beside `bench`: stock vLLM, llama-cpp-python, and llama.cpp's own llama-bench.
+"""What a user would choose instead, beside `bench`: transformers in fp32 and in torch's own eight bits, stock vLLM,
+llama-cpp-python, and llama.cpp's own llama-bench.
 
 Each runs in its own process, one after the other, with as many threads as we had, so that thread pools do not
 compete. Missing and failing engines are listed with the reason. The inside of such a process is
@@ -127,7 +128,18 @@ def _llama_bench(job: Job) -> dict[str, Any]:
     }
 
 
+def _transformers(dtype: str) -> Callable[[Job], dict[str, Any]]:
+    def measure(job: Job) -> dict[str, Any]:
+        if job.cuda:
+            raise _Skipped("measured on the CPU only")
+        return _package("transformers", "transformers", dataclasses.replace(job, dtype=dtype))
+
+    return measure
+
+
 OTHERS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "transformers, fp32": _transformers("fp32"),
+    "transformers, dynamic int8": _transformers("int8"),
     "vLLM": _vllm,
     "llama-cpp-python": _llama_cpp,
     "llama-bench": _llama_bench,
@@ -239,9 +251,27 @@ def _inside_llama_cpp(job: Job) -> dict[str, Any]:
     return _answer(llama_cpp.__version__, Path(job.gguf).name, job, read)
 
 
+def _inside_transformers(job: Job) -> dict[str, Any]:
+    """dtype "int8": every Linear, the head too, in torch's dynamic int8 (oneDNN), which wants fp32 around it."""
+    import torch
+
+    from fastfill import models
+    from fastfill.engines.transformers import generate
+
+    torch.set_num_threads(job.threads)
+    model = models.load(job.folder, "fp32").model
+    if job.dtype == "int8":
+        torch.backends.quantized.engine = next(
+            name for name in ("onednn", "x86", "fbgemm", "qnnpack") if name in torch.backends.quantized.supported_engines
+        )
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    with torch.inference_mode():
+        return _answer(torch.__version__, job.dtype, job, lambda ids: generate(model, torch.tensor([ids]), 1))
+
+
 def main() -> None:
     module, answer = sys.argv[1:]
-    inside = {"vllm": _inside_vllm, "llama_cpp": _inside_llama_cpp}[module]
+    inside = {"vllm": _inside_vllm, "llama_cpp": _inside_llama_cpp, "transformers": _inside_transformers}[module]
     Path(answer).write_text(json.dumps(inside(Job(**json.load(sys.stdin)))))
 
 
