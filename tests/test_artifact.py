@@ -13,7 +13,7 @@ from conftest import HIDDEN, INTERMEDIATE, LAYERS, PREFILL, logits, one_sentence
 from safetensors.torch import load_file, save_file
 
 from fastfill import artifact as artifacts
-from fastfill import attach, families, files, kernels, schedule
+from fastfill import attach, card, families, files, kernels, schedule
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
 
@@ -444,13 +444,13 @@ def test_a_disk_that_really_takes_no_more(artifact_folder):
 
 def test_the_artifacts_own_page(model):
     artifact = tiny_artifact(model)
-    assert "Not measured yet" in artifacts.readme(artifact)
+    assert "Not measured yet" in artifact.card()
     artifact.quality = {"ppl_ratio": 1.234, "sources": ["long"]}
     artifact.calibration = {"sequences": 7, "documents": ["news.jsonl"], "tokens_distilled": 640, "seconds": 5.0}
-    assert artifacts.documents(artifact) == "news.jsonl"
+    assert card.documents(artifact.calibration) == "news.jsonl"
     many = {"documents": list("abcdef"), "document_rows": ["e#0", "a#0", "e#1"]}
-    assert artifacts.documents(dataclasses.replace(artifact, calibration=many)) == "e, a, b, c, 2 more"
-    page = artifacts.readme(artifact)
+    assert card.documents(many) == "e, a, b, c, 2 more"
+    page = artifact.card()
     assert "| ppl_ratio | 1.234 |" in page and "sources" not in page
     assert "7 sequences of text from news.jsonl; 640 tokens" in page
 
@@ -496,8 +496,8 @@ def test_a_name_is_made_fit_to_be_shown(model):
     assert base["name"].startswith(r"a\x1b[2J x") and len(base["name"]) == 200
     artifact = tiny_artifact(model)
     artifact.calibration = {"documents": ["a\x1b]0;x\x07", "\ud800.txt"]}  # names of files may have anything
-    assert artifacts.documents(artifact) == r"a\x1b]0;x\x07, \ud800.txt" and artifacts.readme(artifact).isprintable() is False
-    assert "\x1b" not in artifacts.readme(artifact)
+    assert card.documents(artifact.calibration) == r"a\x1b]0;x\x07, \ud800.txt" and artifact.card().isprintable() is False
+    assert "\x1b" not in artifact.card()
 
 
 # --- recording ------------------------------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_a_push_that_fails_is_one_sentence(model, api):
     ("name", "base"), [("org/base", "org/base"), ("models/x.gguf", None), ("tiny", None), ("Org/Base (GGUF)", None)]
 )
 def test_the_page_is_a_model_card(model, name, base):
-    content = huggingface_hub.ModelCard(artifacts.readme(tiny_artifact(model, name=name)))
+    content = huggingface_hub.ModelCard(tiny_artifact(model, name=name).card())
     data = content.data.to_dict()
     assert data["library_name"] == "fastfill" and data.get("base_model") == base and "license" not in data
     assert content.text.startswith(f"# fastfill artifact for {name}") or f"# fastfill artifact for {name}" in content.text

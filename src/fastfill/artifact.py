@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import tempfile
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from fastfill import card, families, files, hub, partner, schedule, schema
 from fastfill import config as cfg
-from fastfill import families, files, hub, partner, schedule, schema
 from fastfill import tensors as stored
 from fastfill.compensator import Compensator
 from fastfill.config import PrefillConfig
@@ -116,6 +115,10 @@ class Artifact:
         found = partner.check_model(self.base_model, self.samples, anatomy, allow_finetuned, layers)
         return found + partner.notes(self.base_model, self.samples, anatomy, requantised=bool(found))
 
+    def card(self) -> str:
+        """Its README.md."""
+        return card.page(self.base_model, self.prefill, self.flops(), self.calibration, self.quality)
+
     def push_to_hub(
         self,
         repository: str,
@@ -126,7 +129,7 @@ class Artifact:
     ) -> str:
         """Upload it to a repository on the hub ('org/name'), which is made if it is not there, as a branch if a `revision` is
         named. Its README.md is the folder's own, or made. Returns the address of the commit. Raises UserError."""
-        page = readme(self)
+        page = self.card()
         if self.folder is not None and (self.folder / README).is_file():
             with files.reading(self.folder / README, "cannot be read", "restore it, or delete it"):
                 page = files.read_bytes(self.folder / README, hub.FILES[README][0]).decode()
@@ -258,7 +261,7 @@ def record(artifact: Artifact, folder: str | Path, quality: dict[str, Any]) -> N
     document.setdefault("checksums", _checksums(_everything(artifact), document))
     schema.check(document, str(folder / CONFIG))
     files.write(folder / CONFIG, _text(document))
-    files.write(folder / README, readme(artifact))
+    files.write(folder / README, artifact.card())
     del held
 
 
@@ -405,54 +408,3 @@ def _check_sums(artifact: Artifact, document: dict[str, Any], folder: Path) -> N
             f"{folder / CONFIG} is not what was saved: {', '.join(schema.SETTINGS)} belong to the weights; "
             "restore it, and give other settings to `attach` or the command."
         )
-
-
-def documents(artifact: Artifact) -> str:
-    """Where the calibration text came from, sources of many documents first; of more than five, four and a number."""
-    rows = Counter(row.split("#")[0] for row in artifact.calibration.get("document_rows", []))
-    names = sorted(artifact.calibration.get("documents", []), key=lambda name: -rows[name])
-    shown = [printable(name, 80) for name in names[: 5 if len(names) <= 5 else 4]]
-    shown += [f"{len(names) - 4} more"] if len(names) > 5 else []
-    return ", ".join(shown) or "unknown sources"
-
-
-def _front_matter(name: str) -> list[str]:
-    """What the hub reads of a page. base_model: where the model's name is that of a repository. The license is the author's to
-    name."""
-    base = [f"base_model: {name}"] if hub.is_repository(name) and not name.endswith(".gguf") else []
-    return ["---", *base, "library_name: fastfill", "tags:", "- fastfill", "- sparse-prefill", "---", ""]
-
-
-def readme(artifact: Artifact) -> str:
-    """The artifact's own page, a model card: what it is for, how it was made, what it scores."""
-    base, prefill, record, quality = artifact.base_model, artifact.prefill, artifact.calibration, artifact.quality
-    shares = artifact.flops()
-    lines = [
-        *_front_matter(base["name"]),
-        f"# fastfill artifact for {base['name']}",
-        "",
-        f"Sparse prefill for this model at {prefill.sparsity:.0%} FFN sparsity in blocks of {prefill.block_size} tokens: "
-        f"{shares['total']:.1%} of the dense FFN's multiply-adds per sparse token "
-        f"(predictor {shares['predictor']:.1%}, compensator {shares['compensator']:.1%}).",
-        "",
-        "```python",
-        "with fastfill.attach(model, ARTIFACT_FOLDER):",
-        "    model.generate(...)",
-        "```",
-        "",
-        "## How it was made",
-        "",
-        f"{record.get('sequences', 0)} sequences of text from {documents(artifact)}; "
-        f"{record.get('tokens_distilled', 0)} tokens of end-to-end distillation; {record.get('seconds', 0):.0f} s. "
-        "Settings, documents and machine are in `config.json` under `calibration`.",
-        "",
-        "## What it scores",
-        "",
-    ]
-    if quality:
-        lines += ["| measure | value |", "|---|---|"]
-        single = {key: value for key, value in quality.items() if not isinstance(value, (dict, list))}
-        lines += [f"| {printable(key, 60)} | {printable(str(value), 200)} |" for key, value in single.items()]
-    else:
-        lines.append("Not measured yet: `fastfill evaluate MODEL --artifact DIR --data HELD_OUT --record`.")
-    return "\n".join(lines) + "\n"

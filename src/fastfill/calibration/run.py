@@ -144,7 +144,7 @@ def calibrate(
         result = _within(model, result, aside, config)
     result = dataclasses.replace(result, tensors=stored.narrow(result.tensors))
     if team.rank == 0:
-        artifacts.save(result, out, readme=artifacts.readme(result))
+        artifacts.save(result, out, readme=result.card())
     checkpoint.remove()
     return result
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.text import Text
 
-from fastfill.artifact import Artifact, documents
+from fastfill.artifact import Artifact
+from fastfill.card import documents
 from fastfill.lab.tasks.perplexity import Perplexity
 from fastfill.tables import console, table
 from fastfill.terminal import text_of
@@ -41,7 +42,7 @@ def artifact(artifact: Artifact, folder: Path) -> None:
         _say(f"{layer:3d} {bar * round(sparsity * 50):50s} {sparsity:6.1%}")
     if record:
         _say(
-            f"\ncalibrated on {record.get('sequences')} sequences from {documents(artifact)}:\n"
+            f"\ncalibrated on {record.get('sequences')} sequences from {documents(artifact.calibration)}:\n"
             f"{record.get('tokens_distilled')} tokens distilled, loss {record.get('loss_first')} -> {record.get('loss_last')} "
             f"nats, {record.get('seconds')} s"
         )
