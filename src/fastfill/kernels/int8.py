@@ -6,6 +6,7 @@ magnitude over 127; sums are exact integers. `down` keeps its scale per channel 
 the sum. Chunks follow the neurons' ids, so a choice of neurons changes no chunk's borders.
 """
 
+import functools
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -40,10 +41,20 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """int8 (T, K) and int8 (N, K) -> a b^T (T, N), exact integers in fp32."""
-    if a.device.type == "cpu":
+    """int8 (T, K) and int8 (N, K) -> a b^T (T, N), exact integers, rounded to fp32."""
+    if a.device.type == "cpu" and _exact():
         return torch._int_mm(a, b.t()).float()
-    return (a.double() @ b.double().t()).float()
+    y = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for x, w in zip(a.split(1024, 1), b.split(1024, 1), strict=True):  # sums up to 2^24, which fp32 holds
+        y += x.float() @ w.float().t()
+    return y.float()
+
+
+@functools.cache
+def _exact() -> bool:
+    """Whether torch's own product is: without VNNI, oneDNN adds pairs in 16 bits, where they saturate."""
+    a, b = torch.full((32, 64), -128, dtype=torch.int8), torch.full((64, 32), 127, dtype=torch.int8)
+    return all(bool((torch._int_mm(x, w) == 64 * x[0, 0].int() * w[0, 0].int()).all()) for x, w in ((a, b), (~a, b), (a, ~b)))
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
