@@ -3,9 +3,11 @@
     python benchmarks/kernel.py [--quick] [--out FILE]
 
 Dense is what torch runs (three F.linear, the activation, the product); "packed" the same with weights packed ahead by
-oneDNN; the ceiling is a large GEMM with such weights. Every call takes the next layer of a rotation larger than the
-caches, so weights come from memory; the ceiling and all variants of a shape are timed in alternation, and each number is
-a median. "of GEMM" is the rate on the FLOPs that remain against the ceiling. One JSON line per row goes to --out.
+oneDNN; the ceiling is a large GEMM with such weights. In int8, dense is torch's dynamic quantisation (`quantize_dynamic`),
+packed oneDNN's int8 Linear with a scale per token (rounded by our kernel, which is faster than torch), the ceiling
+torch._int_mm; around int8 weights all else is fp32. Every call takes the next layer of a rotation larger than the caches, so
+weights come from memory; the ceiling and all variants of a shape are timed in alternation, and each number is a median.
+"of GEMM" is the rate on the FLOPs that remain against the ceiling. One JSON line per row goes to --out.
 """
 
 import argparse
@@ -21,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfill import kernels
+from fastfill.ffn import FFN
 from fastfill.kernels import cpu
 
-SHAPES = ((576, 1536), (896, 4864), (2048, 8192), (4096, 14336))
+SHAPES = ((576, 1536), (896, 4864), (1536, 8960), (2048, 8192), (4096, 14336))
 ROTATION_BYTES = 400e6  # of weights, well above any L3 here
 
 
@@ -34,6 +37,51 @@ class Layer:
     down: Tensor
     down_t: Tensor
     packed: list[Tensor]
+    eight: FFN | None = None  # int8 weights of the same, and torch's modules of them
+    dynamic: list[torch.nn.Module] | None = None
+
+
+def make_layers_int8(hidden: int, neurons: int, tokens: int) -> list[Layer]:
+    layers = []
+    for _ in range(max(2, min(64, round(ROTATION_BYTES / (3 * hidden * neurons))))):
+        gate, up = (torch.randn(neurons, hidden).mul_(hidden**-0.5) for _ in range(2))
+        down = torch.randn(hidden, neurons).mul_(neurons**-0.5)
+        eight = FFN(gate, up, down).int8()
+        packed = [
+            torch.ops.onednn.qlinear_prepack(w.contiguous(), [tokens, w.shape[1]]) for w in (eight.gate, eight.up, eight.down)
+        ]
+        dynamic = [_dynamic(weight) for weight in (gate, up, down)]
+        layers.append(Layer(eight.gate, eight.up, eight.down, eight.down.t(), packed, eight, dynamic))
+    return layers
+
+
+def _dynamic(weight: Tensor) -> torch.nn.Module:
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight
+    quantised = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear), {torch.nn.Linear}, dtype=torch.qint8)
+    return quantised[0]
+
+
+def dense_int8(x: Tensor, w: Layer) -> Tensor:
+    assert w.dynamic
+    gate, up, down = w.dynamic
+    return down(F.silu(gate(x)) * up(x))
+
+
+def dense_packed_int8(x: Tensor, w: Layer) -> Tensor:
+    assert w.eight and w.eight.scales
+    gate, up, down = zip(w.packed, w.eight.scales, strict=True)
+    q, by = kernels.rounded(x)
+    h = F.silu(_qlinear(q, by, *gate)) * _qlinear(q, by, *up)
+    return _qlinear(*kernels.rounded(h), *down)
+
+
+def _qlinear(q: Tensor, by: Tensor, packed: Tensor, scale: Tensor) -> Tensor:  # of signed bytes oneDNN has a slow path
+    zero = torch.zeros(len(scale), dtype=torch.int64)
+    y = torch.ops.onednn.qlinear_pointwise(
+        q.view(torch.uint8) ^ 128, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )  # fmt: skip
+    return y.mul_(by[:, None])
 
 
 def make_layers(hidden: int, neurons: int, dtype: torch.dtype, tokens: int, packed: bool) -> list[Layer]:
@@ -83,6 +131,9 @@ def alternate(calls: list[Callable[[Layer], Tensor]], layers: list[Layer], round
 def large_gemm(dtype: torch.dtype) -> tuple[Callable[[Layer], Tensor], float]:
     """The ceiling: a large GEMM, weights packed ahead by oneDNN (faster than torch's own call); and its FLOPs."""
     m, n = 1024, 4096
+    if dtype == torch.int8:
+        a, b = (torch.randint(-127, 128, (rows, n), dtype=torch.int8) for rows in (m, n))
+        return lambda _: torch._int_mm(a, b.t()), 2.0 * m * n * n
     x = torch.randn(m, n).to(dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(torch.randn(n, n).to(dtype), m)
     return lambda _: packed_linear(x, packed), 2.0 * m * n * n
@@ -93,7 +144,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two shapes, fewer rounds: about half a minute")
     parser.add_argument("--out", type=Path, help="append one JSON line per row to this file")
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "int8"), nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--shape", nargs="*", help="such as 576x1536")
     parser.add_argument("--block", type=int, nargs="*", default=[16, 32, 128])
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.0, 0.5, 0.7])
@@ -112,15 +163,21 @@ def main() -> None:
         dtype = getattr(torch, name)
         gemm, gemm_flops = large_gemm(dtype)
         for hidden, neurons in shapes:
-            layers = make_layers(hidden, neurons, dtype, tokens, True)
-            x = torch.randn(tokens, hidden).to(dtype)
+            eight = dtype == torch.int8
+            layers = make_layers_int8(hidden, neurons, tokens) if eight else make_layers(hidden, neurons, dtype, tokens, True)
+            x = torch.randn(tokens, hidden).to(torch.float32 if eight else dtype)
             cases = [(b, s) for b in args.block for s in args.sparsity if s > 0 or b == max(args.block)]
-            calls: list[Callable[[Layer], Tensor]] = [lambda w, x=x: dense(x, w), lambda w, x=x: dense_packed(x, w), gemm]
+            ways = (dense_int8, dense_packed_int8) if eight else (dense, dense_packed)
+            calls: list[Callable[[Layer], Tensor]] = [*(lambda w, x=x, way=way: way(x, w) for way in ways), gemm]
             for block, sparsity in cases:
                 ids = random_ids(tokens // block, neurons, sparsity)
-                calls.append(lambda w, x=x, ids=ids: kernels.sparse_ffn(x, w.gate, w.up, w.down_t, ids, kernel=args.kernel))
+                calls.append(
+                    lambda w, x=x, ids=ids: kernels.sparse_ffn(
+                        x, w.gate, w.up, w.down_t, ids, scales=w.eight and w.eight.scales, kernel=args.kernel
+                    )
+                )
             flops = 6 * tokens * hidden * neurons
-            estimate = (flops * len(calls) + gemm_flops) / (5e11 if dtype == torch.bfloat16 else 3e11)
+            estimate = (flops * len(calls) + gemm_flops) / {torch.bfloat16: 5e11, torch.int8: 1e12}.get(dtype, 3e11)
             rounds = args.rounds or max(7, min(60, int((6 if args.quick else 30) / estimate)))
             dense_s, packed_s, gemm_s, *sparse = alternate(calls, layers, rounds)
             ceiling = gemm_flops / gemm_s
