@@ -217,8 +217,8 @@ def test_ties_go_to_even_and_ends_are_127():
 @pytest.mark.parametrize("biases", [False, True])
 @DTYPES
 def test_tokens_without_a_scale(which, biases, dtype):
-    """Zeros, and what is too small, give what biases and init give. NaN and infinity make all of their token NaN; so does an h of
-    no finite size. No other token changes."""
+    """Zeros, and what is too small, give what biases and init give. NaN, infinity and an h beyond fp32 make all of their token
+    NaN. No other token changes."""
     p = problem([20, 3], [40, 30], 30, 1100, dtype, biases=biases)
     odd, others = [2, 21], [t for t in range(23) if t not in (2, 21)]
 

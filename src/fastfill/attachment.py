@@ -38,7 +38,7 @@ class Attachment:
     """A model with an artifact on it. Use it in a `with` statement, or call `detach()` yourself.
 
     config: the settings in force. kept: neurons kept per layer. stats: sparse and dense tokens so far.
-    extra_bytes: memory that attaching added (transposed down weights, predictors, compensators).
+    extra_bytes: memory that attaching added (transposed down weights, predictors, compensators, weights in eight bits).
 
     The FFN's weights are followed: they may be trained, loaded, merged, cast or moved while attached. Copies and pickles of the
     model are detached.
@@ -111,11 +111,16 @@ class Attachment:
             self._check_partner()
 
     def _follow(self) -> None:
+        """Before a call that computes with what was made of the weights. One without a plan may be a decode step, for which the
+        samples would take too long."""
+        sparse = current_plan.get() is not None
+        if not sparse and (self.config.dense_weights != "int8" or as_loaded.get()):
+            return
         with self._lock:
             for projection in self.projections:
-                if projection.stale():
+                if projection.stale(samples=sparse):
                     projection.renew()
-            if follow(self._followers):
+            if follow(self._followers, samples=sparse):
                 self._check_partner()
 
     def _check_partner(self) -> None:
@@ -202,8 +207,7 @@ class Attachment:
             output = None
             try:
                 self._calls.before(args, kwargs)
-                if current_plan.get() is not None:
-                    self._follow()
+                self._follow()
                 if torch.is_grad_enabled():
                     self._carry_plans()
                 output = forward(*args, **kwargs)

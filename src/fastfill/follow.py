@@ -70,19 +70,21 @@ class Follower:
         eight = self._config.weights == "int8"
         if eight and ffn.gate.device.type != "cpu":
             raise UserError(f'weights="int8" runs on the CPU, and this model is on {ffn.gate.device}.')
+        own = tuple(self.part.module.parameters()) if eight else ()
         ffn = ffn.int8() if eight else ffn
         down_t = ffn.down.t().contiguous() if eight or kept < ffn.neurons else ffn.down.new_empty(0)
         made = {"ffn": ffn, "down_t": down_t, "predictor": predictor, "compensator": compensator, "kernel": kernel}
         all_neurons = AllNeurons(ffn, down_t, kernel) if eight else None
-        return made | {"all_neurons": all_neurons, "dense_int8": self._config.dense_weights == "int8"}
+        return made | {"all_neurons": all_neurons, "dense_int8": self._config.dense_weights == "int8", "own": own}
 
 
-def follow(followers: Sequence[Follower]) -> bool:
-    """Renew the layers whose weights have changed; whether any had. Raises UserError as `ModuleFFN.now` does."""
-    thin = [layer for layer in followers if layer.ffn.kept < layer.part.shape[0]]
-    stale = [layer for layer in thin if layer.stale()]
-    if not _same_samples([layer for layer in thin if layer not in stale]):
-        stale = thin
+def follow(followers: Sequence[Follower], samples: bool = True) -> bool:
+    """Renew the layers whose weights have changed; whether any had. samples: compare these too. Raises UserError as
+    `ModuleFFN.now` does."""
+    made = [layer for layer in followers if layer.ffn.all_neurons or layer.ffn.kept < layer.part.shape[0]]
+    stale = [layer for layer in made if layer.stale()]
+    if samples and not _same_samples([layer for layer in made if layer not in stale]):
+        stale = made
     for layer in stale:
         layer.renew()
     return bool(stale)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastfill import kernels
 from fastfill.kernels import int8
-from fastfill.sparse_ffn import as_loaded, current_plan, in_call
+from fastfill.sparse_ffn import current_plan, dense_in_int8, without_gradient
 
 
 class Last(threading.local):
@@ -41,11 +41,11 @@ class Projection:
     @torch.no_grad()
     def renew(self) -> None:
         """Round the weight that is there now."""
-        self._stamp = self._now()
+        self._stamp, self._sample = self._now(), self._entries()
         self.weight, self.scale = kernels.rounded(self.linear.weight)
 
-    def stale(self) -> bool:
-        return self._stamp != self._now()
+    def stale(self, samples: bool = True) -> bool:
+        return self._stamp != self._now() or (samples and self._sample != self._entries())
 
     @property
     def nbytes(self) -> int:
@@ -53,18 +53,25 @@ class Projection:
 
     def _now(self) -> tuple[Any, ...]:
         weight = self.linear.weight
-        step = max(1, weight.numel() // 64)  # writing through `weight.data` leaves no other trace
-        entries = weight.detach().reshape(-1)[::step].tolist() if weight.is_contiguous() else None
-        return weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype, entries
+        return weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype
+
+    def _entries(self) -> list[float] | None:
+        """A few: writing through `weight.data` leaves no other trace."""
+        weight = self.linear.weight.detach()
+        return weight.reshape(-1)[:: max(1, weight.numel() // 64)].tolist() if weight.is_contiguous() else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., K) -> (..., N)."""
-        dense = self.dense_int8 and in_call.get() and not as_loaded.get()
-        eight = self.always or dense or current_plan.get() is not None
+        eight = self.always or dense_in_int8(self.dense_int8) or current_plan.get() is not None
         if not self.on or not eight:
             return self.dense(x)
+        return without_gradient(self._eight, x, self.linear.weight, self.linear.bias)
+
+    def _eight(self, x: torch.Tensor) -> torch.Tensor:
         y = int8.scaled(*self._last.rounded(x), self.weight, self.scale, self.linear.bias)
-        return y.view(*x.shape[:-1], -1).to(self.linear.weight.dtype)
+        here = x.device.type
+        dtype = torch.get_autocast_dtype(here) if torch.is_autocast_enabled(here) else self.linear.weight.dtype
+        return y.view(*x.shape[:-1], -1).to(dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the model is detached."""

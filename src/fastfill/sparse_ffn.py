@@ -40,7 +40,7 @@ class SparseFFN:
 
     dense: that forward. ffn: its weights. down_t: (F, H), a copy of its down, transposed. kept: K. taps: observers, clocks.
     on: False passes every call to `dense`. all_neurons: the dense FFN in eight bits, where the weights are: for layers that
-    skip nothing, with dense_int8 for calls without a plan.
+    skip nothing, with dense_int8 for calls without a plan. own: the module's weights that eight bits stand for.
     """
 
     dense: Callable[[torch.Tensor], torch.Tensor]
@@ -54,6 +54,7 @@ class SparseFFN:
     on: bool = True
     all_neurons: AllNeurons | None = None
     dense_int8: bool = False
+    own: tuple[torch.Tensor | None, ...] = ()
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -79,10 +80,16 @@ class SparseFFN:
             return self.dense(x)
         if plan is None or x.shape[:-1] != (plan.batch, plan.tokens):
             _refuse_recomputation()
-            return eight(x) if eight and self.dense_int8 and not as_loaded.get() else self.dense(x)
+            return without_gradient(eight, x, *self.own) if eight and dense_in_int8(self.dense_int8) else self.dense(x)
         if eight and not thin:
             plan.runs.append(True)
-            return eight(x)
+            return without_gradient(eight, x, *self.own)
+        return without_gradient(self._planned, x, *self.own) if eight else self._planned(x)
+
+    def _planned(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, T, H) -> (batch, T, H), in a call with a plan."""
+        plan = current_plan.get()
+        assert plan is not None
         with torch.autocast(x.device.type, enabled=False):  # the weights' type is computed in, autocast or not
             return self._sparse(x.reshape(-1, x.shape[-1]).to(self.ffn.dtype), plan).view_as(x).to(x.dtype)
 
@@ -135,6 +142,32 @@ class AllNeurons:
         rows = x.reshape(-1, x.shape[-1]).to(self.ffn.dtype)
         y = self.kernel.sparse_ffn(rows, self.ffn, self.down_t, self.ids, init=self.ffn.start(rows))
         return y.view_as(x).to(x.dtype)
+
+
+def dense_in_int8(wanted: bool) -> bool:
+    """Whether a part without a plan computes in eight bits now. wanted: by `PrefillConfig.dense_weights`."""
+    return wanted and in_call.get() and not as_loaded.get()
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *weights: Any) -> torch.Tensor:
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise UserError('Eight bits have no gradient; for training, attach with weights="model".')
+
+
+def without_gradient(
+    run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *weights: torch.Tensor | None
+) -> torch.Tensor:
+    """run(x), in eight bits made of the weights. A gradient of x or of the weights would be wrong or missing: the backward pass
+    raises UserError."""
+    if not torch.is_grad_enabled():
+        return run(x)
+    y: torch.Tensor = _NoGradient.apply(run, x, *weights)
+    return y
 
 
 def _refuse_recomputation() -> None:
