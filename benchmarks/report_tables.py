@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
-SHOWN_TOKENS = (512, 1024, 2048, 4096)  # prompt lengths of README's table
+SHOWN_TOKENS = (1024, 2048)  # prompt lengths of README's table, beside those on which nothing is gained
 CLAIM_TOKENS = 1024  # the prompt length of the first screen, if it was measured
 PREDICTORS = ("learned", "oracle", "low-rank", "static", "first-block", "random")
 KERNELS = ("native", "torch")
@@ -40,9 +40,18 @@ Row = dict[str, Any]
 
 
 def load_bench(folder: Path) -> list[Row]:
-    """The bench results, the native kernel's first."""
+    """The bench results, the native kernel's first, those in eight bits behind those of the model's own weights."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("bench-*.json"))]
-    return sorted(found, key=lambda result: KERNELS.index(result["kernel"]) if result["kernel"] in KERNELS else len(KERNELS))
+
+    def order(result: Row) -> tuple[int, bool]:
+        kernel = KERNELS.index(result["kernel"]) if result["kernel"] in KERNELS else len(KERNELS)
+        return kernel, _eight(result)
+
+    return sorted(found, key=order)
+
+
+def _eight(result: Row) -> bool:
+    return result.get("weights") == "int8"  # older results have only the model's own
 
 
 def load_quality(folder: Path) -> list[Row]:
@@ -61,9 +70,9 @@ def load_quality(folder: Path) -> list[Row]:
 
 def _setting(row: Row) -> tuple[Any, ...]:
     """What rows of one quality table have in common."""
-    settings = ("dense_head", "dense_tail", "min_tokens", "kernel")  # older rows have none of them
+    settings = ("dense_head", "dense_tail", "min_tokens", "kernel")  # older rows have none of them, nor weights
     same = (*(row[key] for key in ("model", "dtype", "sparsity", "block_size", "tokens")), *map(row.get, settings))
-    return (*same, tuple(row["sources"]))
+    return (*same, row.get("weights", "model"), tuple(row["sources"]))
 
 
 def _documents(row: Row) -> str:
@@ -111,21 +120,31 @@ def _measured(folder: Path) -> list[tuple[list[Row], list[Row]]]:
 
 
 def speed_summary(folder: Path) -> str:
-    """README's table of speed: a row per model and prompt length, by the kernel that is chosen."""
-    models = [bench[0] for bench, _ in _measured(folder)]
+    """README's table of speed: a row per model, weights and prompt length, by the kernel that is chosen."""
+    models = [result for bench, _ in _measured(folder) for result in bench if result is bench[0] or _eight(result)]
     if not models:
         return "{{speed: from benchmarks/results}}"
     lines = [
-        f"{models[0]['sparsity']:.0%} sparsity; {_where(models[0]['machine'])}, {models[0]['dtype']}.",
+        f"{models[0]['sparsity']:.0%} sparsity; {_where(models[0]['machine'])}, {models[0]['dtype']}. "
+        "int8: `--weights int8`; its dense TTFT is that of the model as loaded.",
         "",
-        "| model | prompt tokens | dense TTFT | sparse TTFT | speed-up | ceiling |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| model | prompt tokens | dense TTFT | dense, int8 | sparse TTFT | speed-up | ceiling |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for result in models:
         for row in result["rows"]:
-            if row["prompt_tokens"] in SHOWN_TOKENS:
-                times = f"{row['ttft_dense_s']:.2f} s | {row['ttft_sparse_s']:.2f} s | {_gain(row)} | {_ceiling(row)}"
-                lines.append(f"| {_short(result['model'])} | {row['prompt_tokens']:,} | {times} |")
+            if row["prompt_tokens"] in SHOWN_TOKENS or (row["sparse_tokens"] and row["speedup"] < 1):
+                eight = _eight(result)
+                cells = (
+                    _short(result["model"]) + ", int8" * eight,
+                    f"{row['prompt_tokens']:,}",
+                    f"{row['ttft_dense_s']:.2f} s",
+                    f"{row['ttft_all_neurons_s']:.2f} s" if eight else "",
+                    f"{row['ttft_sparse_s']:.2f} s",
+                    _gain(row),
+                    "" if eight else _ceiling(row),  # of skipping alone
+                )
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -202,8 +221,8 @@ def bench_tables(bench: list[Row]) -> str:
         machine = result["machine"]
         kept = all("ttft_all_neurons_s" in row for row in result["rows"])  # measured since 0.2
         lines = [
-            f"{_short(result['model'])}, {result['dtype']}, {result['sparsity']:.0%} sparsity, "
-            f"blocks of {result['block_size']}, {result['kernel']} kernel; {_where(machine)}, torch {machine['torch']}, "
+            f"{_short(result['model'])}, {result['dtype']}{', sparse in int8' * _eight(result)}, "
+            f"{result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, {result['kernel']} kernel; {_where(machine)}, torch {machine['torch']}, "
             f"transformers {machine['transformers']}; medians of {result['repeats']}.",
             "",
             f"| prompt tokens | dense TTFT |{' all neurons kept |' * kept} sparse TTFT | speed-up | ceiling | "
