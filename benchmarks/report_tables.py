@@ -222,7 +222,8 @@ def bench_tables(bench: list[Row]) -> str:
         kept = all("ttft_all_neurons_s" in row for row in result["rows"])  # measured since 0.2
         lines = [
             f"{_short(result['model'])}, {result['dtype']}{', sparse in int8' * _eight(result)}, "
-            f"{result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, {result['kernel']} kernel; {_where(machine)}, torch {machine['torch']}, "
+            f"{result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, {result['kernel']} kernel; "
+            f"{_where(machine)}, torch {machine['torch']}, "
             f"transformers {machine['transformers']}; medians of {result['repeats']}.",
             "",
             f"| prompt tokens | dense TTFT |{' all neurons kept |' * kept} sparse TTFT | speed-up | ceiling | "
