@@ -335,7 +335,10 @@ struct Ffn {
         S::store_unit(q + (size_t)(i / P) * b.padded + t0, part, sum);
       }
       S::store_sums(j.h_start + at + t0, sum);
-      for (int t = 0; t < L; t++) j.h_start[at + t0 + t] *= -S::kDownOffset;
+      for (int t = 0; t < L; t++) {  // without sign, because a sum with NaN is anything
+        int32_t &start = j.h_start[at + t0 + t];
+        start = (int32_t)((uint32_t)-S::kDownOffset * (uint32_t)start);
+      }
     }
   }
 
