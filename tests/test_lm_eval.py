@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import logits, one_sentence, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer, user_error
+from conftest import logits, one_sentence, tiny_artifact, tiny_model, tiny_text, tiny_tokenizer
 from test_settings import OTHER
 from transformers import DynamicCache
 
@@ -60,7 +60,7 @@ def test_at_sparsity_zero_it_is_the_harness_s_own_model(folder, artifact_folder)
 def test_context_sparse_continuation_dense(folder, artifact_folder):
     lm = made(folder, artifact_folder)
     found = lm.loglikelihood(pairs())
-    stats = lm.engine.stats
+    stats = lm.attachment.stats
     # Each context once: 45 tokens have 4 sparse blocks of 8, 60 have 6; then twice 2 and twice 1 token of continuations.
     assert (stats.sparse_tokens, stats.dense_tokens) == (32 + 48, 13 + 12 + 2 * (2 + 1))
     model, tokenizer = tiny_model(), tiny_tokenizer()
@@ -84,7 +84,7 @@ def test_rolling_reads_the_text_itself_sparsely(folder, artifact_folder):
     with attach(model, tiny_artifact(model)):
         rows = logits(model, torch.tensor([[lm.prefix_token_id, *ids[:-1]]]))[0].log_softmax(-1)
     assert value == pytest.approx(float(rows[range(len(ids)), ids].sum()), abs=1e-3)
-    assert lm.engine.stats.sparse_tokens == 48
+    assert lm.attachment.stats.sparse_tokens == 48
 
 
 def test_logits_are_made_where_the_continuation_is_and_in_parts(folder, artifact_folder, monkeypatch):
@@ -151,18 +151,4 @@ def test_the_result_file_says_what_ran(folder, artifact_folder):
     lm = made(folder, artifact_folder, **OTHER)
     info = lm.get_model_info()
     assert OTHER.items() <= info.items() and info["artifact"] == str(artifact_folder)
-    assert lm.engine.config == PrefillConfig(**OTHER)
-
-
-def test_a_fine_tuned_model_is_taken_where_that_is_allowed(model_folder, artifact_folder, tmp_path):
-    tuned = tiny_model()
-    for layer in tuned.model.layers:
-        layer.mlp.up_proj.weight.data *= 1.05
-    shutil.copytree(model_folder, tmp_path / "tuned")
-    tuned.save_pretrained(tmp_path / "tuned")
-    with user_error("allow_finetuned=True"):
-        made(tmp_path / "tuned", artifact_folder)
-    with pytest.warns(UserWarning, match="fine-tuned kind"):
-        lm = made(tmp_path / "tuned", artifact_folder, allow_finetuned=True)
-    lm.loglikelihood(pairs())
-    assert lm.engine.stats.sparse_tokens
+    assert lm.attachment.config == PrefillConfig(**OTHER)

@@ -257,6 +257,33 @@ def test_vllm_judges_checkpoints_by_the_same_rule(original, tmp_path, caplog):
         assert [words in record.message for record in caplog.records] == ([True] if words else [])
 
 
+def test_the_scales_of_eight_bits_say_what_rounding_explains(original):
+    """Weights of 4 bits in rows with an outlier, rounded to int8 per row: the coarser grid shows through, and the step is up to
+    a third of it, so without the scales this reads as fine-tuned. What was fine-tuned before still does."""
+
+    def coarse(weight):
+        made = rounded(weight, "Q4_0")
+        made[:, 5] *= 12
+        return made
+
+    def judged(change):
+        layers = []
+        for ffn in families.dissect(base).ffns:
+            layer = []
+            for weight in map(change, (ffn.gate, ffn.up, ffn.down)):
+                scale = weight.float().abs().amax(1, keepdim=True) / 127
+                layer.append(partner.widened(partner.sample((weight / scale).round().to(torch.int8)), scale.bfloat16()))
+            layers.append(layer)
+        known = partner.inside(families.dissect(base))
+        return partner.compare(known, partner.runs_of(layers)), partner.judge({}, known, layers)
+
+    base = changed(original, coarse)
+    without, verdict = judged(lambda weight: weight.float())
+    assert without.kind == partner.FINETUNED and verdict.kind == partner.ROUNDED
+    assert judged(lambda weight: tuned(weight, 0.1))[1].kind == partner.FINETUNED
+    assert judged(lambda weight: weight.roll(1, 0).float())[1].kind == partner.ANOTHER
+
+
 # --- real weights ---------------------------------------------------------------------------------------------------------
 
 

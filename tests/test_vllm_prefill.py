@@ -20,6 +20,7 @@ from fastfill.compensator import Compensator
 from fastfill.engines.transformers import generate
 from fastfill.errors import UserError
 from fastfill.ffn import FFN
+from fastfill.kernels.int8 import Scales
 from fastfill.predictor import LearnedPredictor
 from fastfill.sparse_ffn import SparseFFN, current_plan
 from fastfill.vllm_plugin import models, requests, steps
@@ -404,6 +405,7 @@ def halves(attachment):
         for rank in range(2):
             own = slice(128 * rank, 128 * (rank + 1))
             predictor, correction, ffn = sparse.predictor, sparse.compensator, sparse.ffn
+            scales = ffn.scales and Scales(ffn.scales.gate[own], ffn.scales.up[own], ffn.scales.down)
             rows = [*range(2 * rank, 2 * rank + 2), *range(4 + 2 * rank, 6 + 2 * rank)]
             parts.append(
                 SparseFFN(
@@ -415,6 +417,8 @@ def halves(attachment):
                         ffn.activation,
                         *(None if bias is None else bias[own] for bias in (ffn.gate_bias, ffn.up_bias)),
                         ffn.down_bias if rank == 0 else None,
+                        scales,
+                        ffn.compute,
                     ),
                     down_t=sparse.down_t[own],
                     kernel=sparse.kernel,

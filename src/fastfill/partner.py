@@ -19,10 +19,11 @@ fine-tuned  further than that, and less than ANOTHER_FROM away. A change of rela
             int8 per channel, 1 % in Q5_0 and Q4_0, 3 % in Q4_K; a smaller one hides in a rounding that is larger.
 another     independent weights of like size are sqrt(2) away, of another size at least 1; ANOTHER_FROM is half of that.
 
-Nobody has to say the step: it is the period of a block's values. exp(2 pi i v / s), averaged over the n values v of a block,
-is 1 in length if all lie on a grid of step s, and about 1 / sqrt(n) if they do not (`period`). A tensor has a grid if half of
-its blocks show one: of those in Q8_0, Q6_K, Q5_0, Q5_K, Q4_0, Q4_1, Q4_K, int8 per channel and int4 by groups 98 % and more do,
-of those in bf16 0.1 %. Formats of 4 bits and uneven steps (IQ4) have the gaps between a block's values in place of steps.
+The step of weights in eight bits is known, their scale (`widened`). Else it is the period of a block's values.
+exp(2 pi i v / s), averaged over the n values v of a block, is 1 in length if all lie on a grid of step s, and about
+1 / sqrt(n) if they do not (`period`). A tensor has a grid if half of its blocks show one: of those in Q8_0, Q6_K, Q5_0, Q5_K,
+Q4_0, Q4_1, Q4_K, int8 per channel and int4 by groups 98 % and more do, of those in bf16 0.1 %. Formats of 4 bits and uneven
+steps (IQ4) have the gaps between a block's values in place of steps.
 Formats whose errors go beyond half a step (GPTQ), 8-bit floats (2.7 % away), and what was rounded to 5 or 6 bits after it was
 on a coarser grid read as fine-tuned.
 
@@ -61,10 +62,12 @@ Samples = dict[str, torch.Tensor]  # role -> (layers, runs, entries)
 
 
 class Sample(NamedTuple):
-    """Of one weight (R, C). rows: (8, C), for fingerprints. runs: (runs, RUN)."""
+    """Of one weight (R, C). rows: (8, C), for fingerprints. runs: (runs, RUN). steps: (runs, 1), of the grid that each run was
+    rounded to, where it is known."""
 
     rows: torch.Tensor
     runs: torch.Tensor
+    steps: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,13 @@ def take(shape: tuple[int, ...], read: Callable[[int, slice], torch.Tensor]) -> 
     """`sample`, of a weight that need not be in memory. read: (row, columns) -> those entries, one-dimensional."""
     rows = [read(row, slice(0, shape[1])) for row in sampled_rows(shape[0])]
     return Sample(torch.stack(rows).cpu(), torch.stack([read(*place) for place in places(shape, RUNS)]).cpu())
+
+
+def widened(found: Sample, scale: torch.Tensor) -> Sample:
+    """The values that a sample of a weight in eight bits (R, C) stands for, in fp32. scale: of its rows, (R,) or (R, 1)."""
+    scale = scale.float().reshape(-1, 1).cpu()
+    steps = scale[[row for row, _ in places((len(scale), found.rows.shape[1]), RUNS)]]
+    return Sample(found.rows * scale[list(sampled_rows(len(scale)))], found.runs * steps, steps)
 
 
 def sampled_rows(rows: int) -> range:
@@ -145,6 +155,16 @@ def runs_of(layers: Iterable[list[Sample]]) -> Samples:
     return {role: torch.stack([layer[i].runs for layer in found]) for i, role in enumerate(ROLES)}
 
 
+def _steps_of(layers: Iterable[list[Sample]]) -> Samples:
+    """Role -> (layers, runs, 1): `Sample.steps`, NaN where they are not known."""
+
+    def steps(one: Sample) -> torch.Tensor:
+        return torch.full((len(one.runs), 1), torch.nan) if one.steps is None else one.steps
+
+    found = list(layers)
+    return {role: torch.stack([steps(layer[i]) for layer in found]) for i, role in enumerate(ROLES)}
+
+
 def run_shapes(base_model: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
     """The shapes of an artifact's samples of gate, up and down."""
     hidden, neurons = base_model["hidden_size"], base_model["intermediate_size"]
@@ -161,7 +181,8 @@ def run_shapes(base_model: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
 def judge(base_model: dict[str, Any], known: Samples, layers: Iterable[list[Sample]]) -> Verdict:
     """What a model's FFNs are to an artifact. known: its samples, empty in older ones. layers: `sample` of gate, up, down."""
     if known:
-        return compare({role: known[role] for role in ROLES}, runs_of(layers))
+        layers = list(layers)
+        return compare({role: known[role] for role in ROLES}, runs_of(layers), _steps_of(layers))
     rows = ([one.rows for one in layer] for layer in layers)
     found = fingerprints_of(base_model["hidden_size"], base_model["intermediate_size"], base_model["layers"], rows)
     prints = {"bf16": base_model["fingerprint"], **base_model.get("fingerprints", {})}
@@ -248,8 +269,9 @@ def wrong_partner(name: str, why: str) -> str:
     )
 
 
-def compare(known: Samples, found: Samples) -> Verdict:
-    """The worst verdict over all tensors. Names and shapes that differ are another model's."""
+def compare(known: Samples, found: Samples, steps: Samples | None = None) -> Verdict:
+    """The worst verdict over all tensors. Names and shapes that differ are another model's. steps: of what was found, (L, runs,
+    1), NaN where they are not known."""
     if known.keys() != found.keys() or any(known[name].shape != found[name].shape for name in known):
         return Verdict(ANOTHER)
     squares, tensors, beyond, judged, rounded = 0.0, 0, 0.0, 0.0, True
@@ -262,7 +284,7 @@ def compare(known: Samples, found: Samples) -> Verdict:
         other = (~_equal(known[name], found[name])).nonzero()[:, 0]
         if not len(other) or not rounded:
             continue
-        over, of = _beyond(a[other], b[other])
+        over, of = _beyond(a[other], b[other], steps[name][other] if steps else None)
         beyond, judged = beyond + float(over.sum()), judged + float(of.sum())
         rounded = bool(((over <= EXCESS * of) & (away[other] <= ROUNDED_MOST)).all())
     distance = math.sqrt(squares / max(tensors, 1))
@@ -287,11 +309,13 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return difference / torch.where(size > 0, size, difference.clamp_min(1e-30))
 
 
-def _beyond(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _beyond(a: torch.Tensor, b: torch.Tensor, steps: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(L, runs, entries) twice -> (L,) twice: entries further apart than rounding explains, all of them if it explains nothing,
     and of how many. The best of four explanations: a was rounded from b, b from a, both from one original, or one to eight
-    bits after it was on the coarser grid, which still shows."""
+    bits after it was on the coarser grid, which still shows. steps: of b, see `compare`."""
     (step_a, inner_a), (step_b, inner_b) = _grid(a), _grid(b)
+    if steps is not None:
+        step_b, inner_b = torch.where(steps.isnan(), step_b, steps), inner_b | ~steps.isnan()
     looked_at, apart, none = inner_a & inner_b, (b - a).abs(), torch.zeros_like(a)
     of = looked_at.flatten(1).sum(1)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from fastfill import artifact as artifacts
 from fastfill import config as cfg
 from fastfill import models
+from fastfill.attachment import attach
 from fastfill.config import PREFILL_FIELDS
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
@@ -45,8 +45,7 @@ Request = tuple[Any, list[int], list[int]]
 class FastfillLM(HFLM):
     """The harness's Hugging Face model with an artifact on it.
 
-    pretrained: as for `fastfill` commands. artifact: as for `attach`, and so are predictor (a name), compensator, kernel and
-    allow_finetuned. kwargs: fields of `PrefillConfig`, and what the harness's takes.
+    pretrained: as for `fastfill` commands. artifact: a folder. kwargs: fields of `PrefillConfig`, and what the harness's takes.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class FastfillLM(HFLM):
         predictor: str = "learned",
         compensator: bool = True,
         kernel: str = "auto",
-        allow_finetuned: bool = False,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
         **kwargs: Any,
@@ -65,18 +63,21 @@ class FastfillLM(HFLM):
             if kwargs.get(name) is not None:
                 raise UserError(f"{name} is not supported: log-likelihoods are computed in fp32 from the model's own dtype.")
         learned = artifacts.load(artifact)  # before the model, which takes longer
-        fields = {name: kwargs.pop(name) for name in PREFILL_FIELDS if name in kwargs}
-        learned.prefill.with_(**fields)  # what is out of range is told before, too
+        prefill = learned.prefill.with_(**{name: kwargs.pop(name) for name in PREFILL_FIELDS if name in kwargs})
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(
             pretrained=models.resolve(pretrained), device=device, dtype=dtype or models.default_dtype(device), **kwargs
         )
         self.model.generation_config = engine.greedy(self.model)  # what a task does not ask for is greedy
         self.artifact = artifact
-        loaded = models.LoadedModel(self.model, self.tokenizer, pretrained)
-        settings = {"compensator": compensator, "kernel": kernel, "allow_finetuned": allow_finetuned, **fields}
-        self._open = ExitStack()  # for as long as this model lives
-        self.engine = self._open.enter_context(engine.load(loaded, learned, predictor=named(predictor), **settings))
+        self.attachment = attach(
+            self.model,
+            learned,
+            prefill,
+            predictor=named(predictor),
+            compensator=compensator,
+            kernel=kernel,
+        )
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -108,7 +109,7 @@ class FastfillLM(HFLM):
                     first = states[-1:].clone()  # not a view that holds the whole context
                 states = first
                 if len(continuation) > 1:
-                    with self.engine.dense():
+                    with self.attachment.dense():
                         states = torch.cat([first, self._read(inputs[part:], copy.deepcopy(cache))[0]])
             results[index] = self._score(states, continuation)
             if text is not None:
@@ -136,11 +137,11 @@ class FastfillLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """For the harness's result file."""
-        stats = self.engine.stats
+        stats = self.attachment.stats
         return {
             **super().get_model_info(),
             "artifact": str(self.artifact),
-            **cfg.to_dict(self.engine.config),
+            **cfg.to_dict(self.attachment.config),
             "sparse_tokens": stats.sparse_tokens,
             "dense_tokens": stats.dense_tokens,
         }

@@ -41,7 +41,7 @@ from fastfill.clocks import clocked
 from fastfill.errors import UserError
 from fastfill.families import Family
 from fastfill.ffn import FFN
-from fastfill.kernels import Kernel
+from fastfill.kernels.int8 import Scales
 from fastfill.sparse_ffn import AllNeurons, SparseFFN, current_plan
 from fastfill.vllm_plugin import MODELS, attention, metrics, requests, settings, steps
 from fastfill.vllm_plugin.steps import Batch
@@ -81,11 +81,14 @@ class Layer:
         """Memory beside what stock vLLM holds for this FFN."""
         if self.ffn is None:
             return 0
-        if self.stock is None:  # the transposed down is the only one
-            return self.ffn.extra_bytes - self.ffn.down_t.numel() * self.ffn.down_t.element_size()
-        gate_up, _ = self.linears
-        packed = gate_up.weight.numel() == 0  # vLLM on a CPU has its own layout; the plain weights stay for us
-        return self.ffn.extra_bytes + packed * 2 * self.ffn.ffn.gate.nbytes
+        weights = [self.ffn.ffn.gate, self.ffn.ffn.up, self.ffn.down_t, *(self.ffn.ffn.scales or ())]
+        added = {tensor.data_ptr(): tensor for tensor in (*self.ffn.tensors, *weights)}
+        if self.stock is None:  # ours are in place of vLLM's
+            here = {tensor.data_ptr() for tensor in weights}
+        else:  # vLLM on a CPU packs the weights into a layout of its own; the plain ones then stay for us alone
+            held = {parameter.untyped_storage().data_ptr() for parameter in self.stock.parameters()}
+            here = {address for address, tensor in added.items() if tensor.untyped_storage().data_ptr() in held}
+        return sum(tensor.nbytes for address, tensor in added.items() if address not in here)
 
 
 def _ffn(x: torch.Tensor, layer: str) -> torch.Tensor:
@@ -202,13 +205,15 @@ class SparsePrefill:
         self.model_bytes = sum(p.numel() * p.element_size() for p in self.parameters())  # type: ignore[attr-defined]
         if not self._layers:
             return
-        rank, ranks, kernel = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self._kernel(parts)
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        like = parts[0].gate.new_empty(0, dtype=parts[0].dtype)
+        kernel = kernels.resolve(self._settings.kernel, like)
         counts = artifact.kept(self._prefill.sparsity)
         for index, (layer, part, kept) in enumerate(zip(self._layers, parts, counts, strict=True)):
             if kept == artifact.base_model["intermediate_size"]:
                 continue
-            predictor = artifact.predictor(index, part.gate)
-            compensator = artifact.compensator(index, kept, part.gate)
+            predictor = artifact.predictor(index, like)
+            compensator = artifact.compensator(index, kept, like)
             if ranks > 1:
                 kept = max(1, (rank + 1) * kept // ranks - rank * kept // ranks)
                 predictor, compensator = predictor.shard(rank, ranks), compensator and compensator.shard(rank, ranks)
@@ -230,13 +235,21 @@ class SparsePrefill:
                 setattr(family.layers_of(self.model)[index], family.ffn, opaque)  # in both views
 
     def _part(self, module: Any) -> FFN:
-        """This rank's share of vLLM's FFN module as ours, its weights shared."""
+        """This rank's share of vLLM's FFN module as ours, its weights shared. Raises UserError where only a part is in eight
+        bits."""
         ffn = self._family.read(module, families.activation_of(self._config), data=True)
+        eight = [weight.dtype == torch.int8 for weight in (ffn.gate, ffn.up, ffn.down)]
+        if any(eight) and not all(eight):
+            raise UserError(
+                "The checkpoint has one part of an FFN in eight bits and another not (its quantization_config says so, under "
+                "`ignore` or `targets`); the sparse prefill reads FFNs that are one or the other as a whole."
+            )
+        if all(eight):
+            found = (self._family.part(module, role, "weight_scale", data=True) for role in families.ROLES)
+            scales = Scales(*(scale.float().reshape(-1) for scale in found if scale is not None))
+            ffn = replace(ffn, scales=scales, compute=self._vllm_config.model_config.dtype)
         # What the ranks give is added: one of them adds down's bias.
         return ffn if get_tensor_model_parallel_rank() == 0 else replace(ffn, down_bias=None)
-
-    def _kernel(self, parts: list[FFN]) -> Kernel:
-        return kernels.resolve(self._settings.kernel, parts[0].gate)
 
     def _time(self, step: str, _ffn: SparseFFN, _plan: Plan, _value: torch.Tensor | None) -> None:
         """A tap: adds up the seconds that the predictors take."""
@@ -330,7 +343,7 @@ class SparsePrefill:
     def _state(self) -> tuple[Any, ...]:
         """Something else as soon as anybody writes to the FFN weights of which the sparse kernel has its own form."""
         weights = (linear.weight for layer in self._layers for linear in layer.linears)
-        return tuple((weight.data_ptr(), weight._version) for weight in weights)
+        return tuple((weight.data_ptr(), weight._version) for weight in weights if weight is not None)  # None: packed
 
     def _count(self, sparse: int, dense: int, reasons: set[str]) -> None:
         """Count the tokens of a step that has run."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastfill import artifact as artifacts
 from fastfill import config as cfg
-from fastfill import families, kernels, partner
+from fastfill import families, kernels, partner, quantised
 from fastfill.artifact import Artifact
 from fastfill.config import PREFILL_FIELDS, PrefillConfig
 from fastfill.errors import UserError
@@ -231,7 +231,6 @@ def refuse(vllm_config: Any) -> None:
         (parallel.ubatch_size > 1, "micro-batches; start without --ubatch-size"),
         (parallel.enable_eplb or parallel.enable_elastic_ep, "expert parallelism; start without --enable-eplb and elastic EP"),
         (vllm_config.lora_config is not None, "LoRA adapters; merge them, and calibrate the merged model"),
-        (vllm_config.quant_config is not None or model.quantization, "quantised weights; serve the floating-point model"),
         (load.load_format == "dummy", "dummy weights; leave --load-format out"),
         (load.load_format not in LOAD_FORMATS, f"--load-format {load.load_format}; use {', '.join(LOAD_FORMATS)}"),
         (model.model_weights, "weights from an object store; download the checkpoint"),
@@ -247,6 +246,20 @@ def refuse(vllm_config: Any) -> None:
     ):
         if given:
             raise UserError(f"The sparse prefill does not work with {what}.")
+    check_quantised(vllm_config)
+
+
+def check_quantised(vllm_config: Any) -> None:
+    """Raise UserError for quantised weights that the sparse kernel does not read. What a checkpoint leaves out of its scheme is
+    looked at when the weights are there."""
+    model = vllm_config.model_config
+    if not model.quantization:
+        return
+    document = model.model_arch_config.quantization_config
+    stored = document is not None and model.quantization == document.get("quant_method")
+    quantised.check(document if stored else {"quant_method": model.quantization})  # else: rounded at the start
+    if vllm_config.device_config.device_type != "cpu":
+        raise UserError("The sparse prefill reads weights in eight bits on CPUs only; take the floating-point model here.")
 
 
 def check_shapes(artifact: Artifact, model: Any) -> None:
@@ -293,7 +306,10 @@ class _Rows:
         rows, columns = whole.get_shape()
         share = family.share(role, rows)
         shape = (share.stop - share.start, columns)
-        return partner.take(shape, lambda row, columns: whole[share.start + row : share.start + row + 1, columns][0])
+        found = partner.take(shape, lambda row, columns: whole[share.start + row : share.start + row + 1, columns][0])
+        if whole.get_dtype() != "I8":
+            return found
+        return partner.widened(found, self.files[f"{name}_scale"].get_tensor(f"{name}_scale")[share])
 
 
 def wants_sparse(extra_args: dict[str, Any] | None) -> bool:

@@ -16,7 +16,7 @@ from fastfill.errors import UserError
 ROLES = {**families.roles(), "w1": ("gate",), "w3": ("up",), "w2": ("down",)}
 log = logging.getLogger("vllm.fastfill")
 _LAYERS, _FFNS = ("|".join({getattr(row, name): 0 for row in families.FAMILIES.values()}) for name in ("layers", "ffn"))
-_NAME = re.compile(rf"(?:^|\.)(?:{_LAYERS})\.(\d+)\.(?:{_FFNS}|feed_forward)\.({'|'.join(ROLES)})\.weight$")
+_NAME = re.compile(rf"(?:^|\.)(?:{_LAYERS})\.(\d+)\.(?:{_FFNS}|feed_forward)\.({'|'.join(ROLES)})\.weight(_scale)?$")
 
 
 class Checkpoint:
@@ -28,26 +28,40 @@ class Checkpoint:
     def __init__(self, weights: Iterable[tuple[str, torch.Tensor]]):
         self._weights = weights
         self._samples: dict[tuple[int, str], partner.Sample] = {}
+        self._scales: dict[tuple[int, str], torch.Tensor] = {}  # of weights in eight bits, which may come before or after
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in self._weights:
             if found := _NAME.search(name):
                 roles = ROLES[found[2]]
                 for role, part in zip(roles, weight.chunk(len(roles)), strict=True):
-                    self._samples[int(found[1]), role] = partner.sample(part)
+                    place = int(found[1]), role
+                    if found[3]:
+                        self._scales[place] = part.cpu().clone()
+                    else:
+                        self._samples[place] = partner.sample(part)
             yield name, weight
+
+    def _sample(self, place: tuple[int, str]) -> partner.Sample | None:
+        """Of one weight that went by, as floating point. None if it is in eight bits, and its scale did not go by."""
+        found = self._samples[place]
+        if found.rows.is_floating_point():
+            return found
+        scale = self._scales.get(place)
+        return None if scale is None else partner.widened(found, scale)
 
     def check(self, artifact: Artifact, allow_finetuned: bool = False) -> None:
         """Raise UserError unless all that went by are the weights the artifact was made for, by the rule in `partner`. Logs
         what is to be noted."""
         base = artifact.base_model
         names = [[(index, role) for role in ("gate", "up", "down")] for index in range(base["layers"])]
-        if missing := [name for layer in names for name in layer if name not in self._samples]:
+        samples = {name: found for name in self._samples if (found := self._sample(name))}
+        if missing := [name for layer in names for name in layer if name not in samples]:
             index, role = missing[0]
             raise UserError(
                 f"The checkpoint has no {role} weights of layer {index} under a name that is known ({len(missing)} weights are "
                 "missing in all); serve a complete checkpoint in Hugging Face's format."
             )
-        samples = ([self._samples[name] for name in layer] for layer in names)
-        for note in partner.check(base, artifact.samples, samples, allow_finetuned):
+        layers = ([samples[name] for name in layer] for layer in names)
+        for note in partner.check(base, artifact.samples, layers, allow_finetuned):
             log.warning("fastfill: %s", note)
