@@ -59,7 +59,9 @@ class Attachment:
         self.kept = [ffn.kept for ffn in self.ffns]
         self._anatomy, self._artifact, self._followers = anatomy, artifact, followers
         eight = config.weights == "int8"
-        self.projections: list[Projection] = projections.of(anatomy.attentions, config.dense_weights == "int8") if eight else []
+        self.projections: list[Projection] = (
+            projections.of(anatomy.attentions, config.dense_weights == "int8", anatomy.eight_bits) if eight else []
+        )
         thins = any(ffn.kept < anatomy.intermediate for ffn in self.ffns)  # False at sparsity 0: all of it is dense
         self._calls = Calls(config, list(inspect.signature(anatomy.base.forward).parameters), thins, gains)
         self.stats = self._calls.stats
@@ -319,6 +321,9 @@ def attach(
     allow_finetuned: accept a model that was fine-tuned since (`fastfill.partner`). revision, cache_dir: of an artifact on the
     Hugging Face hub, which is named 'org/name'.
 
+    The sparse prompts of a model that comes in eight bits (`fastfill.eight_bits`) are computed with its own int8 values and
+    scales, whatever `weights` says; other calls run as they do without fastfill.
+
     Raises UserError for a model or an artifact that does not fit, or a model that is attached already. Warns if the FFNs were
     requantised, or what is outside them (embeddings, attention, norms, unmerged adapters) is not what the artifact was learned
     with.
@@ -334,6 +339,8 @@ def attach(
         raise UserError(f"predictor must be made by fastfill.lab.baselines.named(...), not {quoted(predictor)}.")
     if not isinstance(prefill, PrefillConfig | None):
         raise UserError(f"prefill must be a fastfill.PrefillConfig, not {quoted(prefill)}; a field alone is sparsity=0.3, say.")
+    if anatomy.eight_bits and anatomy.ffns[0].gate.device.type == "cpu":  # elsewhere there is no op for them
+        fields["weights"] = "int8"
     config = (prefill or artifact.prefill).with_(**fields)
 
     def follower(layer: int, part: families.ModuleFFN, kept: int) -> Follower:
@@ -344,7 +351,9 @@ def attach(
             baseline = predictor(part, layer, artifact.statistics(layer, like), artifact.ranks["predictor"])
             return baseline, correction
 
-        return Follower(part, kept, learned, kernel, config)
+        rounds = part.rows is not None or not anatomy.eight_bits  # a layer that was left in floating point stays so
+        own = config if rounds else config.with_(weights="model", dense_weights="model")
+        return Follower(part, kept, learned, kernel, own)
 
     counts = artifact.kept(config.sparsity)
     followers = [follower(layer, part, kept) for layer, (part, kept) in enumerate(zip(anatomy.ffns, counts, strict=True))]

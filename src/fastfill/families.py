@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastfill import eight_bits
 from fastfill.errors import UserError
 from fastfill.ffn import FFN
+from fastfill.kernels import Scales
 
 ROLES = ("gate", "up", "down")
 
@@ -70,6 +72,7 @@ class Family:
         whole: torch.Tensor | None = getattr(getattr(module, self.linear(role)), kind)
         if whole is None:
             return None
+        whole = eight_bits.stored(whole)
         whole = whole.data if data else whole
         return whole if role == "down" or self.gate_up is None else whole[self.share(role, len(whole))]
 
@@ -77,7 +80,19 @@ class Family:
         """The FFN that a module is. Arguments as those of `part`."""
         parts: dict[str, Any] = {role: self.part(module, role, "weight", data) for role in ROLES}
         parts |= {f"{role}_bias": self.part(module, role, "bias", data) for role in ROLES}
+        if parts["gate"].dtype == torch.int8 and (scales := self.scales(module)):
+            parts |= {"scales": scales, "compute": getattr(module, self.down).weight.dtype}
         return FFN(**parts, activation=activation)
+
+    def scales(self, module: Any) -> Scales | None:
+        """Of the int8 rows that the weights of an FFN of torch's stand for; None where they stand for none."""
+        parts = []
+        for role in ROLES:
+            whole = eight_bits.scale(getattr(module, self.linear(role)))
+            if whole is None:
+                return None
+            parts.append(whole[self.share(role, len(whole))])
+        return Scales(*parts)
 
 
 # model_type -> names. One row is all that a new family of gated FFNs needs.
@@ -148,6 +163,19 @@ class ModuleFFN(FFN):
         return self.read().down_bias
 
     @property
+    def scales(self) -> Scales | None:
+        return self.read().scales
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        return self.read().compute
+
+    @property
+    def rows(self) -> Scales | None:
+        """The scales of the int8 rows that the model came with, whether its weights are in floating point by now or not."""
+        return self.family.scales(self.module)
+
+    @property
     def linear_down(self) -> Any:
         """The module that holds down."""
         return getattr(self.module, self.family.down)
@@ -175,7 +203,7 @@ class ModuleFFN(FFN):
             weight = linear.weight
             if weight.shape != shape:
                 raise UserError(f"Layer {index}: {name} has the shape {tuple(weight.shape)}, not {shape}.")
-            if name != family.down and weight.stride(1) != 1:
+            if name != family.down and eight_bits.stored(weight).stride(1) != 1:
                 raise UserError(f"Layer {index}: the rows of {name} are not contiguous; call .contiguous() on its weight.")
             first = weight if first is None else first
             for tensor in (weight, linear.bias):
@@ -184,6 +212,10 @@ class ModuleFFN(FFN):
                         f"Layer {index}: {name} is {tensor.dtype} on {tensor.device}, but {leading} is {first.dtype} on "
                         f"{first.device}; give an FFN's weights one type and one device."
                     )
+        eight = {name: eight_bits.scale(getattr(self.module, name)) is not None for name in shapes}
+        if len(set(eight.values())) > 1:
+            named = ", ".join(name for name in eight if eight[name])
+            raise UserError(f"Layer {index}: {named} alone is in eight bits; quantise all of an FFN's Linears, or none.")
         with torch.inference_mode(False), torch.enable_grad():  # a part learns as the whole does, whoever asks for it
             return family.read(self.module, self.activation)
 
@@ -218,6 +250,11 @@ class Anatomy:
     intermediate: int
     model_type: str
     head: Head
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether FFNs came in int8."""
+        return any(ffn.rows is not None for ffn in self.ffns)
 
     @property
     def adapters(self) -> list[str]:
@@ -274,7 +311,10 @@ def head_of(model: Any) -> nn.Linear | None:
 def dissect(model: Any) -> Anatomy:
     """Find layers and FFN weights. A `PeftModel` is looked into: adapters outside the FFNs are the caller's to judge.
 
-    Raises UserError if the model is of no known family, quantised, or has an FFN that the sparse kernel cannot read.
+    Weights that compressed-tensors holds packed until the first forward are floating point afterwards (`eight_bits`).
+
+    Raises UserError if the model is of no known family, quantised in another way than `eight_bits.READ`, or has an FFN that
+    the sparse kernel cannot read.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
@@ -286,6 +326,7 @@ def dissect(model: Any) -> Anatomy:
     if not layers:
         raise UserError(f"This {model_type} model has no decoder layers at {family.layers!r}; pass the loaded causal LM.")
     activation = activation_of(config)
+    eight_bits.decompress(model, (part for ffn in family.ffns(base) for part in ffn.children()))
     ffns = [ModuleFFN(layer, family, index, activation) for index, layer in enumerate(layers)]
     shape = ffns[0].shape
     if any(ffn.shape != shape for ffn in ffns):
@@ -307,10 +348,12 @@ def _linear(module: nn.Module, name: str, index: int) -> nn.Linear:
             f"Layer {index}: {name} carries an adapter ({type(linear).__name__}); merge it first (with peft: "
             "model = model.merge_and_unload()) and make an artifact for the merged model with `fastfill calibrate`."
         )
-    if type(linear) is not nn.Linear or not _is_plain(linear.weight):
+    if found := eight_bits.problem(linear):
+        raise UserError(f"Layer {index}: {name} is quantised to {found}; read are {eight_bits.READ}.")
+    if type(linear) is not nn.Linear or not (_is_plain(linear.weight) or eight_bits.from_torchao(linear.weight)):
         raise UserError(
-            f"Layer {index}: {name} is {type(linear).__name__}, not a plain floating-point Linear; "
-            "load the model unquantised and without adapters (merge them first)."
+            f"Layer {index}: {name} is {_named(linear)}, not a plain floating-point Linear; "
+            f"load the model unquantised and without adapters (merge them first); quantised, read are {eight_bits.READ}."
         )
     if linear.weight.device.type == "meta":
         raise UserError("The model's weights are offloaded (device 'meta'); load it whole on one device.")
@@ -321,3 +364,10 @@ def _is_plain(weight: Any) -> bool:
     """Not a quantiser's or a distributed tensor; floating point of at least two bytes."""
     plain = isinstance(weight, torch.Tensor) and type(weight.data) is torch.Tensor
     return plain and weight.is_floating_point() and weight.dtype.itemsize >= 2
+
+
+def _named(linear: Any) -> str:
+    """Its class, and that of its weight where it is not torch's."""
+    weight = getattr(linear, "weight", None)
+    kind = type(weight.data) if isinstance(weight, torch.Tensor) else torch.Tensor
+    return type(linear).__name__ + ("" if kind is torch.Tensor else f" of {kind.__name__}")

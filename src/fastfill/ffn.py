@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfill.eight_bits import on_grid
 from fastfill.kernels import int8, rounded
 from fastfill.kernels.int8 import Scales
 
@@ -101,9 +102,12 @@ class FFN:
         return self.down_bias.expand_as(x).clone() if y is None else y + self.down_bias
 
     @torch.no_grad()
-    def int8(self) -> FFN:
-        """The same with weights in eight bits, each row (of down: each channel of H) over its largest magnitude / 127."""
-        (gate, g), (up, u), (down, d) = map(rounded, (self.gate, self.up, self.down))
+    def int8(self, scales: Scales | None = None) -> FFN:
+        """The same with weights in eight bits, each row (of down: each channel of H) over its largest magnitude / 127. scales:
+        those of int8 rows that the weights are made of already (`eight_bits.on_grid`, which raises UserError)."""
+        weights = (self.gate, self.up, self.down)
+        ways = [(w, None) for w in weights] if scales is None else list(zip(weights, scales, strict=True))
+        (gate, g), (up, u), (down, d) = (rounded(w) if by is None else (on_grid(w, by), by) for w, by in ways)
         down = down.t().contiguous().t()  # rows of down^T are what the kernel reads
         biases = (self.gate_bias, self.up_bias, self.down_bias)
         b, c, e = (None if bias is None else bias.detach() for bias in biases)

@@ -60,22 +60,24 @@ class Follower:
     @torch.no_grad()
     def _made(self, kept: int) -> dict[str, Any]:
         ffn = self.part.now()
+        like = torch.empty(0, dtype=ffn.dtype, device=ffn.gate.device)
         try:
-            kernel = self._kernel if isinstance(self._kernel, Kernel) else kernels.resolve(self._kernel, ffn.gate)
+            kernel = self._kernel if isinstance(self._kernel, Kernel) else kernels.resolve(self._kernel, like)
         except ValueError as error:
             raise UserError(str(error)) from error
-        kernel = self._chosen.get((ffn.gate.dtype, ffn.gate.device), kernel)
-        predictor, compensator = self._learned(ffn.gate)
+        kernel = self._chosen.get((like.dtype, like.device), kernel)
+        predictor, compensator = self._learned(like)
         self._stamps, self._sample = _stamps(ffn), _diagonal(ffn.down.detach()).clone()
-        eight = self._config.weights == "int8"
+        inside = ffn.scales is not None  # torchao's rows are the model's own
+        eight = inside or self._config.weights == "int8"
         if eight and ffn.gate.device.type != "cpu":
             raise UserError(f'weights="int8" runs on the CPU, and this model is on {ffn.gate.device}.')
         own = tuple(self.part.module.parameters()) if eight else ()
-        ffn = ffn.int8() if eight else ffn
+        ffn = ffn.int8(self.part.rows) if eight and not inside else ffn
         down_t = ffn.down.t().contiguous() if eight or kept < ffn.neurons else ffn.down.new_empty(0)
         made = {"ffn": ffn, "down_t": down_t, "predictor": predictor, "compensator": compensator, "kernel": kernel}
-        all_neurons = AllNeurons(ffn, down_t, kernel) if eight else None
-        return made | {"all_neurons": all_neurons, "dense_int8": self._config.dense_weights == "int8", "own": own}
+        made |= {"all_neurons": AllNeurons(ffn, down_t, kernel) if eight else None, "own": own, "copied": not inside}
+        return made | {"dense_int8": self._config.dense_weights == "int8"}
 
 
 def follow(followers: Sequence[Follower], samples: bool = True) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from fastfill import cache
+from fastfill import cache, quantised
 from fastfill.errors import UserError, listed, reason
 from fastfill.progress import stage, waiting
 
@@ -178,8 +178,13 @@ def _check_folder(folder: Path, name: str) -> None:
         raise UserError(f"The model {name} could not be loaded: its folder has no config.json.")
     for file in (folder / document for document in _DOCUMENTS):
         with _blamed_on(str(file)):
-            if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+            if not file.is_file():
+                continue
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
                 raise ValueError("it is not a JSON object")
+            if content.get("quantization_config"):
+                _check_quantised(content["quantization_config"], name)
     values, tensors = 0, 0
     for file in folder.glob("*.safetensors"):
         with _blamed_on(str(file)), safe_open(file, "pt") as weights:
@@ -187,6 +192,16 @@ def _check_folder(folder: Path, name: str) -> None:
             values, tensors = values + sum(map(math.prod, shapes)), tensors + len(shapes)
     if tensors:
         _check_size(folder, values, tensors)
+
+
+def _check_quantised(document: Any, name: str) -> None:
+    """Raises UserError for a compressed-tensors checkpoint that is not read, or without the package that it needs. What others
+    wrote is judged by what transformers makes of it. document: the checkpoint's `quantization_config`."""
+    if not isinstance(document, dict) or document.get("quant_method") != quantised.METHOD:
+        return
+    quantised.check(document)
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise UserError(f"The model {name} is a compressed-tensors checkpoint; run: pip install 'fastfill[int8]'.")
 
 
 def _check_size(folder: Path, values: int, tensors: int) -> None:

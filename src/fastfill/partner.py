@@ -41,8 +41,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastfill import families
+from fastfill import eight_bits, families
 from fastfill.errors import UserError
+from fastfill.ffn import FFN
+from fastfill.kernels import Scales
 
 SAME, ROUNDED, FINETUNED, ANOTHER = "same", "requantised or rounded", "fine-tuned", "another model"
 RUN = 32  # entries
@@ -95,8 +97,19 @@ def take(shape: tuple[int, ...], read: Callable[[int, slice], torch.Tensor]) -> 
 def widened(found: Sample, scale: torch.Tensor) -> Sample:
     """The values that a sample of a weight in eight bits (R, C) stands for, in fp32. scale: of its rows, (R,) or (R, 1)."""
     scale = scale.float().reshape(-1, 1).cpu()
-    steps = scale[[row for row, _ in places((len(scale), found.rows.shape[1]), RUNS)]]
+    steps = _steps(found, scale)
     return Sample(found.rows * scale[list(sampled_rows(len(scale)))], found.runs * steps, steps)
+
+
+def stepped(found: Sample, scale: torch.Tensor) -> Sample:
+    """A sample of a weight (R, C) whose rows are known to be rounded to steps of `scale`, (R,) or (R, 1)."""
+    return found._replace(steps=_steps(found, scale))
+
+
+def _steps(found: Sample, scale: torch.Tensor) -> torch.Tensor:
+    """The scales of the rows that the runs lie in, (runs, 1)."""
+    scale = scale.float().reshape(-1, 1).cpu()
+    return scale[[row for row, _ in places((len(scale), found.rows.shape[1]), RUNS)]]
 
 
 def sampled_rows(rows: int) -> range:
@@ -141,12 +154,21 @@ def outside(anatomy: families.Anatomy) -> Samples:
 
 def _outside(anatomy: families.Anatomy) -> dict[str, torch.Tensor]:
     inside = {id(weight) for ffn in anatomy.ffns for weight in ffn.module.parameters() if weight.dim() > 1}
-    return {name: weight for name, weight in anatomy.base.named_parameters() if id(weight) not in inside}
+    weights = {name: weight for name, weight in anatomy.base.named_parameters() if id(weight) not in inside}
+    return {name: eight_bits.wide(weight) for name, weight in weights.items() if not name.endswith(eight_bits.BESIDE)}
 
 
 def sample_layers(anatomy: families.Anatomy) -> list[list[Sample]]:
     """`sample` of gate, up and down of each layer."""
-    return [[sample(weight) for weight in (ffn.gate, ffn.up, ffn.down)] for ffn in anatomy.ffns]
+    return [_sampled(ffn.read(), ffn.rows) for ffn in anatomy.ffns]
+
+
+def _sampled(ffn: FFN, scales: Scales | None) -> list[Sample]:
+    """scales: of the int8 rows that the weights stand for, if they do."""
+    found = [sample(weight) for weight in (ffn.gate, ffn.up, ffn.down)]
+    if scales is None:
+        return found
+    return [(widened if ffn.scales else stepped)(one, by) for one, by in zip(found, scales, strict=True)]
 
 
 def runs_of(layers: Iterable[list[Sample]]) -> Samples:
@@ -229,7 +251,7 @@ def check_model(
         raise UserError(wrong_partner(base_model["name"], f"shapes {mine} against {theirs}"))
     layers = layers or sample_layers(anatomy)
     old = not known and "fingerprints" not in base_model
-    if old and anatomy.ffns[0].gate.dtype == torch.float16 and judge(base_model, known, layers).kind != SAME:
+    if old and anatomy.ffns[0].dtype == torch.float16 and judge(base_model, known, layers).kind != SAME:
         raise UserError("This artifact does not know its model in fp16, for it is too old; load it in bf16 or fp32.")
     return check(base_model, known, layers, allow_finetuned)
 

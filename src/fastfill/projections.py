@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastfill import kernels
+from fastfill import eight_bits, kernels
 from fastfill.kernels import int8
 from fastfill.sparse_ffn import current_plan, dense_in_int8, without_gradient
 
@@ -40,24 +40,25 @@ class Projection:
     @torch.inference_mode(False)
     @torch.no_grad()
     def renew(self) -> None:
-        """Round the weight that is there now."""
+        """Round the weight that is there now, or take the int8 rows that it stands for."""
         self._stamp, self._sample = self._now(), self._entries()
-        self.weight, self.scale = kernels.rounded(self.linear.weight)
+        self.weight, self.scale = eight_bits.rows(self.linear) or kernels.rounded(self.linear.weight)
 
     def stale(self, samples: bool = True) -> bool:
         return self._stamp != self._now() or (samples and self._sample != self._entries())
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes + self.scale.nbytes
+        own = self.weight.data_ptr() == eight_bits.stored(self.linear.weight).data_ptr()
+        return self.scale.nbytes + (0 if own else self.weight.nbytes)
 
     def _now(self) -> tuple[Any, ...]:
-        weight = self.linear.weight
+        weight = eight_bits.stored(self.linear.weight)
         return weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype
 
     def _entries(self) -> list[float] | None:
         """A few: writing through `weight.data` leaves no other trace."""
-        weight = self.linear.weight.detach()
+        weight = eight_bits.stored(self.linear.weight).detach()
         return weight.reshape(-1)[:: max(1, weight.numel() // 64)].tolist() if weight.is_contiguous() else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,8 +82,9 @@ class Projection:
         return copy.copy, (self.dense,)
 
 
-def of(attentions: Iterable[nn.Module], dense_int8: bool) -> list[Projection]:
-    """Those of the attentions' own plain Linears; what carries an adapter stays as it is."""
-    linears = (child for attention in attentions for child in attention.children())
+def of(attentions: Iterable[nn.Module], dense_int8: bool, came_rounded: bool = False) -> list[Projection]:
+    """Those of the attentions' own plain Linears; what carries an adapter stays as it is. came_rounded: a model that came in
+    eight bits; what it has in floating point stays so, too."""
+    linears = (child for attention in attentions for child in attention.children() if type(child) is nn.Linear)
     last = Last()
-    return [Projection(linear, dense_int8, last) for linear in linears if type(linear) is nn.Linear]
+    return [Projection(one, dense_int8, last) for one in linears if not came_rounded or eight_bits.scale(one) is not None]

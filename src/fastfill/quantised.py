@@ -41,7 +41,7 @@ def _other(document: Any) -> str | None:
         return f"{METHOD} without config_groups"
     for group in groups.values():
         layout = group.get("format") or document.get("format")
-        weights, activations = _words(group.get("weights")), _words(group.get("input_activations"))
+        weights, activations = words(group.get("weights")), words(group.get("input_activations"))
         if (weights, activations) != (WEIGHTS, ACTIVATIONS):
             return f"{METHOD}: weights {weights}, activations {activations}"
         if layout != FORMAT:
@@ -51,7 +51,7 @@ def _other(document: Any) -> str | None:
     return None
 
 
-def _words(arguments: Any) -> str:
+def words(arguments: Any) -> str:
     """How values are rounded: 'int4 static per group', 'fp8 asymmetric dynamic per token'."""
     if not isinstance(arguments, dict):
         return "as they are"

@@ -40,7 +40,8 @@ class SparseFFN:
 
     dense: that forward. ffn: its weights. down_t: (F, H), a copy of its down, transposed. kept: K. taps: observers, clocks.
     on: False passes every call to `dense`. all_neurons: the dense FFN in eight bits, where the weights are: for layers that
-    skip nothing, with dense_int8 for calls without a plan. own: the module's weights that eight bits stand for.
+    skip nothing, with dense_int8 for calls without a plan. own: the module's weights that eight bits stand for. copied: whether
+    rows in eight bits are beside the module's own.
     """
 
     dense: Callable[[torch.Tensor], torch.Tensor]
@@ -55,11 +56,12 @@ class SparseFFN:
     all_neurons: AllNeurons | None = None
     dense_int8: bool = False
     own: tuple[torch.Tensor | None, ...] = ()
+    copied: bool = True
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What is held beside the model's own weights: transposed down, predictor, compensator."""
-        eight = (self.ffn.gate, self.ffn.up, *self.ffn.scales) if self.ffn.scales else ()
+        eight = (self.ffn.gate, self.ffn.up, *self.ffn.scales) if self.ffn.scales and self.copied else ()
         parts = [
             self.down_t,
             *eight,

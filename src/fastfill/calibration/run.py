@@ -14,7 +14,7 @@ import torch
 
 from fastfill import artifact as artifacts
 from fastfill import config as cfg
-from fastfill import context, data, families, machine, partner
+from fastfill import context, data, eight_bits, families, machine, partner
 from fastfill import tensors as stored
 from fastfill.artifact import Artifact
 from fastfill.attachment import check_detached
@@ -67,7 +67,8 @@ def calibrate(
     checkpoint that an interrupted run left beside `out`; the result is the same as without the interruption.
 
     In a process that `accelerate launch` started, all processes calibrate together; the result is that of one process to
-    rounding. On CUDA matrix products are in bf16 (autocast), whatever the model's dtype.
+    rounding. A compressed-tensors checkpoint in eight bits is calibrated as the floating-point model of its int8 values and
+    scales: rounding activations has no gradient. On CUDA matrix products are in bf16 (autocast), whatever the model's dtype.
 
     Raises UserError if the model is not supported, the text is too short, or `out` cannot be written.
     """
@@ -82,6 +83,11 @@ def calibrate(
     texts = [d if isinstance(d, data.Document) else data.Document(d, f"text#{i}") for i, d in enumerate(documents)]
     anatomy = families.dissect(model)
     check_detached(anatomy)
+    if anatomy.ffns[0].scales:
+        raise UserError(
+            "Calibration needs weights in floating point, and torchao has put these in int8: calibrate the model before "
+            "quantize_; the artifact serves both."
+        )
     limit = context.positions(model.config)
     if limit and config.sequence_length > limit:
         raise UserError(f"sequence_length {config.sequence_length} is more than the {limit} tokens that the model holds.")
@@ -111,7 +117,7 @@ def calibrate(
     job = Job(model, anatomy, tokens, prefill, config, ranks, checkpoint, team)
     begin = time.monotonic() - (checkpoint.json("seconds") or 0.0)
 
-    with _precision(anatomy.ffns[0].gate.device):
+    with _precision(anatomy.ffns[0].gate.device), eight_bits.unrounded(model):
         job = _with_fit_tokens(job)
         weights, shares, teacher = _fit_layers(job)
         importances = _importance(job, weights)
