@@ -4,10 +4,11 @@
 
 Each step appends one JSON line to --out and is skipped when it is there, so a killed run goes on where it was. Steps of
 speed hold two engines side by side in this process, stock and with the artifact, and ask them in turn: a prompt of random
-tokens, one new token. "off" is the second engine with the request switched off; it should take what stock takes. Afterwards
-clocks in the second engine measure the FFN in runs of their own, dense and sparse, without torch.compile. The FFN's share is
-its part of such a dense run; the ceiling is what would be left if every skipped neuron took its part of that time with it. The
-models but for the default one have random weights and a random artifact, which is enough for speed.
+tokens, one new token, until the noise is less than the gain, or four times as often as listed. "off" is the second engine
+with the request switched off; it should take what stock takes. Afterwards clocks in the second engine measure the FFN
+in runs of their own, dense and sparse, without torch.compile. The FFN's share is its part of such a dense run; the ceiling is
+what would be left if every skipped neuron took its part of that time with it. The models but for the default one have random
+weights and a random artifact, which is enough for speed.
 
 The steps "load" run `fastfill serve` twice, with sparsity 0 (vLLM's own code) and with the artifact, and a real OpenAI client:
 32 prompts of 200 to 4,000 tokens at Poisson arrivals, then each of them alone; in bf16, and fewer and shorter ones in fp32, to
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -55,6 +57,7 @@ from fastfill import artifact as artifacts
 from fastfill import config as cfg
 from fastfill import families, machine, models, progress
 from fastfill.engines import vllm as engine
+from fastfill.lab import speed as speedup
 from fastfill.vllm_plugin import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +88,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Speed:
-    """One pair of engines. lengths: prompt tokens -> timed runs of each kind."""
+    """One pair of engines. lengths: prompt tokens -> timed runs of each kind, at least."""
 
     model: str
     lengths: dict[int, int]
@@ -161,8 +164,12 @@ def random_model(name: str) -> tuple[str, str]:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return [round(value, 5) for value in (low, middle, high)]
+    return [round(value, 5) for value in speedup.quartiles(values)]
+
+
+def ratios(times: dict[str, list[float]]) -> list[float]:
+    """Of stock over sparse, round by round."""
+    return [stock / sparse for stock, sparse in zip(times["stock"], times["sparse"], strict=True)]
 
 
 class Pair:
@@ -207,17 +214,20 @@ class Pair:
         return engine, params(tokens)
 
     def in_turn(
-        self, kinds: list[str], repeats: int, call: Callable[[str], float], warm: bool = True
+        self, kinds: list[str], repeats: int, call: Callable[[str], float], until_clear: bool = False
     ) -> dict[str, list[float]]:
         """`repeats` values of each kind, after one that is not counted; every other round runs backwards, so that no kind is
-        always first and few rounds change engines twice."""
+        always first and few rounds change engines twice. until_clear: rounds go on while the noise is as large as the gain of
+        sparse on stock, as those of `fastfill bench`."""
         found: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for repeat in range(-int(warm), repeats):
+        for repeat in itertools.count(-1):
+            if repeat >= repeats and (not until_clear or speedup.enough(ratios(found), repeats)):
+                return found
             for kind in kinds[:: -1 if repeat % 2 else 1]:
                 value = call(kind)
                 if repeat >= 0:
                     found[kind].append(value)
-        return found
+        raise AssertionError  # the count has no end
 
     def clocked(self, kind: str, ids: list[int]) -> dict[str, float]:
         """Seconds by part of one prefill in the engine with the artifact."""
@@ -270,8 +280,11 @@ def speed(step: Speed) -> dict[str, Any]:
         for tokens, repeats in step.lengths.items():
             ids = prompt(tokens)
             before = both.counts()["sparse_tokens"]
-            times = both.in_turn(["stock", "sparse", "off"], repeats, lambda kind, ids=ids: both.read(kind, ids))
-            sparse_tokens = (both.counts()["sparse_tokens"] - before) // (repeats + 1)
+            both.read("sparse", ids)
+            sparse_tokens = both.counts()["sparse_tokens"] - before
+            times = both.in_turn(
+                ["stock", "sparse", "off"], repeats, lambda kind, ids=ids: both.read(kind, ids), until_clear=sparse_tokens > 0
+            )
             split: dict[str, list[dict[str, float]]] = {"off": [], "sparse": []}
             for _ in range(min(3, repeats)):
                 for kind, found in split.items():
@@ -304,6 +317,8 @@ def row(step: Speed, tokens: int, sparse_tokens: int, times: Any, split: Any) ->
         **{f"ttft_{kind}_quartiles_s": quartiles(found) for kind, found in times.items()},
         "rounds": len(times["stock"]),
         "speedup": round(stock / sparse, 4),
+        "ratio_quartiles": quartiles(ratios(times)),
+        "clear": speedup.is_clear(ratios(times)) if sparse_tokens else None,
         "off_ratio": round(stock / off, 4),
         "ffn_dense_s": round(ffn_dense, 5),
         "ffn_sparse_s": round(ffn_sparse, 5),
@@ -328,13 +343,12 @@ def decoding(step: Decode) -> dict[str, Any]:
                     step.rounds,
                     lambda kind, both=both, ids=ids: both.token_time(kind, ids, step.tokens),
                 )
-            ratios = [stock / sparse for stock, sparse in zip(found["stock"], found["sparse"], strict=True)]
             rows.append(
                 {
                     "model": models.DEFAULT_NAME if model == "default" else model,
                     **{f"{kind}_ms": round(1000 * statistics.median(times), 3) for kind, times in found.items()},
-                    "ratio": round(statistics.median(ratios), 4),
-                    "ratio_quartiles": quartiles(ratios),
+                    "ratio": round(statistics.median(ratios(found)), 4),
+                    "ratio_quartiles": quartiles(ratios(found)),
                 }
             )
             bar.step(note=f"{rows[-1]['ratio']}x")

@@ -42,6 +42,16 @@ def test_ceiling_and_what_is_reached_of_it(serving):
     assert lines[1].split() == ["smollm2", "1024", "0.400", "0.320", "0.400", "1.25x", "1.31x", "96%"]
 
 
+@pytest.mark.parametrize("sparse, rounds", [([0.5, 0.52], 2), ([1.0, 2.0], 8), ([1.0, 2.0, *[0.5] * 4], 6)])
+def test_rounds_go_on_while_the_noise_is_as_large_as_the_gain(serving, sparse, rounds):
+    """Two are asked for, so that eight are the most; stock takes 1 s. The ratios 1, 0.5, 2, 2, 2, 2 are the first whose
+    quartiles, 1.25 and 2, are nearer to each other than their median, 2, is to 1."""
+    given = iter([9.0, *sparse * 8])
+    kinds = ["stock", "sparse"]
+    found = serving.Pair(None, None).in_turn(kinds, 2, lambda kind: 1.0 if kind == "stock" else next(given), until_clear=True)
+    assert len(found["stock"]) == len(found["sparse"]) == rounds
+
+
 def test_kinds_take_turns_and_the_first_round_is_not_counted(serving):
     calls = []
     found = serving.Pair(None, None).in_turn(["stock", "sparse", "off"], 2, lambda kind: calls.append(kind) or len(calls))

@@ -65,7 +65,7 @@ def ttft(
                 tick(int(rounds <= repeats))
         sparse_tokens = read.sparse_tokens  # the sparse run's, which is the last
         ratios = [dense / sparse for dense, sparse in zip(times["dense"], times["sparse"], strict=True)]
-        if rounds >= repeats and (not sparse_tokens or is_clear(ratios) or rounds >= PATIENCE * repeats):
+        if enough(ratios, repeats) or (rounds >= repeats and not sparse_tokens):
             break
     found = {mode: quartiles(seconds) for mode, seconds in times.items()}
     return {
@@ -79,6 +79,11 @@ def ttft(
         "sparse_tokens": sparse_tokens,
         "dense_tokens": ids.shape[1] - sparse_tokens,
     }
+
+
+def enough(ratios: Sequence[float], repeats: int) -> bool:
+    """Whether rounds may end: those asked for are done, and their ratios are clear or `PATIENCE` is at its end."""
+    return len(ratios) >= repeats and (is_clear(ratios) or len(ratios) >= PATIENCE * repeats)
 
 
 def is_clear(ratios: Sequence[float]) -> bool:
