@@ -29,8 +29,10 @@ def labels(names: set[str]) -> str:
 def main() -> None:
     needed: set[str] = set()
     defined: set[str] = set()
-    wanted: dict[str, set[str]] = defaultdict(set)  # by symbol version: with NVIDIA's libraries, the library's name, or none
+    wanted: dict[str, set[str]] = defaultdict(set)  # by symbol version
+    version_of: dict[str, str] = {}  # of a library's symbols: mostly its name
     for library in LIBRARIES.glob("*.so*"):
+        version_of |= dict(re.findall(r"File: (\S+) .*\n.*Name: (\S+)", output("readelf", "-VW", library)))
         needed |= set(re.findall(r"NEEDED.*\[(.*?)\]", output("readelf", "-dW", library)))
         for line in output("nm", "-D", library).splitlines():
             kind, name = line.split()[-2:]
@@ -42,18 +44,19 @@ def main() -> None:
     missing = {name for name in needed if re.match(r"lib(cu|nccl|nv)", name) and not (LIBRARIES / name).exists()}
     unversioned = {name for name in wanted[""] - defined if re.match(r"cu|nccl|nvrtc", name)}
     for name in missing:
-        names = wanted.get(name, set()) | (unversioned if name.startswith("libcudart") else set())
+        version = version_of.get(name, "")
+        names = (wanted[version] if version else set()) | (unversioned if name.startswith("libcudart") else set())
         texts = {function for function in names if re.search(r"GetError(String|Name)", function)}
         with tempfile.TemporaryDirectory() as folder:
             source, versions = Path(folder, "stub.s"), Path(folder, "stub.map")
             code = labels(names - texts) + NO_DEVICE + labels(texts) + 'lea 0f(%rip), %rax\nret\n0: .asciz "no CUDA"\n'
             source.write_text(f'.text\n{code}.section .note.GNU-stack,"",@progbits\n')
-            versions.write_text(f"{name} {{ global: *; }};\n")
-            own = [f"-Wl,--version-script={versions}"] if name in wanted else []
+            versions.write_text(f"{version} {{ global: *; }};\n")
+            own = [f"-Wl,--version-script={versions}"] if version else []
             output("cc", "-shared", "-nostdlib", f"-Wl,-soname,{name}", *own, "-o", LIBRARIES / name, source)
     for metadata in SITE.glob("torch-*.dist-info/METADATA"):
         text = metadata.read_text(encoding="utf-8")
-        text = re.sub(r"^Requires-Dist: (nvidia|triton).*\n", "", text, flags=re.MULTILINE)
+        text = re.sub(r"^Requires-Dist: (cuda|nvidia|triton).*\n", "", text, flags=re.MULTILINE)
         metadata.write_text(text, encoding="utf-8")
     print(f"stand-ins for {len(missing)} libraries")
 
