@@ -24,8 +24,10 @@ evaluate() { fastfill evaluate "$MODEL" --artifact "$OUT" --json "$@" | tail -n 
 {
   evaluate --data "${PROSE[@]}" --limit 8 --record
   evaluate --data "${CODE[@]}" --limit 8
+  evaluate --data "${PROSE[@]}" --limit 8 --weights int8
 } >"$RESULTS/quality.jsonl.part"
 mv "$RESULTS/quality.jsonl.part" "$RESULTS/quality.jsonl"
 evaluate --task longbench --data "$DATA/minilongbench_part.jsonl" --max-prompt-tokens 2048 --score likelihood >"$RESULTS/longbench.json"
 fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 512,1024,2048,4096 --repeats 5 --json | tail -n 1 >"$RESULTS/bench-native.json"
+fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 1024,2048 --repeats 3 --weights int8 --compare --json | tail -n 1 >"$RESULTS/bench-int8.json"
 python benchmarks/report_tables.py
