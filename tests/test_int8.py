@@ -207,6 +207,16 @@ def test_rounding(shape, dtype):
                 assert all(torch.equal(got, ref) for got, ref in zip(cpu.rounded(one), (q, scale), strict=True))
 
 
+def test_rows_without_a_scale():
+    """The same by torch and native: 0 for zeros and what is below 2^-100, NaN for what is not finite."""
+    x = torch.ones(7, 130) * torch.tensor([0.0, 2.0**-101, -(2.0**-100), 1e38, 1.0, 1.0, 1.0])[:, None]
+    x[[4, 5, 6], 129] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    for found in (int8.rounded(x), kernels.rounded(x), kernels.rounded(x.bfloat16())):
+        q, scale = found
+        assert not q[:2].any() and q[2:4, 0].tolist() == [-127, 127]
+        assert not scale[:2].any() and bool(scale[4:].isnan().all()) and scale[2] == 2.0**-100 / 127
+
+
 def test_ties_go_to_even_and_ends_are_127():
     x = torch.tensor([[127.0, -127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5]]) * 2.0**-70
     for found in (int8.rounded(x), kernels.rounded(x), kernels.rounded(x.bfloat16())):

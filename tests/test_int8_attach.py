@@ -28,6 +28,7 @@ from fastfill.families import dissect
 from fastfill.ffn import ACTIVATIONS, FFN
 from fastfill.kernels.int8 import rounded
 from fastfill.lab.baselines import named
+from fastfill.projections import Last
 
 IDS, SHORT = token_ids(2, 45), token_ids(2, 9, seed=1)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -192,7 +193,7 @@ def test_extra_bytes(model):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_autocast(model, kernel):
-    """The types that autocast gives, in the cache too. What is dense is as far from the model's own as autocast and eight bits
+    """The types that autocast gives, projections too. What is dense is as far from the model's own as autocast and eight bits
     are, each alone."""
 
     def read(eight_bits, autocast):
@@ -201,12 +202,15 @@ def test_autocast(model, kernel):
             prompt, cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
             out = [logits(model, IDS, past_key_values=prompt)[:, :BLOCK], logits(model, SHORT, past_key_values=cache)]
             out.append(logits(model, SHORT[:, :1], past_key_values=cache))
-        states = [part for layer in prompt.layers + cache.layers for part in (layer.keys, layer.values)]
-        return out, [one.dtype for one in (*out, *states)]
+        return out, [types.pop(0) for _ in range(len(types))]
+
+    types = []
+    for name in ATTENTION:
+        linear(model, name).register_forward_hook(lambda module, given, y: types.append(y.dtype))
 
     with eight(model, kernel=kernel, dense_weights="int8") as attachment:
-        (own, _), (cast, types), (alone, _), (both, same) = (read(e, a) for e in (False, True) for a in (False, True))
-    assert same == types and torch.bfloat16 in types
+        (own, _), (cast, usual), (alone, _), (both, same) = (read(e, a) for e in (False, True) for a in (False, True))
+    assert same == usual == [torch.bfloat16] * 3 * len(ATTENTION)
     for want, one, other, found in zip(own, cast, alone, both, strict=True):
         assert 0 < float((found - want).norm()) <= float((one - want).norm() + (other - want).norm())
         assert not torch.equal(found, one)
@@ -253,6 +257,14 @@ def test_changes_are_followed(model, sparsity, change, name):
     assert not any(map(torch.equal, found, before)) and all(map(torch.equal, found, want))
     if change is not write_to_data:  # which a prompt finds
         assert torch.equal(first, want[1])
+
+
+def test_an_input_that_was_written_to_is_rounded_again():
+    last, x = Last(), torch.randn(3, 8)
+    before = last.rounded(x)
+    assert last.rounded(x) is before
+    x.mul_(2)
+    assert torch.equal(last.rounded(x)[1], 2 * before[1])
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------------
