@@ -348,7 +348,8 @@ def quality_tables(quality: list[Row]) -> str:
         first = rows[0]
         lines = [
             f"{_short(first['model'])}, {first['dtype']}{', sparse in int8' * _eight(first)}, "
-            f"{first['sparsity']:.0%} sparsity, blocks of {first['block_size']}; {_documents(first)}, {first['tokens']:,} tokens scored strictly, "
+            f"{first['sparsity']:.0%} sparsity, blocks of {first['block_size']}; "
+            f"{_documents(first)}, {first['tokens']:,} tokens scored strictly, "
             f"{first['cont_tokens']:,} as continuation. Without any context the continuation has perplexity "
             f"{first['no_context_ppl']:.2f}.",
             "",
