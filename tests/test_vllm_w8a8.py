@@ -122,6 +122,10 @@ def test_sparse_steps_read_the_checkpoints_values_and_dense_ones_are_vllms(grani
         found, off = answer(llm, PROMPTS), answer(llm, PROMPTS, sparse=False)
         (counts,) = llm.collective_rpc("fastfill_stats")
         bias = loaded._layers[1].ffn.ffn.down_bias
+        with pytest.raises(UserError, match="weights of a running engine cannot be replaced"):
+            llm.collective_rpc("reload_weights")
+        assert tokens_of(answer(llm, PROMPTS)) == tokens_of(found)
+        assert tokens_of(answer(llm, PROMPTS, sparse=False)) == tokens_of(stock)
     assert counts["sparse_tokens"] == 448 + 64 + 256 and counts["dense_because"] == {}
     # A second copy of the int8 weights; predictor and compensator; the scales are vLLM's own.
     assert counts["extra_bytes"] == 2 * (3 * 128 * 256 + 4 * (8 * (128 + 256) + 256 + 2 * 8 * 128 + 128))

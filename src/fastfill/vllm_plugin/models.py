@@ -186,6 +186,9 @@ class SparsePrefill:
         if self._loaded and self._layers:
             # A reload takes the modules apart before it comes here; this puts back what they had.
             finalize_layerwise_reload(self, self._vllm_config.model_config)
+            for module in self.modules():  # type: ignore[attr-defined]
+                if hasattr(module, "scheme") and not hasattr(module, "weight"):
+                    module.register_parameter("weight", None)  # packed in eight bits: vLLM puts back only what it has
             raise UserError(
                 "The weights of a running engine cannot be replaced while an artifact is on: it was made for those that it "
                 "began with; start again with the new checkpoint, or without the artifact."
