@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
-SHOWN_TOKENS = (1024, 2048)  # prompt lengths of README's table, beside those on which nothing is gained
+SHOWN_TOKENS = (1024,)  # prompt lengths of README's table, beside those on which nothing is gained
 CLAIM_TOKENS = 1024  # the prompt length of the first screen, if it was measured
 PREDICTORS = ("learned", "oracle", "low-rank", "static", "first-block", "random")
 KERNELS = ("native", "torch")
@@ -98,6 +98,7 @@ def claim(bench: list[Row], quality: list[Row]) -> str:
             f"{ceiling(row):.2f}x{_more(row)} ({_where(machine)}, {speed['dtype']}, transformers {machine['transformers']}, "
             f"{speed['kernel']} kernel)."
         )
+        parts += [_claim_eight(result) for result in bench if _eight(result) and result["model"] == speed["model"]]
     if learned is None:
         parts.append("{{claim: quality, from benchmarks/results/quality.jsonl}}")
     else:
@@ -111,6 +112,20 @@ def claim(bench: list[Row], quality: list[Row]) -> str:
             f"(**{learned['ppl_ratio']:.2f}x**" + _interval(learned.get("ppl_ratio_interval"), ", {:.2f} to {:.2f}") + ")."
         )
     return "\n".join(parts)
+
+
+def _claim_eight(result: Row) -> str:
+    row = min(result["rows"], key=lambda r: abs(r["prompt_tokens"] - CLAIM_TOKENS))
+    rivals = [
+        f"{other['name']} takes {other['ttft_s']:.2f} s"
+        for other in result.get("compare", ())
+        if other.get("prompt_tokens") == row["prompt_tokens"]
+    ]
+    return (
+        f"In eight bits (`--weights int8`, [quality](docs/quantised.md#quality)): {row['ttft_dense_s']:.2f} s → {row['ttft_sparse_s']:.2f} s, "
+        f"**{row['speedup']:.2f}x**, of which skipping is {row['ttft_all_neurons_s'] / row['ttft_sparse_s']:.2f}x"
+        + (f". In the same run {', '.join(rivals)}." if rivals else ".")
+    )
 
 
 def _measured(folder: Path) -> list[tuple[list[Row], list[Row]]]:
