@@ -122,7 +122,8 @@ def _claim_eight(result: Row) -> str:
         if other.get("prompt_tokens") == row["prompt_tokens"]
     ]
     return (
-        f"In eight bits (`--weights int8`, [quality](docs/quantised.md#quality)): {row['ttft_dense_s']:.2f} s → {row['ttft_sparse_s']:.2f} s, "
+        "In eight bits (`--weights int8`, [quality](docs/quantised.md#quality)): "
+        f"{row['ttft_dense_s']:.2f} s → {row['ttft_sparse_s']:.2f} s, "
         f"**{row['speedup']:.2f}x**, of which skipping is {row['ttft_all_neurons_s'] / row['ttft_sparse_s']:.2f}x"
         + (f". In the same run {', '.join(rivals)}." if rivals else ".")
     )
