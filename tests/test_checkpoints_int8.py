@@ -28,6 +28,7 @@ from fastfill.calibration import calibrate
 from fastfill.config import CalibrationConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(Path(sys.prefix) / "torchao"))  # where the Makefile puts it
 compressed = pytest.mark.skipif(not importlib.util.find_spec("compressed_tensors"), reason="needs compressed-tensors")
 torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
 ROLES = ("gate", "up", "down")
