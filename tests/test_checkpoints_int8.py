@@ -28,9 +28,9 @@ from fastfill.calibration import calibrate
 from fastfill.config import CalibrationConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(Path(sys.prefix) / "torchao"))  # where the Makefile puts it
+TORCHAO = Path(sys.prefix) / "torchao"  # where the Makefile puts it
 compressed = pytest.mark.skipif(not importlib.util.find_spec("compressed_tensors"), reason="needs compressed-tensors")
-torchao = pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
+torchao = pytest.mark.skipif(not (TORCHAO.is_dir() or importlib.util.find_spec("torchao")), reason="needs torchao")
 ROLES = ("gate", "up", "down")
 
 
@@ -237,11 +237,17 @@ def test_other_schemes_are_refused_by_name(weights, activations, words):
 # --- torchao --------------------------------------------------------------------------------------------------------------
 
 
-def with_torchao(family="llama", dtype=torch.float32, **settings):
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+def torchao_quantization():
+    sys.path.append(str(TORCHAO))  # no longer than it takes: other tests hand their path to processes of their own
+    try:
+        return importlib.import_module("torchao.quantization")
+    finally:
+        sys.path.remove(str(TORCHAO))
 
-    model = tiny_model(family, dtype=dtype)
-    quantize_(model.model, Int8DynamicActivationInt8WeightConfig(**settings))
+
+def with_torchao(family="llama", dtype=torch.float32, **settings):
+    made, model = torchao_quantization(), tiny_model(family, dtype=dtype)
+    made.quantize_(model.model, made.Int8DynamicActivationInt8WeightConfig(**settings))
     return model
 
 
@@ -291,10 +297,8 @@ def test_torchaos_rows_are_followed():
 
 @torchao
 def test_torchaos_other_schemes_are_refused_by_name():
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    model = tiny_model()
-    quantize_(model.model, Int8WeightOnlyConfig())
+    made, model = torchao_quantization(), tiny_model()
+    made.quantize_(model.model, made.Int8WeightOnlyConfig())
     with user_error("quantised to int8 weights alone"):
         families.dissect(model)
     with user_error("Calibration needs weights in floating point"):
