@@ -325,7 +325,7 @@ def test_the_widest_rows_fit_32_bits(isa, weight):
 def test_as_an_operator_of_torch(name):
     p = problem([16, 9], [30, 31], 48, 100)
     args = [p[key] for key in ("x", "gate", "up", "down_t", "ids", "rows", "id_offsets")]
-    torch.library.opcheck(kernels._op, (*args, "silu", p["gate_bias"], p["up_bias"], p["init"], list(p["scales"]), name))
+    torch.library.opcheck(kernels._op, (*args, "silu", p["gate_bias"], p["up_bias"], p["init"], *p["scales"], name))
     compiled = torch.compile(lambda q: run(q, kernel=name), backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(p), run(p, kernel=name))
 

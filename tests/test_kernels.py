@@ -548,7 +548,7 @@ def test_gradients_take_the_torch_path(name):
 def test_custom_op(name):
     p = problem([16, 9], [30, 31], 48, 100, torch.float32, biases=True)
     args = (p["x"], p["gate"], p["up"], p["down_t"], p["ids"], p["rows"], p["id_offsets"], "silu")
-    args = (*args, p["gate_bias"], p["up_bias"], p["init"], [], name)
+    args = (*args, p["gate_bias"], p["up_bias"], p["init"], None, None, None, name)
     torch.library.opcheck(kernels._op, args)
     graphs = []
 

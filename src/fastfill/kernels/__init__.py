@@ -299,8 +299,8 @@ def sparse_ffn(
     if torch.compiler.is_compiling():  # one opaque node in the graph
         rows, id_offsets = (torch.tensor(b) if isinstance(b, Bounds) else b for b in (rows, id_offsets))
         name = _name(kernel, x, gate, up, down_t, gate_bias, up_bias, init)
-        factors = list(scales or ())
-        y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, factors, name)
+        factors = scales or (None, None, None)
+        y = _op(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, *factors, name)
         return y if out is None else out.copy_(y)
     ops = _ops(kernel, x, gate, up, down_t, gate_bias, up_bias, init, out)
     if scales and (x.device.type != "cpu" or _wants_gradient((x, gate_bias, up_bias, init))):
@@ -331,18 +331,22 @@ def _op(
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     init: Tensor | None,
-    scales: list[Tensor],
+    gate_scale: Tensor | None,
+    up_scale: Tensor | None,
+    down_scale: Tensor | None,
     kernel: str,
 ) -> Tensor:
     """`sparse_ffn` as a torch operator: no gradient, a new output."""
+    given = gate_scale is not None and up_scale is not None and down_scale is not None
+    scales = Scales(gate_scale, up_scale, down_scale) if given else None  # type: ignore[arg-type]
     return sparse_ffn(
         x, gate, up, down_t, ids, rows=rows, id_offsets=id_offsets, activation=activation,
-        gate_bias=gate_bias, up_bias=up_bias, init=init, scales=Scales(*scales) if scales else None, kernel=kernel,
+        gate_bias=gate_bias, up_bias=up_bias, init=init, scales=scales, kernel=kernel,
     )  # fmt: skip
 
 
 @_op.register_fake
-def _(x, gate, up, down_t, ids, rows, id_offsets, activation, gate_bias, up_bias, init, scales, kernel):
+def _(x, *_others):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
