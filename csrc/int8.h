@@ -84,7 +84,7 @@ struct Int8 : Store {
     for (int i = 0; i < n; i += kPart) {
       const int m = n - i < kPart ? n - i : kPart;
       uint8_t bytes[kPart];
-      round_part(from, i, m, q.scale == q.scale ? q.inverse : 0.0f, 0, bytes);
+      round_part(from, i, m, q.inverse, 0, bytes);
       memcpy(to + i, bytes, m);
     }
     return q.scale;
