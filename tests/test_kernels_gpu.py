@@ -367,12 +367,13 @@ for longest in (32, 64, 128):
         build(gpu._down_half, dict(h=p, down_t=p, init=p, out=p, ids=i32, tiles=i32),
               {"n_tiles", "down_stride", "init_stride", "out_stride", "hidden", "neurons"},
               size(t) | dict(GROUP=16, INIT=True, WHOLE=True), t.warps, t.stages)
-t = gpu.score_tile(TORCH[dtype])
-sizes = {k: v for k, v in size(t).items() if k != "PADDING"}
-common = {"tokens", "rank", "columns", "inner_stride", "w_stride"}
-build(gpu._softmax_sums, dict(inner=p, w_out=p, bias=p, sums=f32), common | {"steps"}, sizes, t.warps, t.stages)
-build(gpu._block_sums, dict(inner=p, w_out=p, bias=p, sums=f32, scores=f32), common | {"block_size"},
-      sizes | dict(PARTS=16), t.warps, t.stages)
+for block in (32, 128):
+    t = gpu.score_tile(TORCH[dtype], block)
+    sizes = {k: v for k, v in size(t).items() if k != "PADDING"}
+    common = {"tokens", "rank", "columns", "inner_stride", "w_stride"}
+    build(gpu._softmax_sums, dict(inner=p, w_out=p, bias=p, sums=f32), common | {"steps"}, sizes, t.warps, t.stages)
+    build(gpu._block_sums, dict(inner=p, w_out=p, bias=p, sums=f32, scores=f32), common | {"block_size"},
+          sizes | dict(PARTS=16), t.warps, t.stages)
 for neurons in (14336, gpu.MAX_NEURONS):
     row = gpu._row(neurons)
     warps = row.pop("num_warps")
