@@ -36,6 +36,7 @@ from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
 
 FAMILIES = tuple(families.FAMILIES)
+ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ("torch", pytest.param("native", marks=pytest.mark.skipif(not kernels.cpu.usable(), reason=kernels.cpu.status())))
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, BLOCK = 128, 32, 96, 3, 8
 # What is special about a family, far enough from what changes nothing to be missed by a test.
@@ -182,6 +183,14 @@ def artifact_folder(model, tmp_path):
     folder = tmp_path / "artifact"
     artifacts.save(tiny_artifact(model), folder, readme="tiny\n")
     return folder
+
+
+def script(name):
+    """A file of benchmarks/ as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 def snapshot(folder):

@@ -1,6 +1,7 @@
 """What counts as prompt: every way to generate reads the same tokens sparsely, and what stays dense says why."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -56,35 +57,42 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@functools.cache
+def plain(family, attention):
+    """A model and its artifact; the greedy answer of stock transformers, and of the model with the artifact on it."""
+    model = tiny_model(family, dtype=torch.float64, attn_implementation=attention)
+    artifact, stock = tiny_artifact(model), generate(model, repeating(47))
+    with attach(model, artifact, dense_tail=TAIL) as attachment:
+        greedy = generate(model, repeating(47))
+        assert attachment.stats.sparse_tokens == SPARSE and not torch.equal(greedy, stock)
+    return model, artifact, stock, greedy
+
+
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_to_generate_reads_the_same_tokens_sparsely(family, attention, way):
     if OLD and way in OLD_CANNOT:
         pytest.skip(f"transformers 5.0 fails at {way}, with nothing attached too")
     if family == "gemma2" and attention == "sdpa":
         pytest.skip("transformers caps Gemma 2's attention in its eager form alone")
-    model = tiny_model(family, dtype=torch.float64, attn_implementation=attention)
+    model, artifact, stock, greedy = plain(family, attention)
     ids, settings = repeating(47), WAYS[way]
     new = settings.get("max_new_tokens", NEW)
-    stock = generate(model, ids)[:, : 47 + new]
-    assert torch.equal(generate(model, ids, **settings), stock)  # stock transformers agrees with itself
-    with attach(model, tiny_artifact(model), dense_tail=TAIL) as attachment:
-        greedy = generate(model, ids)
-        assert attachment.stats.sparse_tokens == SPARSE and (new == 1 or not torch.equal(greedy, stock))
+    assert torch.equal(generate(model, ids, **settings), stock[:, : 47 + new])  # stock transformers agrees with itself
+    with attach(model, artifact, dense_tail=TAIL) as attachment:
         out = generate(model, ids, **settings)
-        stats = attachment.stats
         readings = new if way == "without a cache" else settings.get("num_beams", 1)
-        assert stats.sparse_tokens == SPARSE + readings * SPARSE and stats.dense_because == {}
+        assert attachment.stats.sparse_tokens == readings * SPARSE and attachment.stats.dense_because == {}
     assert torch.equal(out, greedy[:, : 47 + new])
 
 
 @pytest.mark.parametrize("way", ["greedy", "without a cache", "static cache", "chunks of blocks", "chunks and a static cache"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_padded_batch_gives_what_its_sequences_give_alone(way, attention):
+    """The second sequence's padding fills the first chunks."""
     if OLD and way in OLD_CANNOT:
         pytest.skip(f"transformers 5.0 fails at {way}, with nothing attached too")
-    """The second sequence's padding fills the first chunks."""
     model = tiny_model(dtype=torch.float64, attn_implementation=attention)
     ids, mask = token_ids(3, 64), torch.ones(3, 64, dtype=torch.long)
     mask[1, :24], mask[2, :50] = 0, 0

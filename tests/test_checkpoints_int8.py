@@ -12,6 +12,7 @@ from conftest import (
     BLOCK,
     PREFILL,
     logits,
+    script,
     snapshot,
     tiny_artifact,
     tiny_model,
@@ -27,19 +28,10 @@ from fastfill import eight_bits, families, models, partner
 from fastfill.calibration import calibrate
 from fastfill.config import CalibrationConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 TORCHAO = Path(sys.prefix) / "torchao"  # where the Makefile puts it
 compressed = pytest.mark.skipif(not importlib.util.find_spec("compressed_tensors"), reason="needs compressed-tensors")
 torchao = pytest.mark.skipif(not (TORCHAO.is_dir() or importlib.util.find_spec("torchao")), reason="needs torchao")
 ROLES = ("gate", "up", "down")
-
-
-def quantise():
-    spec = importlib.util.spec_from_file_location("quantise", ROOT / "benchmarks" / "quantise.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["quantise"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module", params=["llama", "phi3"])
@@ -50,7 +42,7 @@ def checkpoint(request, tmp_path_factory):
     model = tiny_model(request.param)
     model.save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    assert quantise().main([str(folder / "model"), str(folder / "eight")]) == 0
+    assert script("quantise").main([str(folder / "model"), str(folder / "eight")]) == 0
     tensors = load_file(folder / "eight" / "model.safetensors")
     weights = model.state_dict()
     for name in [name for name, rows in tensors.items() if rows.dtype == torch.int8]:

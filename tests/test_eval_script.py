@@ -1,10 +1,10 @@
 """benchmarks/eval.py with a stand-in for the command: what is run, what is kept, what is skipped, and how it stops."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 
 from fastfill import cli, data
@@ -28,10 +28,7 @@ if name not in Path("mute.txt").read_text().split():
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("eval_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "eval_script", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module = conftest.script("eval")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DATA", raising=False)
     for name, text in (("fake.py", FAKE), ("fails.txt", ""), ("mute.txt", "")):

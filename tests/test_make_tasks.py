@@ -1,27 +1,14 @@
 """The rows that benchmarks/make_tasks.py makes: LongBench's format, the answer in the text, the same for the same seed."""
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import script
 
 from fastfill.lab import longbench
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("make_tasks", ROOT / "benchmarks" / "make_tasks.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_tasks"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-make_tasks = load()
+make_tasks = script("make_tasks")
 ARTICLES, PARAGRAPHS = 5, 9
 
 

@@ -1,28 +1,14 @@
 """benchmarks/quantise.py: the W8A8 checkpoint has the model's values to half a step, and smoothing changes no function."""
 
 import copy
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, logits, tiny_model, tiny_text, tiny_tokenizer, token_ids
+from conftest import FAMILIES, logits, script, tiny_model, tiny_text, tiny_tokenizer, token_ids
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("quantise", ROOT / "benchmarks" / "quantise.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["quantise"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-quantise = load()
+quantise = script("quantise")
 
 
 def saved(folder, family="llama", dtype=torch.float32, **changes):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import script
 
 from fastfill import cli
 
@@ -36,14 +35,6 @@ def commands(block: str) -> list[list[str]]:
     return found
 
 
-def load_report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report_tables", ROOT / "benchmarks" / "report_tables.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the README's paths exist and into which its commands may write."""
@@ -56,11 +47,19 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 README_BLOCKS = [block for block in code_blocks(README, "sh") if commands(block)]
 
 
+# On less text where they take long; of an option the last counts. As they stand they are parsed (below).
+LESS = {
+    "bench": ["--prompt-lengths", "512"],
+    "evaluate": ["--tokens", "768", "--limit", "1"],
+    "calibrate": ["--fit-tokens", "512", "--steps", "1"],
+}
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("block", README_BLOCKS, ids=[" ".join(commands(block)[0][:1]) for block in README_BLOCKS])
 def test_readme_commands_run(block: str, clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in commands(block):
-        assert cli.main([*words, "--json"]) == 0
+        assert cli.main([*words, *LESS.get(words[0], []), "--json"]) == 0
         out = capsys.readouterr().out
         assert isinstance(json.loads(out.splitlines()[-1]), dict), f"{words[0]} ends without a JSON document"
 
@@ -118,7 +117,7 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 
 def test_readme_numbers_are_the_results() -> None:
-    report = load_report()
+    report = script("report_tables")
     for page in report.PAGES:
         text = page.read_text(encoding="utf-8")
         assert report.render(text) == text, "run: python benchmarks/report_tables.py"
@@ -205,7 +204,7 @@ def write_real(folder: Path) -> None:
 
 
 def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
-    report = load_report()
+    report = script("report_tables")
     (tmp_path / "bench-tiny.json").write_text(json.dumps(WITH_SPLIT))
     write_tasks(tmp_path)
     modules, interval = [f"module{row}.py#0" for row in range(9)], [1.6, 2.0]
@@ -236,7 +235,7 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
 
 
 def test_report_of_long_tasks(tmp_path: Path) -> None:
-    report = load_report()
+    report = script("report_tables")
     assert report.tasks_tables(tmp_path).startswith("{{tasks")
     write_tasks(tmp_path)
     lines = report.render("<!-- results:tasks -->\n<!-- /results -->\n", tmp_path).splitlines()
@@ -246,7 +245,7 @@ def test_report_of_long_tasks(tmp_path: Path) -> None:
 
 
 def test_report_of_seeds(tmp_path: Path) -> None:
-    report = load_report()
+    report = script("report_tables")
     (tmp_path / "quality.jsonl").write_text(json.dumps(QUALITY))
     rows = [{**QUALITY, "ppl_ratio": ratio, "kl": kl} for ratio, kl in ((1.5, 0.4), (1.4, 0.41), (1.6, 0.42))]
     (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -261,7 +260,7 @@ def test_report_of_a_bench_with_split_growth_and_other_engines(tmp_path: Path) -
     peers = [{**peer, "prompt_tokens": tokens, "ttft_s": seconds} for tokens, seconds in ((512, 0.5), (1024, 1.25))]
     peers.insert(0, {"name": "vLLM", "version": None, "skipped": "not installed"})
     result = {**WITH_SPLIT, "growth_dense": 1.234, "growth_sparse": 1.2, "engine": "transformers", "compare": peers}
-    report = load_report()
+    report = script("report_tables")
     (tmp_path / "bench-old.json").write_text(json.dumps(BENCH))
     page = "<!-- results:bench -->\n<!-- /results -->\n<!-- results:split -->\n<!-- /results -->\n"
     assert "{{split" in report.render(page, tmp_path)
@@ -280,7 +279,7 @@ def test_report_of_vllm() -> None:
     server = {"ttft_median_s": 1.5, "ttft_p99_s": 9.25, "prompt_tokens_s": 1234.4, "new_tokens_s": 5.0, "errors": ["x"]}
     kinds = [{"engine": kind, **server, "answers_equal_to_alone": 31} for kind in ("stock", "fastfill")]
     load = {"requests": 32, "shortest": 200, "longest": 4000, "per_second": 0.5, "new_tokens": 32}
-    report = load_report()
+    report = script("report_tables")
     assert report.vllm_tables([]).startswith("{{vllm")
     lines = report.vllm_tables([VLLM, DECODE, {"step": "load", **common, **load, "rows": kinds}]).splitlines()
     assert lines[0].startswith("vLLM 0.32.0, bfloat16, blocks of 32; A CPU, 2 threads, torch 2.13.0")
@@ -296,9 +295,9 @@ def test_report_of_vllm() -> None:
 def test_report_refuses_documents_that_were_calibrated_on(tmp_path: Path) -> None:
     (tmp_path / "quality.jsonl").write_text(json.dumps({**QUALITY, "calibrated_on": 2}))
     with pytest.raises(ValueError, match="2 of the documents were calibrated on"):
-        load_report().render(README, tmp_path)
+        script("report_tables").render(README, tmp_path)
 
 
 def test_report_refuses_an_unknown_marker(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="results:taste is not known"):
-        load_report().render("<!-- results:taste -->\n<!-- /results -->", tmp_path)
+        script("report_tables").render("<!-- results:taste -->\n<!-- /results -->", tmp_path)

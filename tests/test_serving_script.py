@@ -1,23 +1,15 @@
 """The serving benchmark's arithmetic and bookkeeping; the engines themselves are in tests/test_vllm_*.py."""
 
-import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
-
-FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "serving.py"
+from conftest import script
 
 
 @pytest.fixture
-def serving(monkeypatch):
+def serving():
     before = set(os.environ)
-    spec = importlib.util.spec_from_file_location("serving", FILE)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "serving", module)
-    spec.loader.exec_module(module)
-    yield module
+    yield script("serving")
     for name in set(os.environ) - before:  # what the script sets for its engines
         del os.environ[name]
 
