@@ -127,6 +127,19 @@ def test_the_loss_falls_and_what_was_learned_helps_on_other_text(model, tokenize
     assert cost < mean_kl(model, long, ids, predictor=named("random"))
 
 
+def test_a_distillation_that_makes_it_worse_is_left_out_and_said(model, tokenizer, tmp_path, capsys):
+    fitted = calibrate(model, tokenizer, tmp_path / "fitted", change(steps=0))
+    capsys.readouterr()
+    wild = calibrate(model, tokenizer, tmp_path / "wild", change(steps=10, compensator_lr=20.0))
+    before, after = wild.calibration["loss_aside"]
+    assert after > before and f"({before:.3f} -> {after:.3f} nats); the artifact is that of the fits" in capsys.readouterr().err
+    assert wild.calibration["config"]["steps"] == wild.calibration["tokens_distilled"] == 0
+    assert all(torch.equal(wild.tensors[key], fitted.tensors[key]) for key in fitted.tensors)
+    good = calibrate(model, tokenizer, tmp_path / "good", change(steps=30))
+    before, after = good.calibration["loss_aside"]
+    assert after < before and good.calibration["config"]["steps"] == 30 and not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("schedule", ["sensitivity", "token-mixing", "uniform"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_schedules_and_families(family, schedule, tokenizer, tmp_path):
@@ -486,8 +499,8 @@ def test_every_nth_token_of_the_prompt_and_all_of_the_answer_are_scored(model):
     trainer = a_trainer(model, tiny_artifact(model), 0.25, 3.0)
     trainer.config = change(loss_stride=4)
     seen = []
-    for trainer.step_done in range(4):
-        prompt, answer = trainer._scored(64)
+    for turn in range(4):
+        prompt, answer = trainer._scored(64, turn)
         assert answer.tolist() == list(range(48, 64)) and prompt.diff().eq(4).all()
         seen += prompt.tolist()
     assert sorted(seen) == list(range(BLOCK, 48))  # four steps see each once

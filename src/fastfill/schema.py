@@ -149,6 +149,7 @@ CALIBRATION: dict[str, Check] = {
     "seconds": number,
     "loss_first": number_or_none,
     "loss_last": number_or_none,
+    "loss_aside": numbers,
     "importance_held": numbers,
     "processes": count,
     "machine": mapping,

@@ -98,28 +98,40 @@ class Distiller:
             self._backward(row[None], len(ids))
         self.optimizer.zero_grad(set_to_none=True)
 
+    @torch.no_grad()
+    def judge(self, ids: torch.Tensor) -> float:
+        """The loss of ids (S, T) as `step` has it, without a step; the same positions are scored each time."""
+        mine = ids[self.team.share(len(ids))].to(self.anatomy.ffns[0].gate.device)
+        (loss,) = self.team.total(sum(float(self._loss(row[None], len(ids), 0)) for row in mine))
+        return loss
+
     def _backward(self, ids: torch.Tensor, batch: int) -> float:
         """Add the gradient of ids (1, T), one of a batch; their part of the loss."""
-        head = self.anatomy.head
-        prompt, answer = self._scored(ids.shape[1])
-        scored = torch.cat([prompt, answer])
-        with torch.no_grad():
-            teacher = head(self.teacher.hidden(ids)[scored])
         with torch.enable_grad():
-            with stand_ins(self.anatomy, self.students):
-                student = head(self.anatomy.base(input_ids=ids, use_cache=False)[0][0, scored])
-            kl = kl_divergence(teacher, student)
-            loss = kl[: len(prompt)].mean() / batch
-            if len(answer):
-                loss = loss + self.config.answer_weight * kl[len(prompt) :].mean() / batch
+            loss = self._loss(ids, batch, self.step_done)
             loss.backward()
         return float(loss.detach())
 
-    def _scored(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, ids: torch.Tensor, batch: int, turn: int) -> torch.Tensor:
+        """The part of ids (1, T), one of a batch, in the loss."""
+        head = self.anatomy.head
+        prompt, answer = self._scored(ids.shape[1], turn)
+        scored = torch.cat([prompt, answer])
+        with torch.no_grad():
+            teacher = head(self.teacher.hidden(ids)[scored])
+        with stand_ins(self.anatomy, self.students):
+            student = head(self.anatomy.base(input_ids=ids, use_cache=False)[0][0, scored])
+        kl = kl_divergence(teacher, student)
+        loss = kl[: len(prompt)].mean() / batch
+        if len(answer):
+            loss = loss + self.config.answer_weight * kl[len(prompt) :].mean() / batch
+        return loss
+
+    def _scored(self, tokens: int, turn: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions of a sequence whose logits are compared: every `loss_stride`-th of the prompt behind the dense head, others
-        at each step, and all of the answer. With 152,000 words the logits of all of them take half as long as the layers."""
+        at each turn, and all of the answer. With 152,000 words the logits of all of them take half as long as the layers."""
         stop = self.students[0].stop(tokens) if self.config.answer else tokens
-        first = self.head + self.step_done % min(self.config.loss_stride, stop - self.head)
+        first = self.head + turn % min(self.config.loss_stride, stop - self.head)
         return torch.arange(first, stop, self.config.loss_stride), torch.arange(stop, tokens)
 
     def _warm_cosine(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from fastfill.schedule import allocate
 
 SAVE_EVERY_S = 60.0
 FIT_SHARE = 0.3  # of a budget in minutes; a guess, not measured
+ASIDE = 4  # sequences that tell whether the distillation helped; at most an eighth of all
 CLOSED_FORM_TOKENS = 32768  # more does not move a solution with H + 1 unknowns an output
 
 
@@ -123,7 +125,7 @@ def calibrate(
         importances = _importance(job, weights)
         checkpoint.put_json("seconds", time.monotonic() - begin)
         kept = allocate(importances, prefill.sparsity, anatomy.intermediate)
-        losses = _distill(job, weights, kept, teacher, begin)
+        losses, judged = _distill(job, weights, kept, teacher, begin)
 
     record = {
         "config": {**cfg.to_dict(config), "fit_tokens": job.config.fit_tokens, "steps": len(losses)},
@@ -135,6 +137,7 @@ def calibrate(
         "seconds": round(time.monotonic() - begin, 1),
         "loss_first": _mean(losses[:20]),
         "loss_last": _mean(losses[-20:]),
+        "loss_aside": judged,
         "importance_held": shares,
         "processes": team.size,
         "machine": machine.describe(),
@@ -297,14 +300,22 @@ def _students(job: Job, weights: list[Weights], kept: list[int], answer: float =
     ]
 
 
-def _distill(job: Job, weights: list[Weights], kept: list[int], teacher: Teacher, begin: float) -> list[float]:
-    """The end-to-end stage. Sequences come in their shuffled order, and repeat when they run out."""
-    config, tokens, checkpoint = job.config, job.tokens, job.checkpoint
+def _distill(
+    job: Job, weights: list[Weights], kept: list[int], teacher: Teacher, begin: float
+) -> tuple[list[float], list[float]]:
+    """The end-to-end stage. Sequences come in their shuffled order, and repeat when they run out; the last ones are set aside.
+    Returns the losses of its steps, and those of the text set aside before and after. Where it made them worse, the weights
+    stay those of the fits, and there were no steps."""
+    config, checkpoint = job.config, job.checkpoint
     if config.steps == 0 or min(kept) == job.anatomy.intermediate:  # nothing to train, or nothing skipped
-        return []
+        return [], []
+    training = len(job.tokens) - min(ASIDE, len(job.tokens) // 8)
+    tokens, aside = job.tokens[:training], job.tokens[training:]
     students = _students(job, weights, kept, config.answer)
     trainer = Distiller(job.model, job.anatomy, students, config, job.prefill.first_sparse, teacher, job.team)
     trainer.config = config = dataclasses.replace(config, steps=_steps(job, trainer, begin))
+    judged: list[float] = checkpoint.json("aside") or ([round(trainer.judge(aside), 4)] if len(aside) else [])
+    checkpoint.put_json("aside", judged)
     saved = checkpoint.tensors("distill")
     if saved is not None:
         trainer.load(saved)
@@ -319,9 +330,19 @@ def _distill(job: Job, weights: list[Weights], kept: list[int], teacher: Teacher
                 checkpoint.put_json("seconds", time.monotonic() - begin)
                 last_save = time.monotonic()
     checkpoint.put_tensors("distill", trainer.state())
+    judged += [round(trainer.judge(aside), 4)] if len(aside) else []
+    if judged and not judged[1] < judged[0]:
+        if not job.team.rank:
+            print(
+                "fastfill: warning: the distillation made the loss of text set aside worse "
+                f"({judged[0]:.3f} -> {judged[1]:.3f} nats); the artifact is that of the fits alone. Use lower rates "
+                "(--compensator-lr, --predictor-lr).",
+                file=sys.stderr,
+            )
+        return [], judged
     for layer, student in zip(weights, trainer.students, strict=True):
         layer.update({name: student.weights[name].detach() for name in TRAINED})
-    return trainer.losses
+    return trainer.losses, judged
 
 
 def _mean(values: list[float]) -> float | None:

@@ -46,6 +46,8 @@ def artifact(artifact: Artifact, folder: Path) -> None:
             f"{record.get('tokens_distilled')} tokens distilled, loss {record.get('loss_first')} -> {record.get('loss_last')} "
             f"nats, {record.get('seconds')} s"
         )
+        if len(record.get("loss_aside") or ()) == 2:
+            _say("loss on text set aside, before and after: {} -> {} nats".format(*record["loss_aside"]))
     if artifact.quality:
         Perplexity.show(artifact.quality)
     else:
