@@ -13,11 +13,8 @@ PROSE=("$DATA/longbench_multi_news_part.jsonl[:20]" "$DATA/us_presidential_speec
 STDLIB=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 CODE=()
 for module in pickle random shutil subprocess tarfile threading typing zipfile; do CODE+=("$STDLIB/$module.py[:1]"); done
-# What the shipped artifact of the 1.5B was given: less than the defaults, for want of time.
-BUDGET=()
-if [ "$SIZE" = 1.5b ]; then BUDGET=(--fit-tokens 65536 --steps 100); fi
 
-fastfill calibrate "$MODEL" --resume --out "$OUT" "${BUDGET[@]}" --data "$DATA/longbench_multi_news_part.jsonl[20:]" \
+fastfill calibrate "$MODEL" --resume --out "$OUT" --data "$DATA/longbench_multi_news_part.jsonl[20:]" \
   "$DATA/us_presidential_speeches.jsonl[:100]" "$DATA/wikitext2_valid.txt[:60]" "$STDLIB"/[a-c]*.py
 mkdir -p "$RESULTS"
 evaluate() { fastfill evaluate "$MODEL" --artifact "$OUT" --json "$@" | tail -n 1; }
