@@ -1,12 +1,13 @@
 """Which quantised checkpoints are read, and that all others are named."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 from conftest import one_sentence
 from test_quantise_script import quantise
 
-from fastfill import quantised
+from fastfill import eight_bits, quantised
 from fastfill.errors import UserError
 
 
@@ -50,3 +51,29 @@ def test_all_else_is_named(found, words):
     with pytest.raises(UserError, match="take the floating-point model") as refused:
         quantised.check(found)
     assert words in one_sentence(refused.value)
+
+
+def test_a_scheme_is_dumped_once():
+    """Every sparse call asks for it. Another part on the same scheme, and another status, count at once."""
+    dumped = []
+
+    class Part:
+        def __init__(self, **fields):
+            self.fields = fields
+
+        def model_dump(self, mode):
+            dumped.append(mode)
+            return self.fields
+
+    group = quantise.scheme()["config_groups"]["group_0"]
+    weights, inputs = Part(**group["weights"]), Part(**group["input_activations"])
+    scheme = SimpleNamespace(weights=weights, input_activations=inputs, output_activations=None)
+    linear = SimpleNamespace(quantization_scheme=scheme, quantization_status="compressed")
+    assert [eight_bits.problem(linear) for _ in range(5)] == [None] * 5 and len(dumped) == 2
+    linear.quantization_status = "frozen"
+    assert "not rounded to yet" in eight_bits.problem(linear) and len(dumped) == 2
+    scheme.weights = Part(**group["weights"] | {"num_bits": 4})
+    assert "weights int4" in eight_bits.problem(linear)
+    scheme.weights = weights
+    linear.quantization_status = "decompressed"
+    assert eight_bits.problem(linear) is None

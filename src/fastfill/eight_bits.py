@@ -127,9 +127,23 @@ def _odd_scheme(linear: Any, scheme: Any) -> str | None:
     status = getattr(status, "value", status)
     if scheme.input_activations is None and status == "decompressed":
         return None  # it computes as any other Linear
-    parts = (scheme.weights, scheme.input_activations, scheme.output_activations)
-    found = [quantised.words(part and part.model_dump(mode="json")) for part in parts]
-    if found[:2] != [quantised.WEIGHTS, quantised.ACTIVATIONS] or scheme.output_activations:
-        outputs = f", outputs {found[2]}" if scheme.output_activations else ""
-        return f"weights {found[0]}, activations {found[1]}{outputs} (compressed-tensors)"
+    odd = _odd_parts((scheme.weights, scheme.input_activations, scheme.output_activations))
+    if odd:
+        return odd
     return None if status in ("compressed", "decompressed") else f"int8 that it is not rounded to yet (status {status!r})"
+
+
+_judged: dict[tuple[int, ...], tuple[tuple[Any, ...], str | None]] = {}  # with the parts themselves, so that ids stay theirs
+
+
+def _odd_parts(parts: tuple[Any, ...]) -> str | None:
+    """Of a scheme's weights, inputs and outputs. Dumped once: every call of an FFN asks."""
+    key = tuple(map(id, parts))
+    if key not in _judged:
+        weights, inputs, outputs = (quantised.words(part and part.model_dump(mode="json")) for part in parts)
+        odd = (weights, inputs) != (quantised.WEIGHTS, quantised.ACTIVATIONS) or parts[2]
+        more = f", outputs {outputs}" if parts[2] else ""
+        if len(_judged) > 1000:  # models come and go
+            _judged.clear()
+        _judged[key] = parts, f"weights {weights}, activations {inputs}{more} (compressed-tensors)" if odd else None
+    return _judged[key][1]

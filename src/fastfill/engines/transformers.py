@@ -18,6 +18,7 @@ from fastfill.cost import Cost
 from fastfill.engines import Engine, Prefill
 from fastfill.errors import UserError, reason
 from fastfill.sparse_ffn import AllNeurons
+from fastfill.swap import Swaps
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
@@ -163,20 +164,16 @@ class TransformersEngine:
 
     @contextmanager
     def all_neurons(self) -> Iterator[None]:
-        ffns, projections = self.attachment.ffns, self.attachment.projections
-        own = [ffn.dense for ffn in ffns]
+        swaps = Swaps()
         try:
-            for ffn in ffns:
-                ffn.dense = AllNeurons(ffn.ffn, ffn.down_t, ffn.kernel)
-            for projection in projections:
-                projection.always = True
+            for ffn in self.attachment.ffns:
+                swaps.put(ffn, "dense", AllNeurons(ffn.ffn, ffn.down_t, ffn.kernel))
+            for projection in self.attachment.projections:
+                swaps.put(projection, "always", True)
             with self.attachment.dense():
                 yield
         finally:
-            for ffn, dense in zip(ffns, own, strict=True):
-                ffn.dense = dense
-            for projection in projections:
-                projection.always = False
+            swaps.undo()
 
     def clocks(self) -> AbstractContextManager[dict[str, float]]:
         attentions = families.dissect(self.model).attentions
