@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastfill import kernels
+from fastfill import kernels, tensors
 from fastfill.compensator import Compensator
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
@@ -20,8 +20,6 @@ from fastfill.ffn import FFN
 from fastfill.kernels import Kernel
 from fastfill.predictor import Predictor
 from fastfill.sparse_ffn import AllNeurons, SparseFFN
-
-SAMPLE = 64  # entries of each layer's down that every call compares: 1 in 14,000 of SmolLM2's
 
 # The weights' like (type, device) -> what was learned, cast to it.
 Learned = Callable[[torch.Tensor], tuple[Predictor, Compensator | None]]
@@ -54,7 +52,7 @@ class Follower:
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The same few entries of down as it is, and as it was when the copy was made of it."""
-        return _diagonal(self.part.down), self._sample
+        return tensors.diagonal(self.part.down), self._sample
 
     @torch.inference_mode(False)  # what is made under inference_mode could not be used outside it
     @torch.no_grad()
@@ -67,7 +65,7 @@ class Follower:
             raise UserError(str(error)) from error
         kernel = self._chosen.get((like.dtype, like.device), kernel)
         predictor, compensator = self._learned(like)
-        self._stamps, self._sample = _stamps(ffn), _diagonal(ffn.down.detach()).clone()
+        self._stamps, self._sample = _stamps(ffn), tensors.diagonal(ffn.down.detach()).clone()
         inside = ffn.scales is not None  # torchao's rows are the model's own
         eight = inside or self._config.weights == "int8"
         if eight and ffn.gate.device.type != "cpu":
@@ -104,20 +102,6 @@ def _same_samples(layers: Sequence[Follower]) -> bool:
     return True
 
 
-def _diagonal(weight: torch.Tensor) -> torch.Tensor:
-    """Up to SAMPLE entries, spread evenly over the rows and over the columns. A view."""
-    rows, columns = weight.shape
-    count = min(SAMPLE, rows, columns)
-    step = rows // count * weight.stride(0) + columns // count * weight.stride(1)
-    return weight.as_strided((count,), (step,))
-
-
 def _stamps(ffn: FFN) -> list[Any]:
     parts = (ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias, ffn.down_bias)
-    return [None if part is None else _stamp(part) for part in parts]
-
-
-def _stamp(weight: torch.Tensor) -> tuple[Any, ...]:
-    """Differs after nearly every way to change a weight: not after writing through `.data`."""
-    version = None if weight.is_inference() else weight._version
-    return weight.data_ptr(), weight.stride(), version, weight.dtype, weight.device, weight.requires_grad
+    return [None if part is None else tensors.stamp(part) for part in parts]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastfill import eight_bits, kernels
+from fastfill import eight_bits, kernels, tensors
 from fastfill.kernels import int8
 from fastfill.sparse_ffn import current_plan, dense_in_int8, without_gradient
 
@@ -41,25 +41,24 @@ class Projection:
     @torch.no_grad()
     def renew(self) -> None:
         """Round the weight that is there now, or take the int8 rows that it stands for."""
-        self._stamp, self._sample = self._now(), self._entries()
+        weight = self._stored()
+        self._stamp, self._sample = tensors.stamp(weight), tensors.diagonal(weight).clone()
         self.weight, self.scale = eight_bits.rows(self.linear) or kernels.rounded(self.linear.weight)
 
     def stale(self, samples: bool = True) -> bool:
-        return self._stamp != self._now() or (samples and self._sample != self._entries())
+        weight = self._stored()
+        if self._stamp != tensors.stamp(weight):
+            return True
+        # Writing through `weight.data` leaves no other trace. Bytes: NaN equals NaN.
+        return samples and not torch.equal(tensors.diagonal(weight).clone().view(torch.uint8), self._sample.view(torch.uint8))
 
     @property
     def nbytes(self) -> int:
-        own = self.weight.data_ptr() == eight_bits.stored(self.linear.weight).data_ptr()
+        own = self.weight.data_ptr() == self._stored().data_ptr()
         return self.scale.nbytes + (0 if own else self.weight.nbytes)
 
-    def _now(self) -> tuple[Any, ...]:
-        weight = eight_bits.stored(self.linear.weight)
-        return weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype
-
-    def _entries(self) -> list[float] | None:
-        """A few: writing through `weight.data` leaves no other trace."""
-        weight = eight_bits.stored(self.linear.weight).detach()
-        return weight.reshape(-1)[:: max(1, weight.numel() // 64)].tolist() if weight.is_contiguous() else None
+    def _stored(self) -> torch.Tensor:
+        return eight_bits.stored(self.linear.weight).detach()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., K) -> (..., N)."""
