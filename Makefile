@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fastfill demo $(if $(MODEL),"$$($(BIN)/python benchmarks/models.py $(MODEL))" --artifact $(MODEL))
 
 # Two workers, a file to one of them: half the time of `python -m pytest`, the same tests.
-PYTEST := -m pytest -n 2 --dist loadfile
+PYTEST := -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/.installed
 	$(BIN)/python $(PYTEST)
