@@ -139,11 +139,12 @@ _judged: dict[tuple[int, ...], tuple[tuple[Any, ...], str | None]] = {}  # with 
 def _odd_parts(parts: tuple[Any, ...]) -> str | None:
     """Of a scheme's weights, inputs and outputs. Dumped once: every call of an FFN asks."""
     key = tuple(map(id, parts))
-    if key not in _judged:
+    found = _judged.get(key)
+    if found is None:
         weights, inputs, outputs = (quantised.words(part and part.model_dump(mode="json")) for part in parts)
         odd = (weights, inputs) != (quantised.WEIGHTS, quantised.ACTIVATIONS) or parts[2]
         more = f", outputs {outputs}" if parts[2] else ""
         if len(_judged) > 1000:  # models come and go
             _judged.clear()
-        _judged[key] = parts, f"weights {weights}, activations {inputs}{more} (compressed-tensors)" if odd else None
-    return _judged[key][1]
+        found = _judged[key] = parts, f"weights {weights}, activations {inputs}{more} (compressed-tensors)" if odd else None
+    return found[1]
