@@ -71,7 +71,7 @@ def floors(names: list[str]) -> dict[str, Any]:
             ttfts.append(row)
     return {
         "task": "gpu-floors",
-        "statement": "No GPU was at hand: nothing here was measured. These are the least times that FLOPs and bytes allow.",
+        "statement": "Nothing here was measured: these are the least times that FLOPs and bytes allow.",
         "model": ", ".join(names),
         "dtype": "bfloat16",
         "sparsity": 0.5,

@@ -77,8 +77,10 @@ def test_two_processes_equal_one_also_when_resumed(words, tmp_path, monkeypatch)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "text.jsonl", "three", "two"]
 
     words[words.index("--batch") + 1] = "1"  # half of the text of each step is another result
+    monkeypatch.setattr(run, "ASIDE", 0)  # whether so few steps help on text set aside is chance
     assert cli.main([*words, "--out", str(tmp_path / "half")]) == 0
-    assert distance(one, artifacts.load(tmp_path / "half")) > 0.03
+    half = artifacts.load(tmp_path / "half")
+    assert distance(one, half) > 0.03 and half.calibration["tokens_distilled"] == 6 * 64
 
 
 def test_one_sentence_where_processes_cannot_share(words, tmp_path, model, tokenizer, monkeypatch, capsys):
@@ -97,11 +99,12 @@ def test_one_sentence_where_processes_cannot_share(words, tmp_path, model, token
 def test_bf16_products(model, tokenizer, tmp_path, monkeypatch):
     """As on CUDA, on an fp32 model: close to fp32, and not the same."""
     texts = [tiny_text(256, seed=s) for s in range(4)]
+    monkeypatch.setattr(run, "ASIDE", 0)
     found = {}
     for on in (False, True):
         precision = torch.autocast("cpu", torch.bfloat16, enabled=on, cache_enabled=False)
         monkeypatch.setattr(run, "_precision", lambda _device, precision=precision: precision)
         found[on] = fastfill.calibrate(model, tokenizer, texts, tmp_path / str(on), prefill=PREFILL, config=CONFIG)
-    losses = [a.calibration["loss_aside"][1] for a in found.values()]
+    losses = [a.calibration["loss_last"] for a in found.values()]
     assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[0] != losses[1]
     assert 0 < distance(found[False], found[True], "predictor") < 0.2

@@ -188,8 +188,9 @@ def _with_fit_tokens(job: Job) -> Job:
     return dataclasses.replace(job, config=dataclasses.replace(config, fit_tokens=found))
 
 
-def _steps(job: Job, trainer: Distiller, begin: float) -> int:
-    """How many steps there are: those asked for, or what is left of the budget."""
+def _steps(job: Job, trainer: Distiller, begin: float, aside: int) -> int:
+    """How many steps there are: those asked for, or what is left of the budget. At its end the sequences set aside are judged
+    once more, each in less than the time of a step's."""
     config, checkpoint = job.config, job.checkpoint
     if config.minutes is None:
         return config.steps
@@ -197,7 +198,7 @@ def _steps(job: Job, trainer: Distiller, begin: float) -> int:
     if found is None:
         seconds = [_seconds(lambda: trainer.rehearse(job.tokens[: config.batch])) for _ in range(2)][-1]
         (slowest, gone) = job.team.total(seconds / job.team.size, (time.monotonic() - begin) / job.team.size)
-        found = max(1, int((config.minutes * 60 - gone) / slowest))
+        found = max(1, int((config.minutes * 60 - gone) / slowest) - -(-aside // config.batch))
         checkpoint.put_json("steps", found)
     return found
 
@@ -303,9 +304,9 @@ def _students(job: Job, weights: list[Weights], kept: list[int], answer: float =
 def _distill(
     job: Job, weights: list[Weights], kept: list[int], teacher: Teacher, begin: float
 ) -> tuple[list[float], list[float]]:
-    """The end-to-end stage. Sequences come in their shuffled order, and repeat when they run out; the last ones are set aside.
-    Returns the losses of its steps, and those of the text set aside before and after. Where it made them worse, the weights
-    stay those of the fits, and there were no steps."""
+    """The end-to-end stage. Sequences come in their shuffled order, and repeat when they run out; the last ones are set aside
+    (the schedule was measured on some of them, and the fits may have seen them). Returns the losses of its steps, and those of
+    the text set aside before and after. Where it made them worse, the weights stay those of the fits, and there were no steps."""
     config, checkpoint = job.config, job.checkpoint
     if config.steps == 0 or min(kept) == job.anatomy.intermediate:  # nothing to train, or nothing skipped
         return [], []
@@ -313,9 +314,9 @@ def _distill(
     tokens, aside = job.tokens[:training], job.tokens[training:]
     students = _students(job, weights, kept, config.answer)
     trainer = Distiller(job.model, job.anatomy, students, config, job.prefill.first_sparse, teacher, job.team)
-    trainer.config = config = dataclasses.replace(config, steps=_steps(job, trainer, begin))
     judged: list[float] = checkpoint.json("aside") or ([round(trainer.judge(aside), 4)] if len(aside) else [])
     checkpoint.put_json("aside", judged)
+    trainer.config = config = dataclasses.replace(config, steps=_steps(job, trainer, begin, len(aside)))
     saved = checkpoint.tensors("distill")
     if saved is not None:
         trainer.load(saved)
