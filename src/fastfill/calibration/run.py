@@ -306,7 +306,7 @@ def _distill(
 ) -> tuple[list[float], list[float]]:
     """The end-to-end stage. Sequences come in their shuffled order, and repeat when they run out; the last ones are set aside
     (the schedule was measured on some of them, and the fits may have seen them). Returns the losses of its steps, and those of
-    the text set aside before and after. Where it made them worse, the weights stay those of the fits, and there were no steps."""
+    the text set aside before and after. Where it made them worse, the weights stay those of the fits, and no step counts."""
     config, checkpoint = job.config, job.checkpoint
     if config.steps == 0 or min(kept) == job.anatomy.intermediate:  # nothing to train, or nothing skipped
         return [], []
