@@ -7,7 +7,7 @@ speed hold two engines side by side in this process, stock and with the artifact
 tokens, one new token, until the noise is less than the gain, or four times as often as listed. "off" is the second engine
 with the request switched off; it should take what stock takes. Afterwards clocks in the second engine measure the FFN
 in runs of their own, dense and sparse, without torch.compile. The FFN's share is its part of such a dense run; the ceiling is
-what would be left if every skipped neuron took its part of that time with it. The models but for the default one have random
+what would be left if every skipped neuron took its part of that time with it. The models that are called shaped have random
 weights and a random artifact, which is enough for speed.
 
 The steps "load" run `fastfill serve` twice, with sparsity 0 (vLLM's own code) and with the artifact, and a real OpenAI client:
@@ -127,6 +127,8 @@ STEPS: dict[str, Speed | Decode | Load] = {
     "qwen-70": Speed("qwen2.5-0.5b-shaped", {1024: 9}, sparsity=0.7),
     "qwen-one-copy": Speed("qwen2.5-0.5b-shaped", {64: 9, 1024: 5}, one_copy=True),
     "llama": Speed("llama-3.2-1b-shaped", {1024: 7}),
+    "coder-0.5b": Speed("qwen2.5-coder-0.5b", {1024: 5, 4096: 3}),
+    "coder-1.5b": Speed("qwen2.5-coder-1.5b", {1024: 3, 4096: 3}),
     "decode": Decode(("default", *SHAPES)),
     "load": Load(),
     "load-fp32": Load(requests=12, longest=1500, per_second=0.3, dtype="float32"),
@@ -161,6 +163,14 @@ def random_model(name: str) -> tuple[str, str]:
             artifacts.save(artifact, made / "artifact", readme="random\n")
             made.rename(folder)
     return str(folder / "model"), str(folder / "artifact")
+
+
+def made_or_real(name: str) -> tuple[str, str]:
+    """The model and the artifact of a step's name; a real model is fetched, if it is not there."""
+    if name in SHAPES:
+        return random_model(name)
+    command = [sys.executable, str(ROOT / "benchmarks" / "models.py"), name]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip(), name
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -247,7 +257,7 @@ class Pair:
 def pair(step: Speed) -> Iterator[Pair]:
     import vllm
 
-    model, artifact = ("default", "default") if step.model == "default" else random_model(step.model)
+    model, artifact = ("default", "default") if step.model == "default" else made_or_real(step.model)
     engine.prepare()
     arguments = {
         "dtype": "bfloat16",
