@@ -80,8 +80,8 @@ def _documents(row: Row) -> str:
     return f"{row['documents']} held-out {kind}"
 
 
-def claim(bench: list[Row], quality: list[Row]) -> str:
-    """The first screen: one speed, one quality, and their conditions."""
+def claim(bench: list[Row], quality: list[Row], llama: list[Row]) -> str:
+    """The first screen: one speed, one quality, and their conditions. llama: lines of llama-bench."""
     learned = next((row for row in quality if row["predictor"] == "learned" and row["compensator"]), None)
     speed = next((b for b in bench if learned is None or b["model"] == learned["model"]), None)
     parts = []
@@ -98,7 +98,7 @@ def claim(bench: list[Row], quality: list[Row]) -> str:
             f"{ceiling(row):.2f}x{_more(row)} ({_where(machine)}, {speed['dtype']}, transformers {machine['transformers']}, "
             f"{speed['kernel']} kernel)."
         )
-        parts += [_claim_eight(result) for result in bench if _eight(result) and result["model"] == speed["model"]]
+        parts += [_claim_eight(result, llama) for result in bench if _eight(result) and result["model"] == speed["model"]]
     if learned is None:
         parts.append("{{claim: quality, from benchmarks/results/quality.jsonl}}")
     else:
@@ -114,18 +114,21 @@ def claim(bench: list[Row], quality: list[Row]) -> str:
     return "\n".join(parts)
 
 
-def _claim_eight(result: Row) -> str:
+def _claim_eight(result: Row, llama: list[Row]) -> str:
     row = min(result["rows"], key=lambda r: abs(r["prompt_tokens"] - CLAIM_TOKENS))
     rivals = [
         f"{other['name']} takes {other['ttft_s']:.2f} s"
         for other in result.get("compare", ())
-        if other.get("prompt_tokens") == row["prompt_tokens"]
+        if other.get("prompt_tokens") == row["prompt_tokens"] and not (llama and other["name"] == "llama-bench")
     ]
+    if known := [line for line in llama if line["n_prompt"] == row["prompt_tokens"]]:
+        best = min(known, key=lambda line: line["avg_ns"])
+        rivals.append(f"llama.cpp takes {best['avg_ns'] / 1e9:.2f} s at best ({_format(best)})")
     return (
         "In eight bits (`--weights int8`, [quality](docs/quantised.md#quality)): "
         f"{row['ttft_dense_s']:.2f} s → {row['ttft_sparse_s']:.2f} s, "
         f"**{row['speedup']:.2f}x**, of which skipping is {row['ttft_all_neurons_s'] / row['ttft_sparse_s']:.2f}x"
-        + (f". In the same run {', '.join(rivals)}." if rivals else ".")
+        + (f". Beside it {', '.join(rivals)}." if rivals else ".")
     )
 
 
@@ -186,6 +189,20 @@ def quality_summary(folder: Path) -> str:
             f"{row['kl']:.3f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    files = [folder / name / "longbench.json" for name in REAL]
+    answers = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    if answers:
+        first = answers[0]
+        losses = [
+            f"{_short(result['model'])} {result['likelihood']['loss']:.3f}"
+            + _interval(result["likelihood"]["interval"], " ({:.3f} to {:.3f})")
+            for result in answers
+        ]
+        lines += [
+            "",
+            f"The right answer to {first['examples']} rows of MiniLongBench, cut to {first['max_prompt_tokens']:,} tokens, "
+            f"loses in nats per token: {', '.join(losses)}.",
+        ]
     return "\n".join(lines)
 
 
@@ -196,9 +213,83 @@ def real_tables(folder: Path) -> str:
         bench, quality = load_bench(folder / name), load_quality(folder / name)
         parts += [bench_tables(bench)] if bench else []
         parts += [quality_tables(quality)] if quality else []
+        parts += [levels_table(bench, quality, load_lines(folder / name / "levels.jsonl"))] if bench and quality else []
+        served = [step for step in load_lines(folder / "vllm.jsonl") if step.get("model") == name]
+        parts += [rivals_table(bench, load_lines(folder / name / "llama-bench.jsonl"), served)] if bench else []
         file = folder / name / "longbench.json"
         parts += [likelihood_table(json.loads(file.read_text(encoding="utf-8")))] if file.is_file() else []
     return "\n\n".join(parts) or "{{real: from benchmarks/results/qwen2.5-coder-*}}"
+
+
+def levels_table(bench: list[Row], quality: list[Row], more: list[Row]) -> str:
+    """What each sparsity gains by prompt length, and what it costs: a row per sparsity. more: of `bench` and of `evaluate`."""
+    speed = [bench[0], *(row for row in more if "rows" in row)]
+    loss = [next(row for row in quality if row["predictor"] == "learned"), *(row for row in more if "ppl_ratio" in row)]
+    gains = {(r["sparsity"], row["prompt_tokens"]): row for r in speed for row in r["rows"]}
+    losses = {row["sparsity"]: row for row in loss}
+    lengths = sorted({tokens for _, tokens in gains})
+    lines = [
+        f"{_short(bench[0]['model'])} by sparsity: speed-up of TTFT (ceiling) by prompt tokens, and the loss on "
+        f"{_documents(loss[0])}.",
+        "",
+        f"| sparsity | {' | '.join(f'{n:,}' for n in lengths)} | strict ppl | KL | continuation ppl | KL |",
+        "|--:|" + "--:|" * (len(lengths) + 4),
+    ]
+    for sparsity in sorted({key[0] for key in gains} | losses.keys()):
+        found = [gains.get((sparsity, tokens)) for tokens in lengths]
+        row = losses.get(sparsity)
+        cells = (
+            f"{sparsity:.0%}",
+            *(f"{one['speedup']:.2f}x ({_ceiling(one)})" if one else "" for one in found),
+            *((f"{row['ppl_ratio']:.2f}x", f"{row['kl']:.3f}") if row else ("", "")),
+            *((f"{row['cont_ppl_ratio']:.3f}x", f"{row['cont_kl']:.3f}") if row else ("", "")),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rivals_table(bench: list[Row], llama: list[Row], served: list[Row]) -> str:
+    """What else runs the same model on this machine. llama: lines of llama-bench. served: steps of serving.py."""
+    ours = next((result for result in bench if _eight(result) and result.get("compare")), None)
+    if ours is None:
+        return "{{rivals: bench-int8.json by `fastfill bench --weights int8 --compare`}}"
+    row = ours["rows"][0]
+    tokens = row["prompt_tokens"]
+    sparse = next((r for result in bench if not _eight(result) for r in result["rows"] if r["prompt_tokens"] == tokens), None)
+    times = {
+        f"fastfill, {ours['sparsity']:.0%} sparsity, int8": row["ttft_sparse_s"],
+        **({f"fastfill, {ours['sparsity']:.0%} sparsity, {ours['dtype']}": sparse["ttft_sparse_s"]} if sparse else {}),
+        "fastfill, int8, all neurons kept": row["ttft_all_neurons_s"],
+        f"transformers, {ours['dtype']}": row["ttft_dense_s"],
+        **{
+            one["name"] + f" ({one['weights']})" * (one["weights"] not in one["name"]): one["ttft_s"]
+            for one in ours["compare"]
+            if one.get("prompt_tokens") == tokens and not (llama and one["name"] == "llama-bench")
+        },
+        **{
+            f"vLLM{what}, {step['dtype']}": one[key]
+            for step in served
+            for one in step["rows"]
+            if one["prompt_tokens"] == tokens
+            for what, key in ((" with fastfill", "ttft_sparse_s"), ("", "ttft_stock_s"))
+        },
+        **{f"llama.cpp, {_format(one)}": one["avg_ns"] / 1e9 for one in llama if one["n_prompt"] == tokens},
+    }
+    lines = [
+        f"{_short(ours['model'])}, {tokens:,} tokens, beside what else runs it ({_where(ours['machine'])}). Sparse in "
+        f"{ours['dtype']}{', vLLM' * bool(served)}{', llama.cpp (llama-bench)' * bool(llama)}: runs of their own; the rest in one.",
+        "",
+        "| engine | TTFT | over ours in int8 |",
+        "|---|--:|--:|",
+    ]
+    for name, seconds in sorted(times.items(), key=lambda item: item[1]):
+        lines.append(f"| {name} | {seconds:.2f} s | {seconds / row['ttft_sparse_s']:.2f}x |")
+    return "\n".join(lines)
+
+
+def _format(line: Row) -> str:
+    """The number format that llama-bench names, as its files are called."""
+    return str(line["model_type"]).split("B ", 1)[-1].replace(" - Medium", "_M")
 
 
 def likelihood_table(result: Row) -> str:
@@ -268,7 +359,7 @@ def bench_tables(bench: list[Row]) -> str:
 
 
 def _more(row: Row) -> str:
-    return ", the rest being the kernel's or noise" if row["speedup"] > ceiling(row) else ""
+    return ", the rest being the kernel's or noise" if round(row["speedup"], 2) > round(ceiling(row), 2) else ""
 
 
 def _gain(row: Row) -> str:
@@ -506,7 +597,7 @@ def render(readme: str, folder: Path = RESULTS) -> str:
     bench, quality, seeded = load_bench(folder), load_quality(folder), load_lines(folder / "seeds.jsonl")
     first = next((folder / name for name in REAL if load_bench(folder / name) and load_quality(folder / name)), folder)
     parts = {
-        "claim": claim(load_bench(first), load_quality(first)),
+        "claim": claim(load_bench(first), load_quality(first), load_lines(first / "llama-bench.jsonl")),
         "speed": speed_summary(folder),
         "quality-short": quality_summary(folder),
         "real": real_tables(folder),

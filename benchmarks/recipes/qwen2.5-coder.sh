@@ -26,5 +26,15 @@ evaluate() { fastfill evaluate "$MODEL" --artifact "$OUT" --json "$@" | tail -n 
 mv "$RESULTS/quality.jsonl.part" "$RESULTS/quality.jsonl"
 evaluate --task longbench --data "$DATA/minilongbench_part.jsonl" --max-prompt-tokens 2048 --score likelihood >"$RESULTS/longbench.json"
 fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 512,1024,2048,4096 --repeats 5 --json | tail -n 1 >"$RESULTS/bench-native.json"
-fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 1024,2048 --repeats 3 --weights int8 --compare --json | tail -n 1 >"$RESULTS/bench-int8.json"
+# Beside the other engines that are installed; llama.cpp's llama-bench, where it is on PATH, reads each number format of the file.
+fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 1024 --repeats 3 --weights int8 --compare --json | tail -n 1 >"$RESULTS/bench-int8.json"
+{
+  bench() { fastfill bench "$MODEL" --artifact "$OUT" --json "$@" | tail -n 1; }
+  for sparsity in 0.3 0.7; do
+    bench --sparsity $sparsity --prompt-lengths 1024,2048 --repeats 2
+    evaluate --data "${PROSE[@]}" --limit 8 --sparsity $sparsity
+  done
+  bench --prompt-lengths 4096 --repeats 2
+  bench --prompt-lengths 8192 --repeats 1
+} >"$RESULTS/levels.jsonl"
 python benchmarks/report_tables.py
