@@ -276,8 +276,8 @@ def rivals_table(bench: list[Row], llama: list[Row], served: list[Row]) -> str:
         **{f"llama.cpp, {_format(one)}": one["avg_ns"] / 1e9 for one in llama if one["n_prompt"] == tokens},
     }
     lines = [
-        f"{_short(ours['model'])}, {tokens:,} tokens, beside what else runs it ({_where(ours['machine'])}). Sparse in "
-        f"{ours['dtype']}{', vLLM' * bool(served)}{', llama.cpp (llama-bench)' * bool(llama)}: runs of their own; the rest in one.",
+        f"{_short(ours['model'])}, {tokens:,} tokens, beside what else runs it ({_where(ours['machine'])}). Runs of "
+        f"their own: sparse in {ours['dtype']}{', vLLM' * bool(served)}{', llama.cpp (llama-bench)' * bool(llama)}.",
         "",
         "| engine | TTFT | over ours in int8 |",
         "|---|--:|--:|",
