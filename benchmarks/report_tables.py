@@ -117,7 +117,7 @@ def claim(bench: list[Row], quality: list[Row], llama: list[Row]) -> str:
 def _claim_eight(result: Row, llama: list[Row]) -> str:
     row = min(result["rows"], key=lambda r: abs(r["prompt_tokens"] - CLAIM_TOKENS))
     rivals = [
-        f"{other['name']} takes {other['ttft_s']:.2f} s"
+        f"{other['name'].replace(', ', ' in ')} takes {other['ttft_s']:.2f} s"
         for other in result.get("compare", ())
         if other.get("prompt_tokens") == row["prompt_tokens"] and not (llama and other["name"] == "llama-bench")
     ]
