@@ -213,7 +213,8 @@ def real_tables(folder: Path) -> str:
         bench, quality = load_bench(folder / name), load_quality(folder / name)
         parts += [bench_tables(bench)] if bench else []
         parts += [quality_tables(quality)] if quality else []
-        parts += [levels_table(bench, quality, load_lines(folder / name / "levels.jsonl"))] if bench and quality else []
+        levels = load_lines(folder / name / "levels.jsonl")
+        parts += [levels_table(bench, quality, levels)] if bench and quality and levels else []
         served = [step for step in load_lines(folder / "vllm.jsonl") if step.get("model") == name]
         parts += [rivals_table(bench, load_lines(folder / name / "llama-bench.jsonl"), served)] if bench else []
         file = folder / name / "longbench.json"
