@@ -200,7 +200,7 @@ def quality_summary(folder: Path) -> str:
         ]
         lines += [
             "",
-            f"The right answer to {first['examples']} rows of MiniLongBench, cut to {first['max_prompt_tokens']:,} tokens, "
+            f"The right answer to {first['likelihood']['examples']} rows of MiniLongBench, cut to {first['max_prompt_tokens']:,} tokens, "
             f"loses in nats per token: {', '.join(losses)}.",
         ]
     return "\n".join(lines)

@@ -30,6 +30,7 @@ LISTS: dict[str, dict[str, type]] = {  # kind: fields that hold a list, and of w
     "gpu-ffn-op": {},
     "fuzz": {"rows": dict},  # of tests/fuzz
     "serving": {"rows": dict},  # from benchmarks/serving.py; no figure either
+    "llama-bench": {},  # lines of llama.cpp's program, beside the results that they are compared with
 }
 MAX_BYTES = 256 << 20  # of a file of results
 STORE = ("predictions.jsonl", "settings.json")  # of a run that can be resumed, no result
@@ -39,6 +40,7 @@ MARKS = {  # kinds without a task: fields that tell them
     "kernel": {"H", "F", "B", "dense_s", "sparse_s"},
     "bench": {"rows", "repeats"},
     "serving": {"step", "vllm"},
+    "llama-bench": {"n_prompt", "avg_ns", "model_type"},
 }
 
 
