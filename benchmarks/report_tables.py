@@ -192,7 +192,7 @@ def quality_summary(folder: Path) -> str:
     files = [folder / name / "longbench.json" for name in REAL]
     answers = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     if answers:
-        first = answers[0]
+        rows, most = answers[0]["likelihood"]["examples"], answers[0]["max_prompt_tokens"]
         losses = [
             f"{_short(result['model'])} {result['likelihood']['loss']:.3f}"
             + _interval(result["likelihood"]["interval"], " ({:.3f} to {:.3f})")
@@ -200,7 +200,7 @@ def quality_summary(folder: Path) -> str:
         ]
         lines += [
             "",
-            f"The right answer to {first['likelihood']['examples']} rows of MiniLongBench, cut to {first['max_prompt_tokens']:,} tokens, "
+            f"The right answer to {rows} rows of MiniLongBench, cut to {most:,} tokens, "
             f"loses in nats per token: {', '.join(losses)}.",
         ]
     return "\n".join(lines)
@@ -216,7 +216,8 @@ def real_tables(folder: Path) -> str:
         levels = load_lines(folder / name / "levels.jsonl")
         parts += [levels_table(bench, quality, levels)] if bench and quality and levels else []
         served = [step for step in load_lines(folder / "vllm.jsonl") if step.get("model") == name]
-        parts += [rivals_table(bench, load_lines(folder / name / "llama-bench.jsonl"), served)] if bench else []
+        rivals = rivals_table(bench, load_lines(folder / name / "llama-bench.jsonl"), served)
+        parts += [rivals] if rivals else []
         file = folder / name / "longbench.json"
         parts += [likelihood_table(json.loads(file.read_text(encoding="utf-8")))] if file.is_file() else []
     return "\n\n".join(parts) or "{{real: from benchmarks/results/qwen2.5-coder-*}}"
@@ -250,10 +251,11 @@ def levels_table(bench: list[Row], quality: list[Row], more: list[Row]) -> str:
 
 
 def rivals_table(bench: list[Row], llama: list[Row], served: list[Row]) -> str:
-    """What else runs the same model on this machine. llama: lines of llama-bench. served: steps of serving.py."""
+    """What else runs the same model on this machine; "" where that was not measured. llama: lines of llama-bench. served: steps
+    of serving.py."""
     ours = next((result for result in bench if _eight(result) and result.get("compare")), None)
     if ours is None:
-        return "{{rivals: bench-int8.json by `fastfill bench --weights int8 --compare`}}"
+        return ""
     row = ours["rows"][0]
     tokens = row["prompt_tokens"]
     sparse = next((r for result in bench if not _eight(result) for r in result["rows"] if r["prompt_tokens"] == tokens), None)

@@ -234,6 +234,36 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     assert report.render(page.replace("1.19x", "1.91x"), tmp_path) == page  # an edited number is put right
 
 
+def test_rivals_and_levels_are_what_was_measured() -> None:
+    report = script("report_tables")
+    row = {**BENCH["rows"][2], "ttft_sparse_s": 1.0, "ttft_all_neurons_s": 1.5}
+    peers = [
+        {"name": "transformers, fp32", "weights": "fp32", "prompt_tokens": 1024, "ttft_s": 4.0},
+        {"name": "llama-bench", "weights": "a.gguf", "prompt_tokens": 1024, "ttft_s": 9.0},
+        {"name": "vLLM", "skipped": "not installed"},
+    ]
+    eight = {**BENCH, "weights": "int8", "rows": [row], "compare": peers}
+    llama = [{"n_prompt": 1024, "avg_ns": 3e9, "model_type": "qwen2 1.5B Q4_K - Medium"}]
+    served = [{"dtype": "bfloat16", "rows": [{"prompt_tokens": 1024, "ttft_sparse_s": 1.25, "ttft_stock_s": 1.75}]}]
+    lines = report.rivals_table([BENCH, eight], llama, served).splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[4:]] == [
+        "fastfill, 50% sparsity, int8",
+        "vLLM with fastfill, bfloat16",
+        "fastfill, int8, all neurons kept",
+        "fastfill, 50% sparsity, bfloat16",
+        "vLLM, bfloat16",
+        "transformers, bfloat16",
+        "llama.cpp, Q4_K_M",
+        "transformers, fp32",
+    ]
+    assert "| 3.00 s | 3.00x |" in lines[-2]
+    assert report.rivals_table([BENCH], llama, served) == ""
+    more = [{**BENCH, "sparsity": 0.3, "rows": [{**row, "prompt_tokens": 2048, "speedup": 1.1}]}, {**QUALITY, "sparsity": 0.7}]
+    table = report.levels_table([BENCH], [QUALITY], more)
+    assert "| sparsity | 128 | 512 | 1,024 | 2,048 |" in table and "| 30% |  |  |  | 1.10x (1.33x) |  |  |  |  |" in table
+    assert "| 70% |  |  |  |  | 1.50x |" in table
+
+
 def test_report_of_long_tasks(tmp_path: Path) -> None:
     report = script("report_tables")
     assert report.tasks_tables(tmp_path).startswith("{{tasks")
