@@ -258,9 +258,12 @@ def test_rivals_and_levels_are_what_was_measured() -> None:
     ]
     assert "| 3.00 s | 3.00x |" in lines[-2]
     assert report.rivals_table([BENCH], llama, served) == ""
-    more = [{**BENCH, "sparsity": 0.3, "rows": [{**row, "prompt_tokens": 2048, "speedup": 1.1}]}, {**QUALITY, "sparsity": 0.7}]
+    more = [
+        {**BENCH, "sparsity": 0.3, "rows": [{**row, "prompt_tokens": 2048, "sparse_tokens": 1920, "speedup": 1.1}]},
+        {**QUALITY, "sparsity": 0.7},
+    ]
     table = report.levels_table([BENCH], [QUALITY], more)
-    assert "| sparsity | 128 | 512 | 1,024 | 2,048 |" in table and "| 30% |  |  |  | 1.10x (1.33x) |  |  |  |  |" in table
+    assert "| sparsity | 128 | 512 | 1,024 | 2,048 |" in table and "| 30% |  |  |  | 1.10x (1.31x) |  |  |  |  |" in table
     assert "| 70% |  |  |  |  | 1.50x |" in table
 
 
