@@ -189,8 +189,7 @@ def quality_summary(folder: Path) -> str:
             f"{row['kl']:.3f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    files = [folder / name / "longbench.json" for name in REAL]
-    answers = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    answers = [result for name in REAL for result in load_lines(folder / name / "longbench.json")]
     if answers:
         rows, most = answers[0]["likelihood"]["examples"], answers[0]["max_prompt_tokens"]
         losses = [
@@ -218,15 +217,17 @@ def real_tables(folder: Path) -> str:
         served = [step for step in load_lines(folder / "vllm.jsonl") if step.get("model") == name]
         rivals = rivals_table(bench, load_lines(folder / name / "llama-bench.jsonl"), served)
         parts += [rivals] if rivals else []
-        file = folder / name / "longbench.json"
-        parts += [likelihood_table(json.loads(file.read_text(encoding="utf-8")))] if file.is_file() else []
+        parts += [likelihood_table(result) for result in load_lines(folder / name / "longbench.json")]
     return "\n\n".join(parts) or "{{real: from benchmarks/results/qwen2.5-coder-*}}"
 
 
 def levels_table(bench: list[Row], quality: list[Row], more: list[Row]) -> str:
     """What each sparsity gains by prompt length, and what it costs: a row per sparsity. more: of `bench` and of `evaluate`."""
     speed = [bench[0], *(row for row in more if "rows" in row)]
-    loss = [next(row for row in quality if row["predictor"] == "learned"), *(row for row in more if "ppl_ratio" in row)]
+    loss = [
+        next(row for row in quality if row["predictor"] == "learned" and row["compensator"]),
+        *(row for row in more if "ppl_ratio" in row),
+    ]
     gains = {(r["sparsity"], row["prompt_tokens"]): row for r in speed for row in r["rows"]}
     losses = {row["sparsity"]: row for row in loss}
     lengths = sorted({tokens for _, tokens in gains})
@@ -300,7 +301,7 @@ def likelihood_table(result: Row) -> str:
     rows = [("all sets", result["likelihood"]), *((line["dataset"], line["likelihood"]) for line in result["datasets"])]
     lines = [
         f"{_short(result['model'])}, {result['dtype']}, {result['sparsity']:.0%} sparsity: the right answer to rows of "
-        f"MiniLongBench (all sets of LongBench), prompts cut in the middle to {result['max_prompt_tokens']:,} tokens; nats per "
+        f"MiniLongBench ({len(result['datasets'])} of LongBench's 21 sets), prompts cut in the middle to {result['max_prompt_tokens']:,} tokens; nats per "
         "token of the answer, teacher-forced after a dense and after a sparse prefill. Sets weigh the same.",
         "",
         "| | rows | dense | sparse | loss | 95 % interval | KL | same first token |",

@@ -25,8 +25,8 @@ evaluate() { fastfill evaluate "$MODEL" --artifact "$OUT" --json "$@" | tail -n 
 } >"$RESULTS/quality.jsonl.part"
 mv "$RESULTS/quality.jsonl.part" "$RESULTS/quality.jsonl"
 evaluate --task longbench --data "$DATA/minilongbench_part.jsonl" --max-prompt-tokens 2048 --score likelihood >"$RESULTS/longbench.json"
-fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 512,1024,2048,4096 --repeats 5 --json | tail -n 1 >"$RESULTS/bench-native.json"
-# Beside the other engines that are installed; llama.cpp's llama-bench, where it is on PATH, reads each number format of the file.
+fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 512,1024,2048 --repeats 3 --json | tail -n 1 >"$RESULTS/bench-native.json"
+# Beside the other engines that are installed.
 fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 1024 --repeats 3 --weights int8 --compare --json | tail -n 1 >"$RESULTS/bench-int8.json"
 {
   bench() { fastfill bench "$MODEL" --artifact "$OUT" --json "$@" | tail -n 1; }
@@ -37,4 +37,18 @@ fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 1024 --repeats 3 --we
   bench --prompt-lengths 4096 --repeats 2
   bench --prompt-lengths 8192 --repeats 1
 } >"$RESULTS/levels.jsonl"
+# Other number formats of the same file, where llama.cpp's programs are on PATH: its own time, and what they cost the artifact.
+if command -v llama-quantize llama-bench >/dev/null; then
+  rm -f "$RESULTS/llama-bench.jsonl" "$RESULTS/formats.jsonl"
+  for format in Q8_0 Q4_0; do
+    file=${MODEL%/*}/$NAME-instruct-$format.gguf
+    test -f "$file" || llama-quantize --allow-requantize "$MODEL" "$file" $format
+    fastfill evaluate "$file" --artifact "$OUT" --json --data "${PROSE[@]}" --limit 8 | tail -n 1 >>"$RESULTS/formats.jsonl"
+  done
+  fastfill evaluate "${MODEL%/*}/$NAME-instruct-Q8_0.gguf" --artifact "$OUT" --json --data "${PROSE[@]}" --limit 8 --weights int8 |
+    tail -n 1 >>"$RESULTS/formats.jsonl"
+  for file in "${MODEL%/*}/$NAME"-instruct-*.gguf; do
+    llama-bench -m "$file" -p 1024 -n 0 -t "$(nproc)" -r 3 -o jsonl >>"$RESULTS/llama-bench.jsonl"
+  done
+fi
 python benchmarks/report_tables.py
