@@ -224,16 +224,14 @@ def real_tables(folder: Path) -> str:
 def levels_table(bench: list[Row], quality: list[Row], more: list[Row]) -> str:
     """What each sparsity gains by prompt length, and what it costs: a row per sparsity. more: of `bench` and of `evaluate`."""
     speed = [bench[0], *(row for row in more if "rows" in row)]
-    loss = [
-        next(row for row in quality if row["predictor"] == "learned" and row["compensator"]),
-        *(row for row in more if "ppl_ratio" in row),
-    ]
+    first = next(row for row in quality if row["predictor"] == "learned" and row["compensator"])
+    loss = [first, *(row for row in more if "ppl_ratio" in row)]
     gains = {(r["sparsity"], row["prompt_tokens"]): row for r in speed for row in r["rows"]}
     losses = {row["sparsity"]: row for row in loss}
     lengths = sorted({tokens for _, tokens in gains})
     lines = [
         f"{_short(bench[0]['model'])} by sparsity: speed-up of TTFT (ceiling) by prompt tokens, and the loss on "
-        f"{_documents(loss[0])}.",
+        f"{_documents(first)}.",
         "",
         f"| sparsity | {' | '.join(f'{n:,}' for n in lengths)} | strict ppl | KL | continuation ppl | KL |",
         "|--:|" + "--:|" * (len(lengths) + 4),
@@ -301,8 +299,9 @@ def likelihood_table(result: Row) -> str:
     rows = [("all sets", result["likelihood"]), *((line["dataset"], line["likelihood"]) for line in result["datasets"])]
     lines = [
         f"{_short(result['model'])}, {result['dtype']}, {result['sparsity']:.0%} sparsity: the right answer to rows of "
-        f"MiniLongBench ({len(result['datasets'])} of LongBench's 21 sets), prompts cut in the middle to {result['max_prompt_tokens']:,} tokens; nats per "
-        "token of the answer, teacher-forced after a dense and after a sparse prefill. Sets weigh the same.",
+        f"MiniLongBench ({len(result['datasets'])} of LongBench's 21 sets), prompts cut in the middle to "
+        f"{result['max_prompt_tokens']:,} tokens; nats per token of the answer, teacher-forced after a dense and after a "
+        "sparse prefill. Sets weigh the same.",
         "",
         "| | rows | dense | sparse | loss | 95 % interval | KL | same first token |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
