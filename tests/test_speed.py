@@ -290,6 +290,16 @@ def test_flops_by_hand():
         "head": 2 * 32 * 128,
     }
     assert flops.ffn(parts) == parts["ffn"] + 1600 + 280
+    # two of the sparse tokens do not reach the last layer, the only upper one
+    above = flops.prefill(tiny_config(), 10, 4, Cost(32, 96, (24, 96, 48), 100, 7), skipped_above=2)
+    assert above == {
+        "projections": 28 * 2 * (32 * 32 + 32 * 16 + 32 * 16 + 32 * 32),
+        "attention": 2 * 2 * 32 * (55 + 55 + 36),
+        "ffn": 2 * 3 * 32 * (3 * 6 * 96 + 4 * (24 + 96) + 2 * 48),
+        "predictor": 2 * 100 * (4 + 2),
+        "compensator": 2 * 7 * (10 + 8),
+        "head": 2 * 32 * 128,
+    }
     # too short for a sparse block: nothing is predicted or corrected
     assert flops.prefill(tiny_config(), 10, 0, Cost(32, 96, (24, 96, 48), 100, 7)) == flops.prefill(tiny_config(), 10)
 

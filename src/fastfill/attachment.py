@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from fastfill import artifact as artifacts
-from fastfill import choice, families, partner, projections
+from fastfill import choice, families, partner, projections, upper
 from fastfill.artifact import Artifact
 from fastfill.blocks import Plan
 from fastfill.calls import Calls, GenerateHook, Prompt, Stats
@@ -26,6 +27,7 @@ from fastfill.predictor import Maker, Predictor
 from fastfill.projections import Projection
 from fastfill.sparse_ffn import as_loaded, current_plan, in_call
 from fastfill.swap import StandIn, Swaps
+from fastfill.watch import watched
 
 __all__ = ["Attachment", "Stats", "attach", "check_detached", "detach"]
 
@@ -63,7 +65,8 @@ class Attachment:
             projections.of(anatomy.attentions, config.dense_weights == "int8", anatomy.eight_bits) if eight else []
         )
         thins = any(ffn.kept < anatomy.intermediate for ffn in self.ffns)  # False at sparsity 0: all of it is dense
-        self._calls = Calls(config, list(inspect.signature(anatomy.base.forward).parameters), thins, gains)
+        parameters = list(inspect.signature(anatomy.base.forward).parameters)
+        self._calls = Calls(config, parameters, len(anatomy.layers), thins, gains)
         self.stats = self._calls.stats
         self._lock = threading.RLock()
         self._swaps = Swaps()
@@ -147,6 +150,11 @@ class Attachment:
                 base = self._anatomy.base
                 self._swaps.put(base, "forward", StandIn(base.forward, self._call))
                 self._swaps.put(base, MARK, self)
+                if self.config.upper_share < 1:
+                    self._swaps.put(base.config, "_attn_implementation_internal", watched(base.config))
+                    layers = self._anatomy.layers
+                    for index, layer in list(enumerate(layers))[upper.first_upper(len(layers)) :]:
+                        self._swaps.put(layer, "forward", StandIn(layer.forward, functools.partial(upper.run_layer, index)))
                 head = families.head_of(self.model)
                 if head is not None:
                     self._swaps.put(head, "forward", StandIn(head.forward, _as_matrix))

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fastfill import blocks
+from fastfill import blocks, upper
 from fastfill.blocks import Plan
 from fastfill.config import PrefillConfig
 from fastfill.sparse_ffn import current_plan
@@ -51,6 +51,8 @@ class Stats:
 
     Sparse tokens are those that FFNs did compute sparsely; all others are dense. A call that raises counts nowhere.
     dense_because: reason -> calls that were long enough to be sparse, or part of such a prompt, and were dense nevertheless.
+    skipped_above: tokens that the upper layers did not read (`upper_share`). whole_because: reason -> sparse calls of which
+    they read all nevertheless.
     """
 
     sparse_tokens: int = 0
@@ -58,6 +60,8 @@ class Stats:
     sparse_calls: int = 0
     dense_calls: int = 0
     dense_because: dict[str, int] = field(default_factory=dict)
+    skipped_above: int = 0
+    whole_because: dict[str, int] = field(default_factory=dict)
 
     @property
     def sparse_share(self) -> float:
@@ -102,12 +106,14 @@ class Prompt:
 @dataclass
 class _Running:
     """A call between its two hooks. outer: the plan of a model that is running around it. tokens: those of the call that are
-    not padding; None for a call that could not be read at all."""
+    not padding; None for a call that could not be read at all. upper: what its upper layers leave out, or why nothing."""
 
     outer: Plan | None
+    outer_upper: upper.Upper | None
     plan: Plan | None = None
     tokens: int | None = None
     reason: str | None = None
+    upper: upper.Upper | str | None = None
 
 
 class _Said(threading.local):
@@ -120,12 +126,12 @@ class _Said(threading.local):
 class Calls:
     """Reads and counts the calls of one attached model, from any number of threads.
 
-    parameters: names of the base model's arguments, in order. thins: False if no layer skips a neuron. gains: False if sparse
-    was found to be no faster, and all stays dense.
+    parameters: names of the base model's arguments, in order. layers: how many it has. thins: False if no layer skips a neuron.
+    gains: False if sparse was found to be no faster, and all stays dense.
     """
 
-    def __init__(self, config: PrefillConfig, parameters: list[str], thins: bool, gains: bool = True):
-        self.config, self.parameters, self.thins, self.gains = config, parameters, thins, gains
+    def __init__(self, config: PrefillConfig, parameters: list[str], layers: int, thins: bool, gains: bool = True):
+        self.config, self.parameters, self.layers, self.thins, self.gains = config, parameters, layers, thins, gains
         self.stats = Stats()
         self.said = _Said()
         self._lock = threading.Lock()
@@ -143,8 +149,9 @@ class Calls:
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the call that is about to run, and put its plan where the FFNs find it."""
-        running = _Running(current_plan.get())
+        running = _Running(current_plan.get(), upper.current_upper.get())
         current_plan.set(None)
+        upper.current_upper.set(None)
         self._running().append(running)
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         tokens = named.get("input_ids")
@@ -153,18 +160,21 @@ class Calls:
             return  # the model will say what is wrong
         self._read(running, (tokens.shape[0], tokens.shape[1]), named)
         current_plan.set(running.plan)
+        upper.current_upper.set(running.upper if isinstance(running.upper, upper.Upper) else None)
 
     def after(self, done: bool) -> None:
         """Count the call that has run. done: False if it raised."""
         stack = self._running()
-        running = stack.pop() if stack else _Running(None)
+        running = stack.pop() if stack else _Running(None, None)
         current_plan.set(running.outer)
+        upper.current_upper.set(running.outer_upper)
         if not done or running.tokens is None:
             return
         plan, reason = running.plan, running.reason
         sparse = plan.sparse_tokens if plan and plan.runs and self.thins else 0
-        if plan and not plan.runs:
+        if plan and not plan.runs and self.thins:
             reason = NOT_RUN
+        above = running.upper
         with self._lock:
             stats = self.stats
             stats.sparse_tokens += sparse
@@ -174,6 +184,10 @@ class Calls:
             known = reason in (None, SLOWER) or reason in stats.dense_because
             if reason:
                 stats.dense_because[reason] = stats.dense_because.get(reason, 0) + 1
+            if isinstance(above, str):
+                stats.whole_because[above] = stats.whole_because.get(above, 0) + 1
+            elif above:
+                stats.skipped_above += above.skipped
         if not known:
             warnings.warn(
                 f"fastfill: a call of {running.tokens} tokens stayed dense: {reason}. Further ones are counted in "
@@ -201,13 +215,17 @@ class Calls:
         rows = OTHER_CACHE if past is None else call_rows(shape, past, named)
         if not isinstance(rows, str):
             running.tokens = sum(last - first for first, last, _ in rows)
-        if not (self.thins or self.config.weights == "int8") or self.said.dense:
+        thin = self.config.upper_share < 1
+        if not (self.thins or thin or self.config.weights == "int8") or self.said.dense:
             return
         if past is not None and mine and not isinstance(rows, str):
             parts = [prompt.part(row, past, width) for row in rows] if prompt else None
             running.plan = blocks.make_plan(rows, width, self.config, parts)
             if running.plan and not self.gains:
                 running.plan, running.reason = None, SLOWER
+            if running.plan and thin:
+                cache = named.get("past_key_values")
+                running.upper = upper.of_call(running.plan, self.config, self.layers, cache, rows, prompt is not None)
         elif (prompt.size if prompt and mine else width) >= least:
             running.reason = rows if isinstance(rows, str) else OTHER_TEXT
 

@@ -46,6 +46,9 @@ class PrefillConfig:
     weights: "model" computes with the model's own. "int8" rounds those of the FFNs, and of the attention's projections, to
         eight bits, and their inputs on the way, for prompts with sparse blocks, dense head and tail included. On the CPU.
     dense_weights: the same choice for what is no such prompt: decode, short prompts. "int8" needs weights="int8".
+    upper_share: share of a prompt's blocks that the upper third of the layers reads, those that its last tokens attend to; 1
+        reads all (`fastfill.upper`). For prompts that end with their question, one at a time: what the cache holds then was
+        chosen for that question. In transformers, with its sdpa attention.
     """
 
     sparsity: float = _setting(0.5, f"share of FFN neurons skipped, 0 to {MAX_SPARSITY}")
@@ -55,9 +58,12 @@ class PrefillConfig:
     dense_tail: int = _setting(64, "last tokens of a prompt that stay dense")
     weights: str = _choice("what sparse prompts are computed with")
     dense_weights: str = _choice("what decode and short prompts are computed with")
+    upper_share: float = _setting(1.0, "share of a prompt's blocks that the upper third of the layers reads")
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
+        if isinstance(self.upper_share, bool) or not isinstance(self.upper_share, int | float) or not 0 < self.upper_share <= 1:
+            raise UserError(f"upper_share must be more than 0 and at most 1, not {quoted(self.upper_share)}.")
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if type(item.default) is int:

@@ -46,13 +46,16 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         stats = attachment.stats
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)
     say(text)
-    print(f"({stats.sparse_tokens:,} tokens prefilled sparsely, {stats.dense_tokens:,} computed densely)", file=sys.stderr)
+    above = f", {stats.skipped_above:,} not read by the upper layers" if attachment.config.upper_share < 1 else ""
+    counts = f"{stats.sparse_tokens:,} tokens prefilled sparsely, {stats.dense_tokens:,} computed densely"
+    print(f"({counts}{above})", file=sys.stderr)
     return {
         "text": text,
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(new),
         "sparse_tokens": stats.sparse_tokens,
         "dense_tokens": stats.dense_tokens,
+        **({"skipped_above": stats.skipped_above} if above else {}),
     }
 
 

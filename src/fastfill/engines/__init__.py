@@ -31,10 +31,12 @@ NAMES = ("transformers", "vllm")
 
 @dataclass(frozen=True)
 class Prefill:
-    """One prompt's prefill. seconds: its TTFT. sparse_tokens: how many of its tokens were computed sparsely."""
+    """One prompt's prefill. seconds: its TTFT. sparse_tokens: how many of its tokens were computed sparsely. skipped_above: how
+    many the upper layers did not read."""
 
     seconds: float
     sparse_tokens: int
+    skipped_above: int = 0
 
 
 class Engine(Protocol):

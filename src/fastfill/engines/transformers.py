@@ -150,9 +150,9 @@ class TransformersEngine:
         return self.attachment.stats
 
     def prefill(self, ids: torch.Tensor) -> Prefill:
-        before = self.stats.sparse_tokens
+        before = self.stats.sparse_tokens, self.stats.skipped_above
         seconds = time_to_first_token(self.model, ids)
-        return Prefill(seconds, self.stats.sparse_tokens - before)
+        return Prefill(seconds, self.stats.sparse_tokens - before[0], self.stats.skipped_above - before[1])
 
     def generate(
         self, ids: torch.Tensor, max_new_tokens: int, receive: Callable[[int, float], None] | None = None

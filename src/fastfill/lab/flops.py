@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from fastfill.cost import Cost
+from fastfill.upper import first_upper
 
 
-def prefill(config: Any, tokens: int, sparse_tokens: int = 0, cost: Cost | None = None) -> dict[str, int]:
+def prefill(
+    config: Any, tokens: int, sparse_tokens: int = 0, cost: Cost | None = None, skipped_above: int = 0
+) -> dict[str, int]:
     """FLOPs of one prompt of T = `tokens`, by part, two for each multiply-add.
 
     config: the model's Hugging Face config. sparse_tokens: those that ran sparsely; head, tail and the rest of the prompt
-    count as dense. cost: of these (`Engine.cost`).
+    count as dense. cost: of these (`Engine.cost`). skipped_above: sparse tokens that the upper layers do not read.
 
     projections: q, k, v and o. attention: scores and values, causal: only the T (T + 1) / 2 pairs of a query and a key that
     it sees (fewer in a sliding window); a kernel that computes the masked half too does up to twice that. predictor: for
@@ -21,16 +24,19 @@ def prefill(config: Any, tokens: int, sparse_tokens: int = 0, cost: Cost | None 
     hidden, intermediate, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-    thin = [k for k in cost.kept if k < intermediate] if cost else []  # the layers that have sparse tokens at all
+    left_out = [skipped_above if index >= first_upper(layers) else 0 for index in range(layers)]
+    read = [tokens - left for left in left_out]
+    # The layers that have sparse tokens at all: index, neurons that each of these skips.
+    thin = [(index, intermediate - k) for index, k in enumerate(cost.kept) if k < intermediate] if cost else []
     predictor, compensator = (cost.predictor, cost.compensator) if cost else (0, 0)
-    corrected = tokens if sparse_tokens else 0
-    skipped = sparse_tokens * sum(intermediate - k for k in thin)
+    sparse = [sparse_tokens - left for left in left_out]
+    skipped = sum(sparse[index] * neurons for index, neurons in thin)
     return {
-        "projections": 2 * tokens * layers * hidden * (2 * queries + 2 * keys),
-        "attention": 4 * queries * sum(pairs(tokens, window) for window in windows(config)),
-        "ffn": 6 * hidden * (tokens * layers * intermediate - skipped),
-        "predictor": 2 * sparse_tokens * len(thin) * predictor,
-        "compensator": 2 * corrected * len(thin) * compensator,
+        "projections": 2 * sum(read) * hidden * (2 * queries + 2 * keys),
+        "attention": 4 * queries * sum(pairs(own, window) for own, window in zip(read, windows(config), strict=True)),
+        "ffn": 6 * hidden * (sum(read) * intermediate - skipped),
+        "predictor": 2 * sum(sparse[index] for index, _ in thin) * predictor,
+        "compensator": 2 * sum(read[index] for index, _ in thin) * compensator if sparse_tokens else 0,
         "head": 2 * hidden * config.vocab_size,
     }
 

@@ -101,7 +101,7 @@ def answer(engine: Engine, tokenizer: Any, example: Example, score: str = SCORES
         best = min(range(len(golds)), key=lambda i: likelihood.nats(model, known[i], golds[i]))
     gold = golds[best : best + 1]
     stats = engine.stats
-    before = stats.sparse_tokens, stats.dense_tokens
+    before = stats.sparse_tokens, stats.dense_tokens, stats.skipped_above
     sparse, follows = _read(engine, tokenizer, example, gold, texts)
     stats = engine.stats
     row: Row = {"dataset": example.dataset, "answers": list(example.answers)}
@@ -115,6 +115,7 @@ def answer(engine: Engine, tokenizer: Any, example: Example, score: str = SCORES
         "cut": example.cut,
         "sparse_tokens": stats.sparse_tokens - before[0],
         "dense_tokens": stats.dense_tokens - before[1],
+        **({"skipped_above": stats.skipped_above - before[2]} if engine.config.upper_share < 1 else {}),
     }
 
 
@@ -184,6 +185,7 @@ def _counts(rows: Sequence[Row]) -> dict[str, Any]:
         **({"same_answers": sum(row["dense"] == row["sparse"] for row in rows)} if rows and "dense" in rows[0] else {}),
         "cut_prompts": sum(row["cut"] for row in rows),
         **{key: sum(row[key] for row in rows) for key in ("prompt_tokens", "sparse_tokens", "dense_tokens")},
+        **({"skipped_above": sum(row.get("skipped_above", 0) for row in rows)} if rows and "skipped_above" in rows[0] else {}),
     }
 
 

@@ -21,6 +21,7 @@ from fastfill.engines import Engine
 from fastfill.errors import UserError
 from fastfill.lab import flops, profile
 from fastfill.progress import Stage, stage
+from fastfill.upper import first_upper
 
 SPLITS = 5  # at most so many profiled runs of each mode
 PATIENCE = 4  # at most so many times the rounds asked for, while the noise is as large as the gain
@@ -63,7 +64,7 @@ def ttft(
                 times[mode].append(read.seconds)
             if tick:
                 tick(int(rounds <= repeats))
-        sparse_tokens = read.sparse_tokens  # the sparse run's, which is the last
+        sparse_tokens, above = read.sparse_tokens, read.skipped_above  # the sparse run's, which is the last
         ratios = [dense / sparse for dense, sparse in zip(times["dense"], times["sparse"], strict=True)]
         if enough(ratios, repeats) or (rounds >= repeats and not sparse_tokens):
             break
@@ -78,6 +79,7 @@ def ttft(
         "rounds": rounds,
         "sparse_tokens": sparse_tokens,
         "dense_tokens": ids.shape[1] - sparse_tokens,
+        **({"skipped_above": above} if above else {}),
     }
 
 
@@ -99,6 +101,7 @@ def split(
     sparse_tokens: int,
     tick: Tick | None = None,
     modes: Sequence[str] = PAIR,
+    skipped_above: int = 0,
 ) -> dict[str, Any]:
     """Where the time of a prefill goes, from `runs` further runs in each mode, with clocks inside. A split is that of the run
     with the median TTFT; its parts add up to the TTFT of that run, which the clocks make a little longer than the headline.
@@ -116,7 +119,9 @@ def split(
     median = {mode: sorted(splits, key=_total)[(runs - 1) // 2] for mode, splits in found.items()}
     ffn = {mode: statistics.median(map(_ffn, splits)) for mode, splits in found.items()}
     share = statistics.median(_ffn(parts) / _total(parts) for parts in found["dense"])
-    most = ceiling(share, engine.cost.skipped, sparse_tokens / ids.shape[1])
+    tokens, layers = ids.shape[1], len(engine.cost.kept)
+    above = skipped_above / tokens * (1 - first_upper(layers) / layers)
+    most = ceiling(share, engine.cost.skipped, sparse_tokens / tokens, above)
     return {
         **{f"split_{mode}": {part: round(seconds, 5) for part, seconds in parts.items()} for mode, parts in median.items()},
         **{f"ffn_{mode}_s": round(seconds, 5) for mode, seconds in ffn.items()},
@@ -126,13 +131,14 @@ def split(
     }
 
 
-def ceiling(ffn_share: float, skipped: float, sparse_share: float) -> float:
+def ceiling(ffn_share: float, skipped: float, sparse_share: float, above: float = 0.0) -> float:
     """The speed-up if every skipped neuron took its share of the FFN's time with it, and nothing were added.
 
     ffn_share: of the FFN in the dense TTFT. skipped: share of neurons that a sparse token skips. sparse_share: of the tokens;
-    the dense head and tail of a prompt, and what is left of a block, skip nothing.
+    the dense head and tail of a prompt, and what is left of a block, skip nothing. above: share of all layers' tokens that the
+    upper layers do not read, which takes its share of everything (attention grows faster, so more may be gained).
     """
-    return 1 / (1 - sparse_share * skipped * ffn_share)
+    return 1 / (1 - (sparse_share - above) * skipped * ffn_share - above)
 
 
 def _total(parts: dict[str, float]) -> float:
@@ -143,11 +149,11 @@ def _ffn(parts: dict[str, float]) -> float:
     return parts["ffn"] + parts["predictor"] + parts["compensator"]
 
 
-def cost(engine: Engine, tokens: int, sparse_tokens: int) -> dict[str, Any]:
+def cost(engine: Engine, tokens: int, sparse_tokens: int, skipped_above: int = 0) -> dict[str, Any]:
     """FLOPs of the whole prefill, dense and sparse; see `flops.prefill`. ffn_flops_ratio: of the FFNs alone,
     predictor and compensator counted."""
     dense = flops.prefill(engine.shape, tokens)
-    sparse = flops.prefill(engine.shape, tokens, sparse_tokens, engine.cost)
+    sparse = flops.prefill(engine.shape, tokens, sparse_tokens, engine.cost, skipped_above)
     return {
         "flops_dense": sum(dense.values()),
         "flops_sparse": sum(sparse.values()),
@@ -170,8 +176,9 @@ def memory(engine: Engine, ids: torch.Tensor, tick: Tick | None = None) -> dict[
 def measure(engine: Engine, ids: torch.Tensor, repeats: int, tick: Tick | None = None) -> dict[str, Any]:
     """One row: TTFT, then the split, the cost and the memory of ids (1, T). tick: as for `ttft`, `prefills(repeats)` times."""
     row = ttft(engine, ids, repeats, tick, MODES)
-    row |= split(engine, ids, min(repeats, SPLITS), row["sparse_tokens"], tick, MODES)
-    return row | cost(engine, ids.shape[1], row["sparse_tokens"]) | memory(engine, ids, tick)
+    counts = row["sparse_tokens"], row.get("skipped_above", 0)
+    row |= split(engine, ids, min(repeats, SPLITS), counts[0], tick, MODES, counts[1])
+    return row | cost(engine, ids.shape[1], *counts) | memory(engine, ids, tick)
 
 
 def prefills(repeats: int) -> int:

@@ -21,6 +21,7 @@ SCORES = ("both", "likelihood", "answers")
 @dataclass(frozen=True, kw_only=True)
 class AnswerTask(Task):
     any_engine = True
+    every_token = False
 
     datasets: Sequence[str] | None = option(None, "sets to take, separated by commas", parse=names, metavar="NAMES")
     max_new_tokens: int | None = option(None, "shorten the answers (no longer comparable)")

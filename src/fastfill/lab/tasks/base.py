@@ -41,13 +41,15 @@ class Task:
     """A measurement that owns its options. Its fields are options, of `fastfill evaluate --task NAME` too.
 
     A task has `name`, `about` (the question it answers) and `measure`; `show` prints a result. any_engine: False if it looks
-    inside the model. needs_data: False if it makes its own where none is named.
+    inside the model. every_token: False if it reads nothing but what follows a prompt. needs_data: False if it makes its own
+    where none is named.
     Raises UserError for options that do not fit, when they are given.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
     any_engine: ClassVar[bool] = False
+    every_token: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
 
     data: Sequence[str] = files_option("text, as for calibrate")
@@ -94,6 +96,11 @@ class Task:
         name, choices, ranks = engine.engine, engine.choices, engine.artifact.ranks
         predictor, whole = _predictor(choices["predictor"]), choices["compensator"] or not ranks["linear"] + ranks["silu"]
         self.check(engine=name, learned=predictor == "learned", compensator=whole, out=out)
+        if self.every_token and engine.config.upper_share < 1:
+            raise UserError(
+                f"--task {self.name} looks at all tokens of a prompt, and with upper_share={engine.config.upper_share:g} the "
+                "upper layers do not have them all; use --task longbench, ruler or suite."
+            )
         found = self.measure(engine, tokenizer, self.read() if items is None else items, out)
         return {
             "task": self.name,
@@ -156,4 +163,5 @@ def show_counts(result: dict[str, Any]) -> None:
     from fastfill.tables import console
 
     counts = (result.get(f"{kind}_tokens", "-") for kind in ("sparse", "dense"))
-    console().print("{} tokens prefilled sparsely, {} densely".format(*counts))
+    above = f", {result['skipped_above']} not read by the upper layers" if "skipped_above" in result else ""
+    console().print("{} tokens prefilled sparsely, {} densely".format(*counts) + above)

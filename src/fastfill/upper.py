@@ -1,0 +1,188 @@
+"""Upper layers that read only the blocks a prompt's question looks at: `upper_share`. That a prompt's last tokens rank its
+tokens, and that upper layers lose little without the others, is known (GemFilter, FastKV, CLAA: arXiv 2602.16054); ours is
+that it is by whole blocks, beside the sparse FFN.
+
+    layers below 2/3        all tokens; the last ones' attention to each block is remembered, `WATCHED` layers of it
+    layers from there on    the dense head, the `upper_share` of the blocks that got most of it, the dense tail
+    the others              have no hidden state (NaN) and no keys and values there; decode attends to those that are left
+
+What a cache holds then was chosen for this question. It says so itself (`MARK`), so that later calls find their masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastfill.blocks import Plan, make_plan
+from fastfill.config import PrefillConfig
+from fastfill.errors import UserError
+from fastfill.sparse_ffn import current_plan
+
+FROM = 2 / 3  # of the layers
+WATCHED = 6  # layers below whose attention is averaged
+QUESTION = 64  # last tokens of a prompt whose attention counts
+MARK = "fastfill_upper"  # attribute of a cache whose upper layers hold fewer tokens
+
+# Why the upper layers read all tokens of a prompt nevertheless: the keys of `Stats.whole_because`.
+UNTOLD = "nobody said where the prompt ends"
+SEVERAL = "several sequences, or padding"
+PIECES = "a prompt that is not one call"
+CACHE = "another cache than a DynamicCache of full attention"
+GRADIENT = "gradients are recorded"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the upper layers of a cache hold. columns: (T',) of the prompt's T = `tokens`."""
+
+    first: int
+    tokens: int
+    columns: torch.Tensor
+
+    def upto(self, past: int) -> torch.Tensor:
+        """The columns that the upper layers hold where the lower ones hold the first `past`."""
+        behind = torch.arange(self.tokens, max(past, self.tokens), device=self.columns.device)
+        return torch.cat([self.columns[self.columns < past], behind])
+
+
+@dataclass(eq=False)
+class Upper:
+    """One prompt on its way through the layers. plan: of all T tokens. first, last: the upper layers. columns: (T',) of the
+    tokens that they read, once they are known."""
+
+    plan: Plan
+    config: PrefillConfig
+    first: int
+    last: int
+    seen: list[torch.Tensor] = field(default_factory=list)
+    columns: torch.Tensor | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Tokens that the upper layers did not read."""
+        return 0 if self.columns is None else self.plan.tokens - len(self.columns)
+
+    @torch.no_grad()
+    def watch(self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
+        """One layer's attention. query: (1, heads, T, d). key: (1, key heads, T, d). mask: (1, 1, T, T), None if causal."""
+        if not self.first - WATCHED <= layer < self.first:
+            return
+        tokens = query.shape[2]
+        asking = torch.arange(max(0, tokens - QUESTION), tokens, device=key.device)
+        asks, keys = query[0, :, asking[0] :], key[0]
+        logits = (asks.reshape(len(keys), -1, asks.shape[-1]) @ keys.transpose(1, 2)).float() * scale
+        logits = logits.view(len(asks), -1, tokens)  # (heads, question, T)
+        if mask is None:
+            logits = logits.masked_fill(torch.arange(tokens, device=key.device) > asking[:, None], -torch.inf)
+        else:
+            part = mask[0, :, asking[0] :]
+            logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part
+        self.seen.append(logits.softmax(-1).mean((0, 1)))
+
+    def choose(self) -> Plan | None:
+        """Choose the tokens that go on. Gives their plan."""
+        (span,), size = self.plan.spans, self.plan.block_size
+        blocks = (span.stop - span.start) // size
+        shares = torch.stack(self.seen).mean(0)[span.start : span.stop].view(blocks, size).sum(1)
+        count = max(1, round(self.config.upper_share * blocks))
+        best = shares.nan_to_num().topk(count).indices.sort().values
+        inside = span.start + size * best[:, None] + torch.arange(size, device=best.device)
+        ends = [torch.arange(*ends, device=best.device) for ends in ((0, span.start), (span.stop, self.plan.tokens))]
+        self.columns = torch.cat([ends[0], inside.flatten(), ends[1]])
+        return make_plan([(0, len(self.columns), 0)], len(self.columns), self.config)
+
+
+# The prompt whose upper layers read less, while its call runs.
+current_upper: ContextVar[Upper | None] = ContextVar("fastfill_upper", default=None)
+
+
+def first_upper(layers: int) -> int:
+    """The first of the upper layers."""
+    return int(FROM * layers)
+
+
+def of_call(
+    plan: Plan, config: PrefillConfig, layers: int, cache: Any, rows: Sequence[tuple[int, int, int]], told: bool
+) -> Upper | str:
+    """What is left out of a call with this plan, or why nothing is. rows: as for `make_plan`. told: somebody said where its
+    prompt ends."""
+    if not told:
+        return UNTOLD
+    if len(rows) != 1 or rows[0][0] or rows[0][1] != plan.tokens:
+        return SEVERAL
+    if rows[0][2] or plan.spans[0].stop != config.sparse_end(plan.tokens):
+        return PIECES
+    if torch.is_grad_enabled():
+        return GRADIENT
+    if cache is not None and not _plain(cache):
+        return CACHE
+    return Upper(plan, config, first_upper(layers), layers - 1)
+
+
+def _plain(cache: Any) -> bool:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    return type(cache) is DynamicCache and not cache.offloading and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def run_layer(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One upper layer: of a prompt, on the tokens that go on; behind such a prompt, with the mask of what its cache holds."""
+    upper, cache = current_upper.get(), kwargs.get("past_key_values")
+    if upper is None:
+        kept = getattr(cache, MARK, None)
+        return forward(*args, **(_behind(index, args[0].shape[1], cache, kept, kwargs) if kept else kwargs))
+    hidden, *others = args
+    if index == upper.first:
+        current_plan.set(upper.choose())
+    columns, tokens = upper.columns, upper.plan.tokens
+    assert columns is not None
+    if index == upper.first:
+        hidden = hidden[:, columns]
+    others = [_of(value, columns, tokens) for value in others]
+    output = forward(hidden, *others, **{name: _of(value, columns, tokens) for name, value in kwargs.items()})
+    if index < upper.last:
+        return output
+    if cache is not None:
+        setattr(cache, MARK, Kept(upper.first, tokens, columns))
+    states, *more = output if isinstance(output, tuple) else (output,)  # transformers 5.0's Granite gives a tuple
+    whole = states.new_full((1, tokens, states.shape[2]), torch.nan)  # what was not read has no state, and says so
+    whole[:, columns] = states
+    return (whole, *more) if isinstance(output, tuple) else whole
+
+
+def _of(value: Any, columns: torch.Tensor, tokens: int) -> Any:
+    """The part of a layer's argument that belongs to some tokens of T: of positions, their embeddings, masks (1, 1, T, T)."""
+    if isinstance(value, tuple):
+        return tuple(_of(one, columns, tokens) for one in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.ndim == 4:
+        return value.index_select(2, columns).index_select(3, columns)
+    dim = min(1, value.ndim - 1)
+    return value.index_select(dim, columns) if value.shape[dim] == tokens else value
+
+
+def _behind(index: int, width: int, cache: Any, kept: Kept, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A layer's arguments in a later call of `width` tokens. What was cut off the lower layers' end is cut here, too: `crop`
+    counts in each layer's own tokens."""
+    past, held, layer = cache.get_seq_length() - width, cache.get_seq_length(index), cache.layers[index]
+    columns = kept.upto(past) if past < kept.tokens else None
+    count = len(kept.columns) + past - kept.tokens if columns is None else len(columns)
+    if held < count:
+        raise UserError(
+            "This cache was cut inside a prompt of which upper_share left tokens out, and its layers do not fit together any "
+            "more; read the prompt again."
+        )
+    if held > count:
+        layer.keys, layer.values = layer.keys[..., :count, :], layer.values[..., :count, :]
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        return kwargs
+    seen = torch.cat([kept.upto(past), torch.arange(past, past + width, device=mask.device)])
+    return {**kwargs, "attention_mask": mask.index_select(3, seen)}
