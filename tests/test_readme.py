@@ -267,6 +267,52 @@ def test_rivals_and_levels_are_what_was_measured() -> None:
     assert "| 70% |  |  |  |  | 1.50x |" in table
 
 
+def answered(task: str, lost: bool) -> dict[str, Any]:
+    """A result with scores and likelihoods of two sets; lost: the second is at chance."""
+    loss = {"loss": -0.0123, "interval": [-0.05, 0.25], "kl": 0.0341}
+    line = {"dataset": "vt@64", "examples": 700, "dense": 80.0, "sparse": 60.0, "recovery": 0.75, "interval": [0.5, 1.0]}
+    one = {"dataset": "lcc", "examples": 1, "dense": 50.0, "sparse": 45.0, "recovery": 0.9, "interval": None}
+    one |= {"likelihood": {**loss, "interval": None}}
+    sets = [{**one, "chance": 40.0, "at_chance": lost}, {**line, "chance": 1.25, "at_chance": False, "likelihood": loss}]
+    average = {**line, "dense": 65.0, "sets": 2 - lost, "mean_recovery": 0.8251, "mean_recovery_interval": [0.7, 0.95]}
+    head = {**HEAD, "task": task, "kernel": "triton", "max_prompt_tokens": 4000, "cut_prompts": 3, "examples": 701}
+    machine = {**MACHINE, "gpu": "Some GPU"}
+    return {**head, "machine": machine, "datasets": sets, "average": average, "likelihood": {**loss, "loss": 0.0456, "examples": 701}}
+
+
+def test_report_of_answers(tmp_path: Path) -> None:
+    report = script("report_tables")
+    head, *lines = report.answers_table(answered("suite", lost=False)).splitlines()
+    assert "triton kernel; Some GPU, torch 2.13.0, transformers 5.20.0: made rows of 2 sets" in head and "chance," not in head
+    assert "prompts of at most 4,000 tokens (3 cut in the middle)" in head
+    assert lines[3:] == [
+        "| lcc | 1 | 50.0 | 45.0 | 40.0 | 90.0% | -0.012 | 0.034 |",
+        "| vt@64 | 700 | 80.0 | 60.0 | 1.2 | 75.0% (50.0% to 100.0%) | -0.012 (-0.050 to 0.250) | 0.034 |",
+        "| **mean of 2 sets** | 701 | 65.0 | 60.0 |  | 82.5% (70.0% to 95.0%) | 0.046 (-0.050 to 0.250) | 0.034 |",
+    ]
+    # Scores of sets at chance are in no mean, their likelihoods are.
+    head, *lines = report.answers_table(answered("longbench", lost=True)).splitlines()
+    assert "rows of MiniLongBench (2 of LongBench's 21 sets)" in head and "Behind the mean: sets at chance, on which" in head
+    assert lines[3].startswith("| vt@64 | 700 |") and lines[4:] == [
+        "| **mean of 1 set** | 700 | 65.0 | 60.0 |  | 82.5% (70.0% to 95.0%) |  |  |",
+        "| lcc (at chance) | 1 | 50.0 | 45.0 | 40.0 |  | -0.012 | 0.034 |",
+        "| **mean of all 2 sets** | 701 |  |  |  |  | 0.046 (-0.050 to 0.250) | 0.034 |",
+    ]
+    # No set above chance, no recovery.
+    none = answered("suite", lost=True)
+    none["datasets"].pop()
+    none["average"] = {"dense": None, "sparse": None, "recovery": None, "interval": None, "sets": 0}
+    assert "| **mean of 0 sets** | 0 |  |  |  |  |  |  |" in report.answers_table(none)
+    # Of either file; without scores the table of likelihoods stays.
+    write_real(tmp_path / "qwen2.5-coder-0.5b")
+    (tmp_path / "qwen2.5-coder-1.5b").mkdir()
+    for task in ("suite", "longbench"):
+        (tmp_path / "qwen2.5-coder-1.5b" / f"{task}.json").write_text(json.dumps(answered(task, lost=True)))
+    page = report.render("<!-- results:real -->\n<!-- /results -->\n", tmp_path)
+    assert page.count("| lcc (at chance) |") == 2 and page.index("made rows of") < page.index("rows of MiniLongBench (2")
+    assert "| all sets | 3 | 2.300 | 2.320 | 0.020 | -0.010 to 0.050 |" in page
+
+
 def test_report_of_long_tasks(tmp_path: Path) -> None:
     report = script("report_tables")
     assert report.tasks_tables(tmp_path).startswith("{{tasks")
