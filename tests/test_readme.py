@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -311,6 +312,25 @@ def test_report_of_answers(tmp_path: Path) -> None:
     page = report.render("<!-- results:real -->\n<!-- /results -->\n", tmp_path)
     assert page.count("| lcc (at chance) |") == 2 and page.index("made rows of") < page.index("rows of MiniLongBench (2")
     assert "| all sets | 3 | 2.300 | 2.320 | 0.020 | -0.010 to 0.050 |" in page
+
+
+def test_stored_examples_are_those_of_their_result() -> None:
+    files = sorted((ROOT / "benchmarks" / "results").glob("*/*-examples.csv"))
+    assert files
+    for file in files:
+        result = json.loads(file.with_name(file.name.replace("-examples.csv", ".json")).read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        assert len(rows) == len({row["key"] for row in rows}) == result["examples"]
+        for line in result["datasets"]:
+            group = [row for row in rows if row["dataset"] == line["dataset"]]
+            sums = {key: sum(float(row[key]) for row in group) for key in group[0] if key not in ("key", "dataset")}
+            loss, tokens = line["likelihood"], sums["gold_tokens"]
+            assert (len(group), sums["prompt_tokens"], tokens) == (line["examples"], line["prompt_tokens"], loss["tokens"])
+            for kind in ("dense", "sparse"):  # rows have 5 digits, a result 2 and 4
+                assert 100 * sums[f"score_{kind}"] / len(group) == pytest.approx(line[kind], abs=0.0056)
+                assert sums[f"nll_{kind}"] / tokens == pytest.approx(loss[kind], abs=6e-5)
+            assert sums["kl"] / tokens == pytest.approx(loss["kl"], abs=1.1e-5)
 
 
 def test_report_of_long_tasks(tmp_path: Path) -> None:
