@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Makes and measures an artifact of Qwen2.5-Coder-Instruct: `DATA=folder benchmarks/recipes/qwen2.5-coder.sh 1.5b` (or 0.5b).
 # DATA is the folder of recipes/smollm2.sh, and minilongbench_part.jsonl (rows of MiniLongBench with their whole prompts) and
-# squad_v2_dev_part.json (SQuAD 2.0). Text and held-out documents are those of that recipe, too. A killed calibration goes on when the
-# script is run again; the measurements then begin anew.
-# GPU=1: calibrate and write answers on a GPU, as the shipped artifacts were made. Without one, the default recipe (300 steps of 1,024
-# tokens) gives the earlier artifacts, and the answers of the 1.5B take long.
+# squad_v2_dev_part.json (SQuAD 2.0). Text and held-out documents are those of that recipe, too. A killed calibration goes on
+# when the script is run again; the measurements then begin anew.
+# GPU=1: calibrate and write answers on a GPU, as the shipped artifacts were made. Without one, the default recipe (300 steps
+# of 1,024 tokens) gives the earlier artifacts, and the answers of the 1.5B take long.
 set -euo pipefail
 : "${DATA:?set DATA to the folder with the text files}"
 SIZE=${1:?give the size, 0.5b or 1.5b}
