@@ -29,6 +29,10 @@ PREDICTORS = ("learned", "oracle", "low-rank", "static", "first-block", "random"
 KERNELS = ("native", "torch")
 REAL = ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b")  # folders in results, the one of the first screen first
 NAMES = {f"qwen2.5-coder-{size.lower()}-instruct-q4_k_m.gguf": f"Qwen2.5-Coder-{size}-Instruct" for size in ("0.5B", "1.5B")}
+ANSWERED = {  # what the rows of a task are, of how many sets
+    "suite": "made rows of {} sets in the manner of LongBench and RULER",
+    "longbench": "rows of MiniLongBench ({} of LongBench's 21 sets)",
+}
 TASKS = {
     "ruler-1024.json": "RULER-style, 1,024 tokens",
     "eval/ruler.json": "RULER-style, 1,024 and 4,096 tokens",
@@ -217,7 +221,9 @@ def real_tables(folder: Path) -> str:
         served = [step for step in load_lines(folder / "vllm.jsonl") if step.get("model") == name]
         rivals = rivals_table(bench, load_lines(folder / name / "llama-bench.jsonl"), served)
         parts += [rivals] if rivals else []
-        parts += [likelihood_table(result) for result in load_lines(folder / name / "longbench.json")]
+        for file in ("suite.json", "longbench.json"):
+            found = load_lines(folder / name / file)
+            parts += [answers_table(result) if "average" in result else likelihood_table(result) for result in found]
     return "\n\n".join(parts) or "{{real: from benchmarks/results/qwen2.5-coder-*}}"
 
 
@@ -292,6 +298,48 @@ def rivals_table(bench: list[Row], llama: list[Row], served: list[Row]) -> str:
 def _format(line: Row) -> str:
     """The number format that llama-bench names, as its files are called."""
     return str(line["model_type"]).split("B ", 1)[-1].replace(" - Medium", "_M")
+
+
+def answers_table(result: Row) -> str:
+    """Scores of the written answers and the likelihood of the right ones, by set; behind the mean the sets at chance."""
+    machine, sets = result["machine"], result["datasets"]
+    able = [line for line in sets if not line.get("at_chance")]
+    lost = [line for line in sets if line.get("at_chance")]
+    mean = {**result["average"], "examples": sum(line["examples"] for line in able)}
+    mean |= {"recovery": mean.get("mean_recovery"), "interval": mean.get("mean_recovery_interval")}
+    apart = " Behind the mean: sets at chance, on which the dense model is not shown to be better than that." if lost else ""
+    lines = [
+        f"{_short(result['model'])}, {result['dtype']}, {result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, "
+        f"{result['kernel']} kernel; {machine['gpu'] or _where(machine)}, torch {machine['torch']}, transformers "
+        f"{machine['transformers']}: {ANSWERED[result['task']].format(len(sets))}, prompts of at most "
+        f"{result['max_prompt_tokens']:,} tokens ({result['cut_prompts']} cut in the middle). Scores in percent. Chance: what "
+        "answers to other rows of the set score. Recovery: sparse score over dense; the mean row has the mean of the "
+        "recoveries. Loss and KL: of the right answer, nats per token. Brackets: 95 % intervals over rows. Sets weigh the "
+        f"same.{apart}",
+        "",
+        "| | rows | dense score | sparse score | chance | recovery | loss | KL |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        *(_answered(line["dataset"], line, line["likelihood"]) for line in able),
+        _answered(f"**mean of {len(able)} set{'s' * (len(able) != 1)}**", mean, {} if lost else result["likelihood"]),
+        *(_answered(f"{line['dataset']} (at chance)", {**line, "recovery": None}, line["likelihood"]) for line in lost),
+    ]
+    if lost:
+        lines.append(_answered(f"**mean of all {len(sets)} sets**", {"examples": result["examples"]}, result["likelihood"]))
+    return "\n".join(lines)
+
+
+def _answered(name: str, scores: Row, loss: Row) -> str:
+    """A row of `answers_table`; cells of what is not known stay empty."""
+    recovery = scores.get("recovery")
+    cells = (
+        name,
+        f"{scores['examples']:,}",
+        *("" if scores.get(key) is None else f"{scores[key]:.1f}" for key in ("dense", "sparse", "chance")),
+        "" if recovery is None else f"{recovery:.1%}" + _interval(scores["interval"], " ({:.1%} to {:.1%})"),
+        f"{loss['loss']:.3f}" + _interval(loss["interval"], " ({:.3f} to {:.3f})") if loss else "",
+        f"{loss['kl']:.3f}" if loss else "",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def likelihood_table(result: Row) -> str:

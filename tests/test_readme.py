@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -265,6 +266,71 @@ def test_rivals_and_levels_are_what_was_measured() -> None:
     table = report.levels_table([BENCH], [QUALITY], more)
     assert "| sparsity | 128 | 512 | 1,024 | 2,048 |" in table and "| 30% |  |  |  | 1.10x (1.31x) |  |  |  |  |" in table
     assert "| 70% |  |  |  |  | 1.50x |" in table
+
+
+def answered(task: str, lost: bool) -> dict[str, Any]:
+    """A result with scores and likelihoods of two sets; lost: the second is at chance."""
+    loss = {"loss": -0.0123, "interval": [-0.05, 0.25], "kl": 0.0341}
+    line = {"dataset": "vt@64", "examples": 700, "dense": 80.0, "sparse": 60.0, "recovery": 0.75, "interval": [0.5, 1.0]}
+    one = {"dataset": "lcc", "examples": 1, "dense": 50.0, "sparse": 45.0, "recovery": 0.9, "interval": None}
+    one |= {"likelihood": {**loss, "interval": None}}
+    sets = [{**one, "chance": 40.0, "at_chance": lost}, {**line, "chance": 1.25, "at_chance": False, "likelihood": loss}]
+    average = {**line, "dense": 65.0, "sets": 2 - lost, "mean_recovery": 0.8251, "mean_recovery_interval": [0.7, 0.95]}
+    head = {**HEAD, "task": task, "kernel": "triton", "max_prompt_tokens": 4000, "cut_prompts": 3, "examples": 701}
+    head |= {"machine": {**MACHINE, "gpu": "Some GPU"}, "likelihood": {**loss, "loss": 0.0456, "examples": 701}}
+    return {**head, "datasets": sets, "average": average}
+
+
+def test_report_of_answers(tmp_path: Path) -> None:
+    report = script("report_tables")
+    head, *lines = report.answers_table(answered("suite", lost=False)).splitlines()
+    assert "triton kernel; Some GPU, torch 2.13.0, transformers 5.20.0: made rows of 2 sets" in head and "chance," not in head
+    assert "prompts of at most 4,000 tokens (3 cut in the middle)" in head
+    assert lines[3:] == [
+        "| lcc | 1 | 50.0 | 45.0 | 40.0 | 90.0% | -0.012 | 0.034 |",
+        "| vt@64 | 700 | 80.0 | 60.0 | 1.2 | 75.0% (50.0% to 100.0%) | -0.012 (-0.050 to 0.250) | 0.034 |",
+        "| **mean of 2 sets** | 701 | 65.0 | 60.0 |  | 82.5% (70.0% to 95.0%) | 0.046 (-0.050 to 0.250) | 0.034 |",
+    ]
+    # Scores of sets at chance are in no mean, their likelihoods are.
+    head, *lines = report.answers_table(answered("longbench", lost=True)).splitlines()
+    assert "rows of MiniLongBench (2 of LongBench's 21 sets)" in head and "Behind the mean: sets at chance, on which" in head
+    assert lines[3].startswith("| vt@64 | 700 |") and lines[4:] == [
+        "| **mean of 1 set** | 700 | 65.0 | 60.0 |  | 82.5% (70.0% to 95.0%) |  |  |",
+        "| lcc (at chance) | 1 | 50.0 | 45.0 | 40.0 |  | -0.012 | 0.034 |",
+        "| **mean of all 2 sets** | 701 |  |  |  |  | 0.046 (-0.050 to 0.250) | 0.034 |",
+    ]
+    # No set above chance, no recovery.
+    none = answered("suite", lost=True)
+    none["datasets"].pop()
+    none["average"] = {"dense": None, "sparse": None, "recovery": None, "interval": None, "sets": 0}
+    assert "| **mean of 0 sets** | 0 |  |  |  |  |  |  |" in report.answers_table(none)
+    # Of either file; without scores the table of likelihoods stays.
+    write_real(tmp_path / "qwen2.5-coder-0.5b")
+    (tmp_path / "qwen2.5-coder-1.5b").mkdir()
+    for task in ("suite", "longbench"):
+        (tmp_path / "qwen2.5-coder-1.5b" / f"{task}.json").write_text(json.dumps(answered(task, lost=True)))
+    page = report.render("<!-- results:real -->\n<!-- /results -->\n", tmp_path)
+    assert page.count("| lcc (at chance) |") == 2 and page.index("made rows of") < page.index("rows of MiniLongBench (2")
+    assert "| all sets | 3 | 2.300 | 2.320 | 0.020 | -0.010 to 0.050 |" in page
+
+
+def test_stored_examples_are_those_of_their_result() -> None:
+    files = sorted((ROOT / "benchmarks" / "results").glob("*/*-examples.csv"))
+    assert files
+    for file in files:
+        result = json.loads(file.with_name(file.name.replace("-examples.csv", ".json")).read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        assert len(rows) == len({row["key"] for row in rows}) == result["examples"]
+        for line in result["datasets"]:
+            group = [row for row in rows if row["dataset"] == line["dataset"]]
+            sums = {key: sum(float(row[key]) for row in group) for key in group[0] if key not in ("key", "dataset")}
+            loss, tokens = line["likelihood"], sums["gold_tokens"]
+            assert (len(group), sums["prompt_tokens"], tokens) == (line["examples"], line["prompt_tokens"], loss["tokens"])
+            for kind in ("dense", "sparse"):  # rows have 5 digits, a result 2 and 4
+                assert 100 * sums[f"score_{kind}"] / len(group) == pytest.approx(line[kind], abs=0.0056)
+                assert sums[f"nll_{kind}"] / tokens == pytest.approx(loss[kind], abs=6e-5)
+            assert sums["kl"] / tokens == pytest.approx(loss["kl"], abs=1.1e-5)
 
 
 def test_report_of_long_tasks(tmp_path: Path) -> None:
