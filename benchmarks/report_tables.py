@@ -145,11 +145,14 @@ def _measured(folder: Path) -> list[tuple[list[Row], list[Row]]]:
 def speed_summary(folder: Path) -> str:
     """README's table of speed: a row per model, weights and prompt length, by the kernel that is chosen."""
     models = [result for bench, _ in _measured(folder) for result in bench if result is bench[0] or _eight(result)]
+    above = [result for result in load_lines(folder / REAL[0] / "upper.jsonl") if "rows" in result]
+    models = models[:2] + above + models[2:]
     if not models:
         return "{{speed: from benchmarks/results}}"
     lines = [
         f"{models[0]['sparsity']:.0%} sparsity; {_where(models[0]['machine'])}, {models[0]['dtype']}. "
-        "int8: `--weights int8`; its dense TTFT is that of the model as loaded.",
+        "int8: `--weights int8`; its dense TTFT is that of the model as loaded."
+        + (f" upper: `--upper-share {above[0]['upper_share']:g}`." if above else ""),
         "",
         "| model | prompt tokens | dense TTFT | dense, int8 | sparse TTFT | speed-up | ceiling |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -159,13 +162,13 @@ def speed_summary(folder: Path) -> str:
             if row["prompt_tokens"] in SHOWN_TOKENS or (row["sparse_tokens"] and row["speedup"] < 1):
                 eight = _eight(result)
                 cells = (
-                    _short(result["model"]) + ", int8" * eight,
+                    _short(result["model"]) + ", int8" * eight + ", upper" * (result in above),
                     f"{row['prompt_tokens']:,}",
                     f"{row['ttft_dense_s']:.2f} s",
                     f"{row['ttft_all_neurons_s']:.2f} s" if eight else "",
                     f"{row['ttft_sparse_s']:.2f} s",
                     _gain(row),
-                    "" if eight else _ceiling(row),  # of skipping alone
+                    "" if eight or result in above else _ceiling(row),  # of skipping neurons alone
                 )
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -193,6 +196,15 @@ def quality_summary(folder: Path) -> str:
             f"{row['kl']:.3f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    for result in (result for name in REAL for result in load_lines(folder / name / "suite.json")):
+        mean, worst = result["average"], min(result["datasets"], key=lambda line: line["recovery"] or 1)
+        lines += [
+            "",
+            f"Answers of {_short(result['model'])} to {result['examples']:,} made rows of {len(result['datasets'])} sets: "
+            f"{mean['mean_recovery']:.1%} of the dense score"
+            + _interval(mean["mean_recovery_interval"], " ({:.1%} to {:.1%})")
+            + f", least on {worst['dataset'].split(':')[0]}: {worst['recovery']:.1%}.",
+        ]
     answers = [result for name in REAL for result in load_lines(folder / name / "longbench.json")]
     if answers:
         rows, most = answers[0]["likelihood"]["examples"], answers[0]["max_prompt_tokens"]
@@ -218,6 +230,8 @@ def real_tables(folder: Path) -> str:
         parts += [quality_tables(quality)] if quality else []
         levels = load_lines(folder / name / "levels.jsonl")
         parts += [levels_table(bench, quality, levels)] if bench and quality and levels else []
+        above = load_lines(folder / name / "upper.jsonl")
+        parts += [upper_table(above, [*bench, *(row for row in levels if "rows" in row)])] if above else []
         served = [step for step in load_lines(folder / "vllm.jsonl") if step.get("model") == name]
         rivals = rivals_table(bench, load_lines(folder / name / "llama-bench.jsonl"), served)
         parts += [rivals] if rivals else []
@@ -253,6 +267,61 @@ def levels_table(bench: list[Row], quality: list[Row], more: list[Row]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def upper_table(lines: list[Row], others: list[Row]) -> str:
+    """What `upper_share` gains beside the same sparsity alone, by weights and prompt length; what it costs in the right answer.
+    lines: of `bench`, and of a task with likelihoods, with it and without. others: bench results without it."""
+    speed, loss = [line for line in lines if "rows" in line], [line for line in lines if "likelihood" in line]
+    alone = {
+        (_eight(result), result["sparsity"], row["prompt_tokens"]): row["ttft_sparse_s"]
+        for result in reversed(others)
+        for row in result["rows"]
+    }
+    first = speed[0]
+    table = [
+        f"{_short(first['model'])}, {first['sparsity']:.0%} sparsity, upper layers that read {first['upper_share']:.0%} of the "
+        f"blocks (`--upper-share {first['upper_share']:g}`); {_where(first['machine'])}, medians of {first['repeats']}.",
+        "",
+        "| weights | prompt tokens | dense TTFT | sparse | sparse, upper | over dense | over sparse |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for result in speed:
+        for row in result["rows"]:
+            other = alone.get((_eight(result), result["sparsity"], row["prompt_tokens"]))
+            cells = (
+                "int8" if _eight(result) else result["dtype"],
+                f"{row['prompt_tokens']:,}",
+                f"{row['ttft_dense_s']:.2f} s",
+                f"{other:.2f} s" if other else "",
+                f"{row['ttft_sparse_s']:.2f} s",
+                _gain(row),
+                f"{other / row['ttft_sparse_s']:.2f}x" if other else "",
+            )
+            table.append(f"| {' | '.join(cells)} |")
+    if len(loss) == 2:
+        loss.sort(key=lambda line: line["upper_share"])
+        sets = [
+            [line, *(other for other in loss[1]["datasets"] if other["dataset"] == line["dataset"])]
+            for line in loss[0]["datasets"]
+        ]
+        table += [
+            "",
+            f"What it costs: the right answer to {loss[0]['examples']} made rows of {len(sets)} sets, up to "
+            f"{loss[0]['max_prompt_tokens']:,} tokens; nats per token over the dense prefill's, and KL. Sets weigh the same.",
+            "",
+            "| | rows | loss | KL | loss, all blocks above | KL |",
+            "|---|--:|--:|--:|--:|--:|",
+        ]
+        for name, *both in [("**all sets**", *loss), *((pair[0]["dataset"], *pair) for pair in sets)]:
+            found = [one["likelihood"] for one in both]
+            cells = [cell for one in found for cell in (_loss(one), f"{one['kl']:.3f}")]
+            table.append(f"| {name} | {both[0]['examples']} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def _loss(likelihood: Row) -> str:
+    return f"{likelihood['loss']:.3f}" + _interval(likelihood["interval"], " ({:.3f} to {:.3f})")
 
 
 def rivals_table(bench: list[Row], llama: list[Row], served: list[Row]) -> str:
@@ -336,7 +405,7 @@ def _answered(name: str, scores: Row, loss: Row) -> str:
         f"{scores['examples']:,}",
         *("" if scores.get(key) is None else f"{scores[key]:.1f}" for key in ("dense", "sparse", "chance")),
         "" if recovery is None else f"{recovery:.1%}" + _interval(scores["interval"], " ({:.1%} to {:.1%})"),
-        f"{loss['loss']:.3f}" + _interval(loss["interval"], " ({:.3f} to {:.3f})") if loss else "",
+        _loss(loss) if loss else "",
         f"{loss['kl']:.3f}" if loss else "",
     )
     return f"| {' | '.join(cells)} |"

@@ -268,6 +268,23 @@ def test_rivals_and_levels_are_what_was_measured() -> None:
     assert "| 70% |  |  |  |  | 1.50x |" in table
 
 
+def test_upper_layers_beside_the_same_sparsity_alone() -> None:
+    report = script("report_tables")
+    row = {**BENCH["rows"][2], "ttft_dense_s": 2.5, "ttft_sparse_s": 1.0, "speedup": 2.5}
+    above = {**BENCH, "upper_share": 0.25, "rows": [row, {**row, "prompt_tokens": 4096}]}
+    tasks = [{**answered("suite", lost=False), "upper_share": share} for share in (1.0, 0.25)]
+    tasks[1]["likelihood"] = {**tasks[1]["likelihood"], "loss": 0.0789}
+    alone = {**BENCH, "rows": [{**row, "ttft_sparse_s": 1.5}]}
+    lines = report.upper_table([above, *tasks], [alone]).splitlines()
+    assert "upper layers that read 25% of the blocks (`--upper-share 0.25`)" in lines[0]
+    assert lines[4:6] == [
+        "| bfloat16 | 1,024 | 2.50 s | 1.50 s | 1.00 s | 2.50x | 1.50x |",
+        "| bfloat16 | 4,096 | 2.50 s |  | 1.00 s | 2.50x |  |",
+    ]
+    assert lines[10] == "| **all sets** | 701 | 0.079 (-0.050 to 0.250) | 0.034 | 0.046 (-0.050 to 0.250) | 0.034 |"
+    assert [line.split(" | ")[0] for line in lines[11:]] == ["| lcc", "| vt@64"]
+
+
 def answered(task: str, lost: bool) -> dict[str, Any]:
     """A result with scores and likelihoods of two sets; lost: the second is at chance."""
     loss = {"loss": -0.0123, "interval": [-0.05, 0.25], "kl": 0.0341}
