@@ -281,8 +281,8 @@ def test_upper_layers_beside_the_same_sparsity_alone() -> None:
         "| bfloat16 | 1,024 | 2.50 s | 1.50 s | 1.00 s | 2.50x | 1.50x |",
         "| bfloat16 | 4,096 | 2.50 s |  | 1.00 s | 2.50x |  |",
     ]
-    assert lines[10] == "| **all sets** | 701 | 0.079 (-0.050 to 0.250) | 0.034 | 0.046 (-0.050 to 0.250) | 0.034 |"
-    assert [line.split(" | ")[0] for line in lines[11:]] == ["| lcc", "| vt@64"]
+    assert lines[-3] == "| **all sets** | 701 | 0.079 (-0.050 to 0.250) | 0.034 | 0.046 (-0.050 to 0.250) | 0.034 |"
+    assert [line.split(" | ")[0] for line in lines[-2:]] == ["| lcc", "| vt@64"]
 
 
 def answered(task: str, lost: bool) -> dict[str, Any]:
