@@ -271,7 +271,7 @@ def test_a_generate_put_on_top_stays_when_we_go(model):
 
 def test_a_copy_of_the_hook_is_the_copys_own_method(model):
     """Of a model whose other hooks are off, as a copy may have them."""
-    model.generate = hook = GenerateHook(model.generate, calls.Calls(PREFILL, [], True))
+    model.generate = hook = GenerateHook(model.generate, calls.Calls(PREFILL, [], 3, True))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not isinstance(twin.generate, GenerateHook) and twin.generate.__self__ is twin
         ids = token_ids(1, 20)

@@ -115,7 +115,7 @@ def answer(engine: Engine, tokenizer: Any, example: Example, score: str = SCORES
         "cut": example.cut,
         "sparse_tokens": stats.sparse_tokens - before[0],
         "dense_tokens": stats.dense_tokens - before[1],
-        **({"skipped_above": stats.skipped_above - before[2]} if engine.config.upper_share < 1 else {}),
+        **({"skipped_above": stats.skipped_above - before[2]} if stats.skipped_above > before[2] else {}),
     }
 
 
@@ -185,7 +185,7 @@ def _counts(rows: Sequence[Row]) -> dict[str, Any]:
         **({"same_answers": sum(row["dense"] == row["sparse"] for row in rows)} if rows and "dense" in rows[0] else {}),
         "cut_prompts": sum(row["cut"] for row in rows),
         **{key: sum(row[key] for row in rows) for key in ("prompt_tokens", "sparse_tokens", "dense_tokens")},
-        **({"skipped_above": sum(row.get("skipped_above", 0) for row in rows)} if rows and "skipped_above" in rows[0] else {}),
+        **({"skipped_above": above} if (above := sum(row.get("skipped_above", 0) for row in rows)) else {}),
     }
 
 
