@@ -215,8 +215,8 @@ def quality_summary(folder: Path) -> str:
         ]
         lines += [
             "",
-            f"The right answer to {rows} rows of MiniLongBench, cut to {most:,} tokens, "
-            f"loses in nats per token: {', '.join(losses)}.",
+            f"Nats per token lost in the right answer to {rows} rows of MiniLongBench, cut to {most:,} tokens: "
+            f"{', '.join(losses)}.",
         ]
     return "\n".join(lines)
 

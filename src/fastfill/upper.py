@@ -25,7 +25,7 @@ from fastfill.sparse_ffn import current_plan
 
 FROM = 2 / 3  # of the layers
 WATCHED = 6  # layers below whose attention is averaged
-QUESTION = 16  # last tokens of a prompt whose attention counts
+QUESTION = 64  # last tokens of a prompt whose attention counts, as many as the dense tail has by default
 MARK = "fastfill_upper"  # attribute of a cache whose upper layers hold fewer tokens
 
 # Why the upper layers read all tokens of a prompt nevertheless: the keys of `Stats.whole_because`.

@@ -47,6 +47,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)
     say(text)
     above = f", {stats.skipped_above:,} not read by the upper layers" if attachment.config.upper_share < 1 else ""
+    above += "".join(f"; all were read ({reason})" for reason in stats.whole_because)
     counts = f"{stats.sparse_tokens:,} tokens prefilled sparsely, {stats.dense_tokens:,} computed densely"
     print(f"({counts}{above})", file=sys.stderr)
     return {
