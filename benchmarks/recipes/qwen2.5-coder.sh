@@ -41,6 +41,14 @@ if [ "$SIZE" = 1.5b ]; then
   python benchmarks/make_tasks.py --squad "$DATA/squad_v2_dev_part.json" --out "$TASKS" --rows 100 --characters 5500-13000
   evaluate --task suite --data "$TASKS" --lengths 1024-4096 --max-prompt-tokens 4000 --limit 100 --score both "${DEVICE[@]}" \
     >"$RESULTS/suite.json"
+  {  # upper layers that read half of the prompt, beside those that read it all
+    for weights in model int8; do
+      fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 1024,2048 --repeats 3 --upper-share 0.5 --weights $weights --json | tail -n 1
+    done
+    for share in 0.5 1; do
+      evaluate --task suite --data "$TASKS" --lengths 1024-2048 --max-prompt-tokens 2048 --limit 3 --score likelihood --upper-share $share
+    done
+  } >"$RESULTS/upper.jsonl"
   rm -r "$TASKS"
 else
   evaluate "${LONGBENCH[@]}" --score likelihood >"$RESULTS/longbench.json"
