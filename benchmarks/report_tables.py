@@ -145,14 +145,11 @@ def _measured(folder: Path) -> list[tuple[list[Row], list[Row]]]:
 def speed_summary(folder: Path) -> str:
     """README's table of speed: a row per model, weights and prompt length, by the kernel that is chosen."""
     models = [result for bench, _ in _measured(folder) for result in bench if result is bench[0] or _eight(result)]
-    above = [result for result in load_lines(folder / REAL[0] / "upper.jsonl") if "rows" in result]
-    models = models[:2] + above + models[2:]
     if not models:
         return "{{speed: from benchmarks/results}}"
     lines = [
         f"{models[0]['sparsity']:.0%} sparsity; {_where(models[0]['machine'])}, {models[0]['dtype']}. "
-        "int8: `--weights int8`; its dense TTFT is that of the model as loaded."
-        + (f" upper: `--upper-share {above[0]['upper_share']:g}`." if above else ""),
+        "int8: `--weights int8`; its dense TTFT is that of the model as loaded.",
         "",
         "| model | prompt tokens | dense TTFT | dense, int8 | sparse TTFT | speed-up | ceiling |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -162,13 +159,13 @@ def speed_summary(folder: Path) -> str:
             if row["prompt_tokens"] in SHOWN_TOKENS or (row["sparse_tokens"] and row["speedup"] < 1):
                 eight = _eight(result)
                 cells = (
-                    _short(result["model"]) + ", int8" * eight + ", upper" * (result in above),
+                    _short(result["model"]) + ", int8" * eight,
                     f"{row['prompt_tokens']:,}",
                     f"{row['ttft_dense_s']:.2f} s",
                     f"{row['ttft_all_neurons_s']:.2f} s" if eight else "",
                     f"{row['ttft_sparse_s']:.2f} s",
                     _gain(row),
-                    "" if eight or result in above else _ceiling(row),  # of skipping neurons alone
+                    "" if eight else _ceiling(row),  # of skipping alone
                 )
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
