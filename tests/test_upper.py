@@ -169,6 +169,25 @@ def crop(cache, tokens):
         layer.keys, layer.values = layer.keys[..., :tokens, :], layer.values[..., :tokens, :]
 
 
+@pytest.mark.parametrize("left", [TOKENS - 6, 2 * BLOCK, 0], ids=["in the tail", "inside", "nothing"])
+def test_another_text_in_place_of_the_prompts_end(left):
+    """A second question on the cache of the first, in several calls: all layers read all of it."""
+    model, ids, other = fp64(), token_ids(1, TOKENS), token_ids(1, 40, seed=5)
+    cache = DynamicCache()
+    with attach(model, tiny_artifact(model), SKIP, kernel="torch") as attached, torch.no_grad():
+        columns = columns_of(read(model, attached, ids, cache))
+        held = int((columns < left).sum())
+        for index, layer in enumerate(cache.layers):
+            size = held if index >= FIRST else left
+            layer.keys, layer.values = layer.keys[..., :size, :], layer.values[..., :size, :]
+        got = [
+            model.model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state for part in other.split(8, 1)
+        ]
+    whole = torch.cat([ids[:, :left], other], 1)
+    want = masked(model, whole, columns[columns < left], left)[:, left:]
+    torch.testing.assert_close(torch.cat(got, 1), want, **EXACT)
+
+
 def test_a_cache_cut_inside_the_prompt_is_refused():
     model, ids = fp64(), token_ids(1, TOKENS)
     cache = DynamicCache()

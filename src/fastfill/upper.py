@@ -38,16 +38,11 @@ GRADIENT = "gradients are recorded"
 
 @dataclass(frozen=True)
 class Kept:
-    """What the upper layers of a cache hold. columns: (T',) of the prompt's T = `tokens`."""
+    """What the upper layers of a cache hold: of the first T = `tokens` these columns (T',), and all behind."""
 
     first: int
     tokens: int
     columns: torch.Tensor
-
-    def upto(self, past: int) -> torch.Tensor:
-        """The columns that the upper layers hold where the lower ones hold the first `past`."""
-        behind = torch.arange(self.tokens, max(past, self.tokens), device=self.columns.device)
-        return torch.cat([self.columns[self.columns < past], behind])
 
 
 @dataclass(eq=False)
@@ -170,10 +165,12 @@ def _of(value: Any, columns: torch.Tensor, tokens: int) -> Any:
 
 def _behind(index: int, width: int, cache: Any, kept: Kept, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A layer's arguments in a later call of `width` tokens. What was cut off the lower layers' end is cut here, too: `crop`
-    counts in each layer's own tokens."""
+    counts in each layer's own tokens. Where the prompt was cut, other text takes its place, which all layers read."""
     past, held, layer = cache.get_seq_length() - width, cache.get_seq_length(index), cache.layers[index]
-    columns = kept.upto(past) if past < kept.tokens else None
-    count = len(kept.columns) + past - kept.tokens if columns is None else len(columns)
+    if past < kept.tokens:
+        kept = Kept(kept.first, past, kept.columns[kept.columns < past])
+        setattr(cache, MARK, kept)
+    count = len(kept.columns) + past - kept.tokens
     if held < count:
         raise UserError(
             "This cache was cut inside a prompt of which upper_share left tokens out, and its layers do not fit together any "
@@ -184,5 +181,5 @@ def _behind(index: int, width: int, cache: Any, kept: Kept, kwargs: dict[str, An
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
         return kwargs
-    seen = torch.cat([kept.upto(past), torch.arange(past, past + width, device=mask.device)])
+    seen = torch.cat([kept.columns, torch.arange(kept.tokens, past + width, device=mask.device)])
     return {**kwargs, "attention_mask": mask.index_select(3, seen)}
