@@ -278,7 +278,8 @@ def upper_table(lines: list[Row], others: list[Row]) -> str:
     first = speed[0]
     table = [
         f"{_short(first['model'])}, {first['sparsity']:.0%} sparsity, upper layers that read {first['upper_share']:.0%} of the "
-        f"blocks (`--upper-share {first['upper_share']:g}`); {_where(first['machine'])}, medians of {first['repeats']}.",
+        f"blocks (`--upper-share {first['upper_share']:g}`); {_where(first['machine'])}, medians of {first['repeats']}. "
+        "Sparse: all blocks, a run of its own (tables above).",
         "",
         "| weights | prompt tokens | dense TTFT | sparse | sparse, upper | over dense | over sparse |",
         "|---|--:|--:|--:|--:|--:|--:|",

@@ -304,6 +304,13 @@ def test_flops_by_hand():
     assert flops.prefill(tiny_config(), 10, 0, Cost(32, 96, (24, 96, 48), 100, 7)) == flops.prefill(tiny_config(), 10)
 
 
+def test_the_ceiling_with_upper_layers_that_read_less():
+    assert speed.ceiling(0.7, 0.5, 0.9, 0.9) == pytest.approx(10)  # every sparse token skips all of every layer
+    # a tenth of the tokens skips all, the other sparse ones their neurons
+    assert speed.ceiling(0.7, 0.5, 0.9, 0.1) == pytest.approx(1 / (1 - 0.1 - 0.8 * 0.35))
+    assert speed.ceiling(0.7, 0.5, 0.9) == pytest.approx(1 / (1 - 0.9 * 0.35))
+
+
 def test_pairs_in_a_window():
     for tokens, window in itertools.product((1, 5, 9), (None, 1, 4, 5, 20)):
         seen = sum(1 for q in range(tokens) for k in range(q + 1) if window is None or q - k < window)

@@ -40,7 +40,6 @@ GRADIENT = "gradients are recorded"
 class Kept:
     """What the upper layers of a cache hold: of the first T = `tokens` these columns (T',), and all behind."""
 
-    first: int
     tokens: int
     columns: torch.Tensor
 
@@ -144,7 +143,7 @@ def run_layer(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kw
     if index < upper.last:
         return output
     if cache is not None:
-        setattr(cache, MARK, Kept(upper.first, tokens, columns))
+        setattr(cache, MARK, Kept(tokens, columns))
     states, *more = output if isinstance(output, tuple) else (output,)  # transformers 5.0's Granite gives a tuple
     whole = states.new_full((1, tokens, states.shape[2]), torch.nan)  # what was not read has no state, and says so
     whole[:, columns] = states
@@ -168,7 +167,7 @@ def _behind(index: int, width: int, cache: Any, kept: Kept, kwargs: dict[str, An
     counts in each layer's own tokens. Where the prompt was cut, other text takes its place, which all layers read."""
     past, held, layer = cache.get_seq_length() - width, cache.get_seq_length(index), cache.layers[index]
     if past < kept.tokens:
-        kept = Kept(kept.first, past, kept.columns[kept.columns < past])
+        kept = Kept(past, kept.columns[kept.columns < past])
         setattr(cache, MARK, kept)
     count = len(kept.columns) + past - kept.tokens
     if held < count:
