@@ -273,6 +273,95 @@ bool check_low_rank(const char *isa, bool bf16, int blocks, int block_size, int 
   return good && chosen;
 }
 
+struct Format {
+  int kind, columns, bytes;
+  std::vector<int> halves;  // where fp16 numbers are
+};
+const Format kFormats[] = {{2, 32, 18, {0}},      {3, 32, 20, {0, 2}},      {6, 32, 22, {0}},         {7, 32, 24, {0, 2}},
+                           {8, 32, 34, {0}},      {12, 256, 144, {0, 2}},   {13, 256, 176, {0, 2}},   {14, 256, 210, {208}}};
+
+float half(const uint8_t *p) {  // of a normal number
+  const int h = p[0] | p[1] << 8;
+  return std::ldexp((float)(1024 + h % 1024), (h >> 10 & 31) - 25) * (h >> 15 ? -1 : 1);
+}
+
+// The i-th weight of a block, bit by bit as ggml's headers say.
+float weight(const Format &f, const uint8_t *b, int i) {
+  const float d = half(b + f.halves[0]);
+  if (f.kind == 8) return d * (int8_t)b[2 + i];
+  if (f.columns == 32) {
+    const bool five = f.kind >= 6, added = f.kind % 2;
+    const uint8_t *at = b + 2 + 2 * added;
+    int q = at[4 * five + i % 16] >> i / 16 * 4 & 15;
+    if (five) q |= (at[i / 8] >> i % 8 & 1) << 4;
+    return added ? d * q + half(b + 2) : d * (q - (five ? 16 : 8));
+  }
+  if (f.kind == 14) {
+    const int low = b[i / 128 * 64 + i % 64] >> i / 64 % 2 * 4 & 15;
+    const int high = b[128 + i / 128 * 32 + i % 32] >> i / 32 % 4 * 2 & 3;
+    return d * (int8_t)b[192 + i / 16] * (low + 16 * high - 32);
+  }
+  const uint8_t *s = b + 4;
+  const int j = i / 32;
+  const int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
+  const int minimum = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | (s[j] >> 6) << 4;
+  int q = b[f.bytes - 128 + i / 64 * 32 + i % 32] >> j % 2 * 4 & 15;
+  if (f.kind == 13) q |= (b[16 + i % 32] >> j & 1) << 4;
+  return d * scale * q - half(b + 2) * minimum;
+}
+
+bool check_packed(const char *isa, const Format &f, int rows, int columns, int tokens, int threads) {
+  const int blocks = columns / f.columns, row_bytes = blocks * f.bytes;
+  Exact<uint8_t> packed((size_t)rows * row_bytes);
+  for (int i = 0; i < rows * row_bytes; i++) packed.p[i] = (uint8_t)(uniform() * 128 + 128);
+  for (int i = 0; i < rows * blocks; i++)
+    for (int at : f.halves) packed.p[i * f.bytes + at + 1] = (packed.p[i * f.bytes + at + 1] & 0x83) | 0x20;  // to 2^-6
+  std::vector<float> w((size_t)rows * columns);
+  for (size_t i = 0; i < w.size(); i++)
+    w[i] = weight(f, packed.p + i / columns * row_bytes + i % columns / f.columns * f.bytes, (int)(i % f.columns));
+  Exact<float> values(w.size()), scale(rows), inverse(rows);
+  Exact<char> values_bf16(w.size() * 2);
+  Exact<int8_t> q(w.size()), turned(w.size());
+  fastfill_packed_call c{};
+  c.blocks = packed.p, c.blocks_stride = row_bytes, c.rows = rows, c.columns = columns, c.kind = f.kind;
+  c.scale = scale.p, c.inverse = inverse.p, c.threads = threads, c.isa = isa, c.out_stride = columns;
+  int bad = fastfill_packed_scales(&c);
+  c.out = values.p, bad |= fastfill_unpack(&c);
+  c.out = values_bf16.p, c.dtype = FASTFILL_BF16, bad |= fastfill_unpack(&c);
+  c.out = q.p, bad |= fastfill_unpack_int8(&c);
+  c.out = turned.p, c.out_stride = rows, c.transposed = 1, bad |= fastfill_unpack_int8(&c);
+  int wrong = 0;
+  std::vector<int> want(columns);
+  for (int r = 0; r < rows; r++) {
+    wrong += scale.p[r] != rounded(&w[(size_t)r * columns], columns, want.data());
+    for (int i = 0; i < columns; i++) {
+      const size_t at = (size_t)r * columns + i;
+      wrong += values.p[at] != w[at] || stored(values_bf16.p + 2 * at, true) != nearest_bf16(w[at]);
+      wrong += q.p[at] != want[i] || turned.p[(size_t)i * rows + r] != want[i];
+    }
+  }
+  double worst = 0;
+  for (bool bf16 : {false, true}) {
+    Matrix x((size_t)tokens * columns, bf16, 1);
+    Exact<char> y((size_t)tokens * rows * (bf16 ? 2 : 4));
+    c.x = x.bytes.p, c.out = y.p, c.x_stride = columns, c.tokens = tokens, c.dtype = bf16 ? FASTFILL_BF16 : FASTFILL_F32;
+    bad |= fastfill_packed_linear(&c);
+    for (int i = 0; i < tokens * rows; i++) {
+      double sum = 0, size = 0;
+      for (int k = 0; k < columns; k++) {
+        const double product = (double)x.f[(size_t)(i / rows) * columns + k] * w[(size_t)(i % rows) * columns + k];
+        sum += product, size += std::fabs(product);
+      }
+      const double error = std::fabs(stored(y.p + (size_t)i * (bf16 ? 2 : 4), bf16) - sum) / size;
+      worst = std::fmax(worst, bf16 ? error / 256 : error);
+    }
+  }
+  const bool good = !bad && !wrong && worst < 2e-5;
+  std::printf("%-12s kind %d R %d C %d T %d: %s, worst relative error %.2g%s\n", isa, f.kind, rows, columns, tokens,
+              bad || wrong ? "WRONG" : "the same bits", worst, good ? "" : "  TOO LARGE");
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -280,6 +369,11 @@ int main() {
   for (int i = 0; i < fastfill_isa_count(); i++) {
     if (!fastfill_isa_supported(i)) continue;
     const char *isa = fastfill_isa_name(i);
+    for (const Format &f : kFormats) {
+      good &= check_packed(isa, f, 131, 768, 3, 2);
+      good &= check_packed(isa, f, 3, f.columns == 32 ? 2144 : 2304, 11, 2);
+      good &= check_packed(isa, f, 1, f.columns, 1, 1);
+    }
     for (bool bf16 : {false, true}) {
       good &= check(isa, bf16, 33, 77, {1, 0, 16, 37}, {77, 5, 0, 13}, 2);
       good &= check(isa, bf16, 64, 130, {16, 16, 32, 3, 40}, {65, 65, 1, 130, 64}, 3);

@@ -9,11 +9,18 @@
 #define FASTFILL_API extern "C" __attribute__((visibility("default")))
 #endif
 
-constexpr int32_t FASTFILL_INTERFACE = 3;  // to be raised with every change here; kernels/cpu.py refuses any other
+constexpr int32_t FASTFILL_INTERFACE = 4;  // to be raised with every change here; kernels/cpu.py refuses any other
 
 enum : int32_t { FASTFILL_F32 = 0, FASTFILL_BF16 = 1 };
 enum : int32_t { FASTFILL_SILU = 0, FASTFILL_GELU = 1, FASTFILL_GELU_TANH = 2, FASTFILL_RELU = 3 };
-enum : int32_t { FASTFILL_OK = 0, FASTFILL_BAD_RANGE = 1, FASTFILL_BAD_ORDER = 2, FASTFILL_NO_MEMORY = 3, FASTFILL_BAD_ISA = 4 };
+enum : int32_t {
+  FASTFILL_OK = 0,
+  FASTFILL_BAD_RANGE = 1,
+  FASTFILL_BAD_ORDER = 2,
+  FASTFILL_NO_MEMORY = 3,
+  FASTFILL_BAD_ISA = 4,
+  FASTFILL_BAD_KIND = 5
+};
 
 // With gate_scale the weights are int8: gate's and up's rows times gate_scale, up_scale (neurons), down_t's columns times
 // down_scale (hidden), all fp32. x is rounded to eight bits with a scale per token, h with one per token and chunk of
@@ -66,12 +73,31 @@ struct fastfill_round_call {
   const char *isa;
 };
 
+// Rows (rows, columns) of weights in blocks as GGUF files hold them, `kind` by its numbers; columns are whole blocks.
+// unpack: out (rows, columns) in the dtype. packed_scales: scale and inverse (rows), as csrc/int8.h has them.
+// unpack_int8: out int8 (rows, columns), or transposed (columns, rows); each row times its inverse, to nearest, ties to even;
+// zeros where the inverse is 0. packed_linear: out (tokens, rows) = x (tokens, columns) @ weights.T, sums in fp32.
+struct fastfill_packed_call {
+  const void *blocks, *x;
+  void *out;
+  float *scale, *inverse;
+  int64_t blocks_stride;  // bytes
+  int64_t x_stride, out_stride;
+  int64_t rows, columns, tokens;
+  int32_t kind, dtype, transposed, threads;
+  const char *isa;
+};
+
 FASTFILL_API int32_t fastfill_interface();                       // FASTFILL_INTERFACE, as the library was built
 FASTFILL_API int32_t fastfill_sparse_ffn(fastfill_call *call);
 FASTFILL_API int32_t fastfill_block_scores(const fastfill_low_rank_call *call);
 FASTFILL_API int32_t fastfill_compensate(const fastfill_low_rank_call *call);
 FASTFILL_API int32_t fastfill_top_k(const fastfill_top_k_call *call);
 FASTFILL_API int32_t fastfill_round(const fastfill_round_call *call);
+FASTFILL_API int32_t fastfill_unpack(const fastfill_packed_call *call);
+FASTFILL_API int32_t fastfill_packed_scales(const fastfill_packed_call *call);
+FASTFILL_API int32_t fastfill_unpack_int8(const fastfill_packed_call *call);
+FASTFILL_API int32_t fastfill_packed_linear(const fastfill_packed_call *call);
 FASTFILL_API int64_t fastfill_scratch_bytes();                   // memory that is kept between calls, or in use
 FASTFILL_API void fastfill_release();                            // frees what of it no call is using
 FASTFILL_API int32_t fastfill_isa_count();

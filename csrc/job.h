@@ -1,6 +1,6 @@
-// What the drivers (sparse_ffn.cpp, predict.cpp) hand to the loops (kernel.h, low_rank.h, top_k.h): plain data only,
-// because the loops are compiled once per instruction set and must not share inline functions with code that runs on
-// every processor.
+// What the drivers (sparse_ffn.cpp, predict.cpp, packed.cpp) hand to the loops (kernel.h, low_rank.h, top_k.h, packed.h): plain
+// data only, because the loops are compiled once per instruction set and must not share inline functions with code that runs
+// on every processor.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -84,6 +84,17 @@ struct TopKJob {
 };
 using TopK = void(const TopKJob &, int row, char *scratch);  // scratch: neurons x 4 bytes
 
+struct PackedLoops {      // of one format of packed weights (packed.h)
+  int32_t kind, columns, bytes;  // GGUF's number of the format; of a block
+  void (*unpack)(const uint8_t *row, int blocks, float *to);
+  void (*unpack_bf16)(const uint8_t *row, int blocks, char *to);
+  void (*scales)(const uint8_t *row, int blocks, float *scale, float *inverse);
+  void (*round)(const uint8_t *row, int blocks, float inverse, int8_t *to);
+  void (*transpose)(const int8_t *from, size_t stride, int8_t *to, size_t to_stride);  // 64 rows of 16
+  void (*dots)(const uint8_t *row, int blocks, const float *x, int tokens, float *sums);  // adds to sums
+};
+constexpr int kPackedKinds = 8;
+
 struct Scheme {  // everything that is compiled per instruction set and dtype
   Loops ffn;
   LowRankLoops low_rank;
@@ -95,6 +106,7 @@ struct Isa {
   const Scheme *f32, *bf16;
   const Loops *int8_f32, *int8_bf16;  // weights in eight bits, all else in that type
   TopK *top_k;
+  const PackedLoops *packed;  // kPackedKinds
 };
 
 // One per translation unit.
@@ -103,5 +115,6 @@ extern const Scheme avx512_bf16_bf16, avx512_f32, avx512_bf16_via_f32, avx2_f32,
 extern const Loops avx512_vnni_int8_f32, avx512_vnni_int8_bf16, avx_vnni_int8_f32, avx_vnni_int8_bf16, avx2_int8_f32,
     avx2_int8_bf16, portable_int8_f32, portable_int8_bf16;
 extern TopK avx512_top_k, avx2_top_k, portable_top_k;
+extern const PackedLoops avx512_packed[kPackedKinds], avx2_packed[kPackedKinds], portable_packed[kPackedKinds];
 
 }  // namespace fastfill

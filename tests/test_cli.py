@@ -131,6 +131,29 @@ def test_calibrate_inspect_generate_bench_evaluate(capsys, model_folder, texts, 
     assert "ppl_ratio" in (out / "README.md").read_text()
 
 
+def test_a_gguf_file_whose_ffns_stay_packed(capsys, texts, tmp_path, monkeypatch):
+    gguf_tiny = pytest.importorskip("gguf_tiny")
+    monkeypatch.setenv("FASTFILL_CACHE", str(tmp_path / "cache"))
+    file, folder = str(tmp_path / "tiny.gguf"), str(tmp_path / "artifact")
+    gguf_tiny.write(file, quantised=gguf_tiny.gguf.GGMLQuantizationType.Q8_0)
+    artifacts.save(tiny_artifact(models.load(file).model), folder)
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("word " * 30)
+    both = [
+        answer(capsys, "generate", file, "--artifact", folder, "--prompt-file", str(prompt), "--max-new-tokens", "2", *packed)
+        for packed in ([], ["--packed"])
+    ]
+    assert both[1]["sparse_tokens"] == both[0]["sparse_tokens"] > 0
+    bench = answer(capsys, "bench", file, "--artifact", folder, "--prompt-lengths", "48", "--repeats", "1", "--packed")
+    assert bench["packed"] and bench["weights"] == "int8" and bench["rows"][0]["sparse_tokens"] > 0
+    found = answer(
+        capsys, "evaluate", file, "--artifact", folder, "--data", str(texts), "--limit", "1", "--tokens", "330", "--packed"
+    )
+    assert found["packed"] and found["sparse_tokens"] > 0
+    assert "is none" in refusal(capsys, "bench", str(tmp_path), "--artifact", folder, "--packed")
+    assert "--engine transformers" in refusal(capsys, "bench", file, "--artifact", folder, "--packed", "--engine", "vllm")
+
+
 @pytest.mark.parametrize("predictor", ["oracle", "static", "first-block", "low-rank", "random"])
 def test_evaluate_with_a_baseline(capsys, model_folder, artifact_folder, texts, predictor):
     line = ["evaluate", model_folder, "--artifact", artifact_folder, "--data", texts, "--limit", 2, "--dtype", "fp32"]

@@ -567,7 +567,8 @@ def test_sanitizers(tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer over all instruction sets, in buffers without spare room."""
     flags = ["-std=c++17", "-O0", "-g1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     exact = ["-ffp-contract=off"]
-    sources = {"driver": [], "sparse_ffn": [], "predict": [], "check": exact, "isa_portable": [], "int8_portable": exact}
+    sources = {"driver": [], "sparse_ffn": [], "predict": [], "packed": [], "check": exact, "isa_portable": []}
+    sources |= {"int8_portable": exact, "packed_portable": exact}
     if platform.machine() in ("x86_64", "AMD64"):
         avx512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
         flags.append("-DFASTFILL_X86")
@@ -575,6 +576,7 @@ def test_sanitizers(tmp_path):
         sources |= {"isa_avx2": avx2, "isa_avx512": avx512, "isa_avx512_bf16": [*avx512, "-mavx512bf16"]}
         sources |= {"int8_avx2": [*avx2, *exact], "int8_avx_vnni": [*avx2, "-mavxvnni", *exact]}
         sources |= {"int8_avx512_vnni": [*avx512, "-mavx512vnni", *exact]}
+        sources |= {"packed_avx2": [*avx2, *exact], "packed_avx512": [*avx512, *exact]}
     jobs = [
         subprocess.Popen(["g++", *flags, *extra, "-c", CSRC / f"{name}.cpp", "-o", tmp_path / f"{name}.o"])
         for name, extra in sources.items()

@@ -93,6 +93,7 @@ class Attachment:
             "expected_gain": first.kernel.expected_gain,
             "predictor": type(first.predictor).__name__,
             "compensator": first.compensator is not None,
+            "packed": self._anatomy.packed,
         }
 
     @property
@@ -330,7 +331,8 @@ def attach(
     Hugging Face hub, which is named 'org/name'.
 
     The sparse prompts of a model that comes in eight bits (`fastfill.eight_bits`) are computed with its own int8 values and
-    scales, whatever `weights` says; other calls run as they do without fastfill.
+    scales, whatever `weights` says; other calls run as they do without fastfill. So are those of a model whose FFNs are packed
+    (`fastfill.packed`), with int8 rows that are unpacked for each call.
 
     Raises UserError for a model or an artifact that does not fit, or a model that is attached already. Warns if the FFNs were
     requantised, or what is outside them (embeddings, attention, norms, unmerged adapters) is not what the artifact was learned
@@ -347,7 +349,9 @@ def attach(
         raise UserError(f"predictor must be made by fastfill.lab.baselines.named(...), not {quoted(predictor)}.")
     if not isinstance(prefill, PrefillConfig | None):
         raise UserError(f"prefill must be a fastfill.PrefillConfig, not {quoted(prefill)}; a field alone is sparsity=0.3, say.")
-    if anatomy.eight_bits and anatomy.ffns[0].gate.device.type == "cpu":  # elsewhere there is no op for them
+    if (anatomy.eight_bits or anatomy.packed) and anatomy.ffns[
+        0
+    ].gate.device.type == "cpu":  # elsewhere there is no op for them
         fields["weights"] = "int8"
     config = (prefill or artifact.prefill).with_(**fields)
 

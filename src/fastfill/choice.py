@@ -93,7 +93,7 @@ def _seconds(ffn: SparseFFN, config: PrefillConfig, names: Sequence[str], tokens
     """ "dense" and each kernel -> seconds of one call of the layer's FFN on a prompt of so many tokens."""
     gate = ffn.ffn.gate
     generator = torch.Generator().manual_seed(0)  # torch's own is the user's
-    x = torch.randn(1, tokens, gate.shape[1], generator=generator).to(gate.device, ffn.ffn.dtype)
+    x = torch.randn(1, tokens, ffn.ffn.hidden_size, generator=generator).to(gate.device, ffn.ffn.dtype)
     plan = make_plan([(0, tokens, 0)], tokens, config)
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"dense": ffn.dense}
     ways |= {name: dataclasses.replace(ffn, kernel=Kernel(name), taps=[]) for name in names}

@@ -35,7 +35,7 @@ class Cost:
         """Of what is on a model, whatever its predictor."""
         first = ffns[0]
         return cls(
-            first.ffn.gate.shape[1],
+            first.ffn.hidden_size,
             first.ffn.neurons,
             tuple(ffn.kept for ffn in ffns),
             first.predictor.macs_per_token(),

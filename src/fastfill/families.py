@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastfill import eight_bits
+from fastfill import eight_bits, packed
 from fastfill.errors import UserError
 from fastfill.ffn import FFN
 from fastfill.kernels import Scales
+from fastfill.packed import PackedLinear
 
 ROLES = ("gate", "up", "down")
 
@@ -78,6 +79,8 @@ class Family:
 
     def read(self, module: Any, activation: str, data: bool = False) -> FFN:
         """The FFN that a module is. Arguments as those of `part`."""
+        if isinstance(getattr(module, self.down), PackedLinear):
+            return packed.ffn_of(self.linears(module), activation)
         parts: dict[str, Any] = {role: self.part(module, role, "weight", data) for role in ROLES}
         parts |= {f"{role}_bias": self.part(module, role, "bias", data) for role in ROLES}
         if parts["gate"].dtype == torch.int8 and (scales := self.scales(module)):
@@ -86,7 +89,9 @@ class Family:
 
     def scales(self, module: Any) -> Scales | None:
         """Of the int8 rows that the weights of an FFN of torch's stand for; None where they stand for none."""
-        parts = []
+        parts: list[torch.Tensor] = []
+        if isinstance(getattr(module, self.down), PackedLinear):
+            return None
         for role in ROLES:
             whole = eight_bits.scale(getattr(module, self.linear(role)))
             if whole is None:
@@ -133,7 +138,8 @@ class ModuleFFN(FFN):
 
     def __init__(self, layer: nn.Module, family: Family, index: int, activation: str = "silu"):
         module = getattr(layer, family.ffn)
-        hidden, neurons = _linear(module, family.down, index).weight.shape
+        down = _linear(module, family.down, index)
+        hidden, neurons = down.shape if isinstance(down, PackedLinear) else down.weight.shape
         found = {"layer": layer, "family": family, "index": index, "module": module, "activation": activation}
         vars(self).update(found, shape=(neurons, hidden))  # the fields are frozen
         self.now()
@@ -180,6 +186,20 @@ class ModuleFFN(FFN):
         """The module that holds down."""
         return getattr(self.module, self.family.down)
 
+    @property
+    def packed(self) -> bool:
+        """Whether the weights are blocks of a GGUF file."""
+        return isinstance(self.linear_down, PackedLinear)
+
+    def halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.read().halves(x) if self.packed else super().halves(x)
+
+    def output(self, h: torch.Tensor) -> torch.Tensor:
+        return self.read().output(h) if self.packed else super().output(h)
+
+    def down_norm(self) -> torch.Tensor:
+        return self.read().down_norm() if self.packed else super().down_norm()
+
     def read(self) -> FFN:
         """The weights as they are now, unchecked, as autograd does not know them."""
         return self.family.read(self.module, self.activation, data=True)
@@ -196,6 +216,9 @@ class ModuleFFN(FFN):
         neurons, hidden = self.shape
         rows = (2 * neurons if family.gate_up else neurons, hidden)
         shapes = {family.linear(role): (hidden, neurons) if role == "down" else rows for role in ROLES}
+        if self.packed:
+            self._check_packed(shapes)
+            return self.read()
         first: torch.Tensor | None = None
         leading = next(iter(shapes))
         for name, shape in shapes.items():
@@ -218,6 +241,15 @@ class ModuleFFN(FFN):
             raise UserError(f"Layer {index}: {named} alone is in eight bits; quantise all of an FFN's Linears, or none.")
         with torch.inference_mode(False), torch.enable_grad():  # a part learns as the whole does, whoever asks for it
             return family.read(self.module, self.activation)
+
+    def _check_packed(self, shapes: dict[str, tuple[int, int]]) -> None:
+        for name, shape in shapes.items():
+            linear = getattr(self.module, name)
+            if not isinstance(linear, PackedLinear) or linear.shape != shape or linear.blocks.device.type != "cpu":
+                raise UserError(
+                    f"Layer {self.index}: {name} is not a packed Linear of {shape} on the CPU, as the rest of its FFN is; load "
+                    "the model again."
+                )
 
 
 class Head:
@@ -255,6 +287,11 @@ class Anatomy:
     def eight_bits(self) -> bool:
         """Whether FFNs came in int8."""
         return any(ffn.rows is not None for ffn in self.ffns)
+
+    @property
+    def packed(self) -> bool:
+        """Whether FFNs are blocks of a GGUF file."""
+        return any(ffn.packed for ffn in self.ffns)
 
     @property
     def adapters(self) -> list[str]:
@@ -340,14 +377,16 @@ def _is_adapter(module: nn.Module) -> bool:
     return any(hasattr(module, name) for name in ("base_layer", "original_module"))
 
 
-def _linear(module: nn.Module, name: str, index: int) -> nn.Linear:
-    """A plain Linear of layer `index`'s FFN, or UserError."""
+def _linear(module: nn.Module, name: str, index: int) -> Any:
+    """A plain or packed Linear of layer `index`'s FFN, or UserError."""
     linear: Any = getattr(module, name, None)
     if any(map(_is_adapter, (module, linear))):
         raise UserError(
             f"Layer {index}: {name} carries an adapter ({type(linear).__name__}); merge it first (with peft: "
             "model = model.merge_and_unload()) and make an artifact for the merged model with `fastfill calibrate`."
         )
+    if isinstance(linear, PackedLinear):
+        return linear
     if found := eight_bits.problem(linear):
         raise UserError(f"Layer {index}: {name} is quantised to {found}; read are {eight_bits.READ}.")
     if type(linear) is not nn.Linear or not (_is_plain(linear.weight) or eight_bits.from_torchao(linear.weight)):

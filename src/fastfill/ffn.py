@@ -66,6 +66,19 @@ class FFN:
         return self.gate.shape[0]
 
     @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.gate.shape[1]
+
+    def unpacked(self) -> FFN:
+        """As the sparse op reads it: itself, but for packed weights, whose int8 rows hold until this thread's next call."""
+        return self
+
+    def wide(self) -> FFN:
+        """Packed weights in the model's type; any other as it is."""
+        return self
+
+    @property
     def act(self) -> Activation:
         return ACTIVATIONS[self.activation]
 

@@ -25,6 +25,7 @@ from fastfill.errors import UserError, listed, quoted
 from fastfill.gguf_config import config_of
 from fastfill.gguf_tokenizer import save as save_tokenizer
 from fastfill.gguf_tokenizer import tokenizer_of
+from fastfill.kernels import packed
 
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # type -> format of `struct`
 _STRING, _ARRAY = 8, 9
@@ -72,6 +73,15 @@ class Tensor:
     def unpacked(self) -> int:
         """Bytes once it is unpacked."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def blocks(self) -> torch.Tensor:
+        """Its rows as they are in the file, (R, bytes) uint8. Raises UserError if the file has become shorter."""
+        rows = math.prod(self.shape[:-1])
+        try:
+            raw = np.fromfile(self.path, np.uint8, self.size, offset=self.start)
+            return torch.from_numpy(raw.reshape(rows, self.size // rows))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path.name} could not be read to its end: {error}.") from error
 
     def read(self) -> torch.Tensor:
         """Its values. Raises UserError if one of them is not finite or the file has become shorter."""
@@ -322,6 +332,15 @@ def _shards(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
         group.append(name)
         size += tensor.unpacked
     yield group
+
+
+def ffns(model: Model, name: str) -> dict[str, Tensor]:
+    """The matrices of the FFNs by the names of their Linears. Raises UserError if one is of a type that cannot stay packed."""
+    found = {their: tensor for key, tensor in model.tensors.items() if (their := _their_name(key)) and ".mlp." in their}
+    odd = sorted({tensor.kind.name for tensor in found.values()} - packed.KINDS.keys())
+    if odd:
+        raise UserError(f"{name} has FFN weights of type {listed(odd)}; packed can stay {', '.join(packed.KINDS)}.")
+    return {their.removesuffix(".weight"): tensor for their, tensor in found.items()}
 
 
 def unpacked_bytes(model: Model) -> int:

@@ -114,8 +114,8 @@ def resolve(name: str) -> str:
     return str(cache.folder(key, unpack, gguf.unpacked_bytes(model)))
 
 
-def load(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
-    """Load model and tokenizer, in evaluation mode.
+def load(name: str, dtype: str = "auto", device: str = "cpu", packed: bool = False) -> LoadedModel:
+    """Load model and tokenizer, in evaluation mode. packed: the FFNs of a GGUF file stay as they are there (`fastfill.packed`).
 
     Raises UserError with a sentence when the name leads nowhere, a file is damaged, or the weights are not exactly those of the
     model: no tensor is left at random values, none is left over.
@@ -124,21 +124,52 @@ def load(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
 
     check_device(device)
     torch_dtype = parse_dtype(dtype, device)
+    if packed:
+        _check_packed(name, device)
     path = resolve(name)
     with _quiet(), waiting(f"loading {name}"):
         _check_folder(Path(path), name)
         with _blamed_on(f"The tokenizer of {name!r}"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         with _blamed_on(f"The model {name!r}"):
+            more: dict[str, Any] = {}
+            if packed:
+                more["config"] = config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+                neurons, config.intermediate_size = config.intermediate_size, 1  # FFNs that do not fit take no memory
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+                path, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **more
             )
         model, report = loaded
+        if packed:
+            _put_packed(model, report, name, neurons)
         check_report(report, name)
         check_tokenizer(tokenizer, model, name)
     model.eval().to(device)
     model.requires_grad_(False)
     return LoadedModel(model, tokenizer, DEFAULT_NAME if name == "default" else name)
+
+
+def _check_packed(name: str, device: str) -> None:
+    if gguf_file(name) is None:
+        raise UserError(f"--packed keeps the weights of a .gguf file as they are; {name} is none.")
+    if torch.device(device).type != "cpu":
+        raise UserError(f"Packed weights run on the CPU, not on {device}; leave --packed out.")
+
+
+def _put_packed(model: Any, report: dict[str, Any], name: str, neurons: int) -> None:
+    """Give a model that was loaded with FFNs of one neuron those of its GGUF file, and take these out of the report."""
+    from fastfill import gguf, packed
+
+    source = gguf_file(name)
+    assert source is not None
+    with _blamed_on(f"The GGUF file {name}"):
+        for linear, tensor in gguf.ffns(gguf.read(source), source.name).items():
+            packed.put(model, linear, tensor.blocks(), tensor.kind.name, model.dtype)
+            report["mismatched_keys"] = [row for row in report["mismatched_keys"] if row[0] != f"{linear}.weight"]
+    model.config.intermediate_size = neurons
+    for module in model.modules():
+        if vars(module).get("intermediate_size") == 1:
+            module.intermediate_size = neurons
 
 
 def check_report(report: dict[str, Any], name: str) -> None:

@@ -164,7 +164,8 @@ def sample_layers(anatomy: families.Anatomy) -> list[list[Sample]]:
 
 
 def _sampled(ffn: FFN, scales: Scales | None) -> list[Sample]:
-    """scales: of the int8 rows that the weights stand for, if they do."""
+    """scales: of the int8 rows that the weights stand for, if they do. Packed ones are what they are in the model's type."""
+    ffn = ffn.wide()
     found = [sample(weight) for weight in (ffn.gate, ffn.up, ffn.down)]
     if scales is None:
         return found

@@ -85,6 +85,8 @@ def calibrate(
     texts = [d if isinstance(d, data.Document) else data.Document(d, f"text#{i}") for i, d in enumerate(documents)]
     anatomy = families.dissect(model)
     check_detached(anatomy)
+    if anatomy.packed:
+        raise UserError("Calibration needs weights in floating point; load the GGUF file without --packed.")
     if anatomy.ffns[0].scales:
         raise UserError(
             "Calibration needs weights in floating point, and torchao has put these in int8: calibrate the model before "

@@ -56,7 +56,7 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
 
     set_threads(arguments)
     model, artifact = _bench_model(arguments)
-    options = ("dtype", "device", "kernel", "allow_finetuned")
+    options = ("dtype", "device", "packed", "kernel", "allow_finetuned")
     settings = {key: getattr(arguments, key) for key in options} | settings_of(arguments)
     with engines.load(arguments.engine, model, artifact, **settings) as engine:
         limit = context.positions(engine.shape)
@@ -70,7 +70,7 @@ def _bench(arguments: argparse.Namespace, lengths: list[int]) -> tuple[dict[str,
             "model": engine.name,
             "dtype": engine.dtype,
             **cfg.to_dict(engine.config),
-            **{name: engine.choices[name] for name in ("kernel", "kernel_reason", "expected_gain")},
+            **{name: engine.choices[name] for name in ("kernel", "kernel_reason", "expected_gain", "packed")},
             "choice": _choice(arguments, engine),
             "engine": arguments.engine,
             "repeats": arguments.repeats,

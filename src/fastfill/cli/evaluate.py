@@ -173,7 +173,7 @@ def _evaluated(arguments: argparse.Namespace, artifact: Any) -> Iterator[Any]:
     from fastfill import engines
 
     set_threads(arguments)
-    options = ("dtype", "device", "kernel", "allow_finetuned")
+    options = ("dtype", "device", "packed", "kernel", "allow_finetuned")
     settings = {key: getattr(arguments, key) for key in options} | settings_of(arguments)
     with engines.load(arguments.engine, arguments.model, artifact, **settings) as engine:
         yield engine

@@ -43,6 +43,7 @@ def model_options(sub: argparse.ArgumentParser, **more: Any) -> None:
 def device_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dtype", default="auto", help="auto (bf16 where the processor has it, else fp32), bf16, fp16, fp32")
     sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    sub.add_argument("--packed", action="store_true", help="keep the FFNs of a .gguf file as they are there, 4 to 8 bits (CPU)")
     sub.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
 
 
@@ -98,7 +99,7 @@ def load_model(arguments: argparse.Namespace) -> Any:
 
     set_threads(arguments)
     transformers.utils.logging.set_verbosity_error()  # the process is ours: its stderr has our sentences only
-    return models.load(arguments.model, arguments.dtype, arguments.device)
+    return models.load(arguments.model, arguments.dtype, arguments.device, arguments.packed)
 
 
 def attach_model(arguments: argparse.Namespace, model: Any, artifact: Any, *, measured: bool = False, **extra: Any) -> Any:

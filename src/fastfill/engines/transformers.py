@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class TransformersEngine:
         model = self.model
         self.shape, self.config = model.config, attachment.config
         self.dtype, self.device = str(model.dtype).removeprefix("torch."), str(model.device)
-        self.model_mb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+        self.model_mb = sum(t.nbytes for t in chain(model.parameters(), model.buffers())) / 1e6
         self.attached_mb = attachment.extra_bytes / 1e6
 
     @property
@@ -196,10 +197,16 @@ def inside(engine: Engine, what: str) -> TransformersEngine:
 
 @contextmanager
 def load(
-    model: str | models.LoadedModel, artifact: Artifact, *, dtype: str = "auto", device: str = "cpu", **settings: Any
+    model: str | models.LoadedModel,
+    artifact: Artifact,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    packed: bool = False,
+    **settings: Any,
 ) -> Iterator[TransformersEngine]:
     """See `fastfill.engines`. settings: those of `attach`."""
-    loaded = models.load(model, dtype, device) if isinstance(model, str) else model
+    loaded = models.load(model, dtype, device, packed) if isinstance(model, str) else model
     settings["min_tokens"] = settings.get("min_tokens") or artifact.prefill.min_tokens  # named: rows that lose are measured too
     with attach(loaded.model, artifact, **settings) as attachment:
         yield TransformersEngine(attachment, loaded.name, loaded.tokenizer)

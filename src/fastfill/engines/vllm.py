@@ -148,6 +148,7 @@ class VllmEngine:
             "expected_gain": None,
             "predictor": LearnedPredictor.__name__,
             "compensator": self.cost.compensator > 0,
+            "packed": False,
         }
         self._folder, self._sparse = folder, True
 
@@ -220,6 +221,7 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "cpu",
+    packed: bool = False,
     kernel: str = "auto",
     allow_finetuned: bool = False,
     **fields: Any,
@@ -228,6 +230,8 @@ def load(
 
     Raises UserError for what does not fit together.
     """
+    if packed:
+        raise UserError("--packed needs --engine transformers: vLLM has weights of its own.")
     prepare()
     import transformers
     from vllm.platforms import current_platform

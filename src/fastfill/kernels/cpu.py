@@ -19,7 +19,7 @@ from fastfill.errors import UserError
 
 from .int8 import Scales
 
-INTERFACE = 3  # FASTFILL_INTERFACE of csrc/fastfill.h
+INTERFACE = 4  # FASTFILL_INTERFACE of csrc/fastfill.h
 ISA_VARIABLE = "FASTFILL_ISA"  # environment variable: name of the instruction set to run, for tests
 
 _ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/fastfill.h
@@ -72,6 +72,18 @@ class _TopKCall(ctypes.Structure):
         *((name, c_void_p) for name in ("scores", "ids")),
         *((name, c_int64) for name in ("scores_stride", "rows", "neurons", "kept")),
         ("threads", c_int32),
+        ("isa", c_char_p),
+    )
+
+
+class _PackedCall(ctypes.Structure):
+    """`fastfill_packed_call` of csrc/fastfill.h, field by field."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("blocks", "x", "out", "scale", "inverse")),
+        *((f"{name}_stride", c_int64) for name in ("blocks", "x", "out")),
+        *((name, c_int64) for name in ("rows", "columns", "tokens")),
+        *((name, c_int32) for name in ("kind", "dtype", "transposed", "threads")),
         ("isa", c_char_p),
     )
 
@@ -131,6 +143,8 @@ def _load() -> ctypes.CDLL | str:
         lib.fastfill_compensate.argtypes = [POINTER(_LowRankCall)]
         lib.fastfill_round.argtypes = [POINTER(_RoundCall)]
         lib.fastfill_top_k.argtypes = [POINTER(_TopKCall)]
+        for op in ("unpack", "packed_scales", "unpack_int8", "packed_linear"):
+            getattr(lib, f"fastfill_{op}").argtypes = [POINTER(_PackedCall)]
         lib.fastfill_scratch_bytes.restype = c_int64
         lib.fastfill_release.restype = None
         lib.fastfill_isa_name.restype = c_char_p
@@ -339,6 +353,49 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     )
     _check_code(_library().fastfill_round(byref(call)))
     return q, scale
+
+
+def unpack(blocks: Tensor, kind: int, out: Tensor) -> None:
+    """As `packed.unpack`, into out (R, C). Shapes and dtypes are checked by the caller, here and below."""
+    _packed("unpack", blocks, kind, *out.shape, out=out, out_stride=_row_stride(out), dtype=_DTYPE_CODES[out.dtype])
+
+
+def packed_scales(blocks: Tensor, kind: int, columns: int) -> tuple[Tensor, Tensor]:
+    """As `packed.scales`."""
+    scale, inverse = (torch.empty(len(blocks), dtype=torch.float32) for _ in range(2))
+    _packed("packed_scales", blocks, kind, len(blocks), columns, scale=scale, inverse=inverse)
+    return scale, inverse
+
+
+def unpack_int8(blocks: Tensor, kind: int, inverse: Tensor, out: Tensor, transposed: bool) -> None:
+    """As `packed.unpack_int8`, into out."""
+    rows, columns = reversed(out.shape) if transposed else out.shape
+    inverse = inverse.contiguous()
+    strides = {"out_stride": _row_stride(out)}
+    _packed("unpack_int8", blocks, kind, rows, columns, inverse=inverse, out=out, transposed=transposed, **strides)
+
+
+def packed_linear(x: Tensor, blocks: Tensor, kind: int) -> Tensor:
+    """As `packed.linear`."""
+    x, out = _unit_rows(x), torch.empty(len(x), len(blocks), dtype=x.dtype)
+    sizes = {"x_stride": _row_stride(x), "out_stride": len(blocks), "tokens": len(x), "dtype": _DTYPE_CODES[x.dtype]}
+    _packed("packed_linear", blocks, kind, len(blocks), x.shape[1], x=x, out=out, **sizes)
+    return out
+
+
+def _packed(op: str, blocks: Tensor, kind: int, rows: int, columns: int, **fields: Tensor | int) -> None:
+    blocks = _unit_rows(blocks)
+    call = _PackedCall(
+        blocks=blocks.data_ptr(),
+        blocks_stride=_row_stride(blocks),
+        rows=rows,
+        columns=columns,
+        kind=kind,
+        threads=torch.get_num_threads(),
+        isa=isa().encode(),
+        **{name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in fields.items()},
+    )
+    _check_code(getattr(_library(), f"fastfill_{op}")(byref(call)))
 
 
 def _library() -> ctypes.CDLL:

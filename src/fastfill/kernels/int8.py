@@ -32,12 +32,22 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     A row of zeros has the scale 0; one with NaN or infinity has the scale NaN.
     """
     x = x.float()
-    top = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    scale, inverse = scales(x)
+    return rounded_by(x, inverse), scale
+
+
+def scales(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) in fp32 -> the scales (N,) of `rounded`, and what it multiplies by instead of dividing (N,); 0 gives zeros."""
+    top = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
     small, bad = top < SMALLEST, ~top.isfinite()
     # A tensor, not a number, is divided: torch multiplies 127 with a reciprocal, which rounds twice.
     inverse = torch.where(small | bad, 0, torch.full_like(top, 127) / top)
-    scale = torch.where(bad, torch.nan, torch.where(small, 0, top / 127))
-    return (x * inverse).nan_to_num(0, 0, 0).round_().to(torch.int8), scale.squeeze(-1)
+    return torch.where(bad, torch.nan, torch.where(small, 0, top / 127)), inverse
+
+
+def rounded_by(x: Tensor, inverse: Tensor) -> Tensor:
+    """(N, K) in fp32, each row times its `inverse` (N,), to nearest, ties to even -> int8."""
+    return (x * inverse[..., None]).nan_to_num(0, 0, 0).round_().to(torch.int8)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
