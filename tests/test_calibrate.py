@@ -132,7 +132,7 @@ def test_a_distillation_that_makes_it_worse_is_left_out_and_said(model, tokenize
     capsys.readouterr()
     wild = calibrate(model, tokenizer, tmp_path / "wild", change(steps=10, compensator_lr=20.0))
     before, after = wild.calibration["loss_aside"]
-    assert after > before and f"({before:.3f} -> {after:.3f} nats); the artifact is that of the fits" in capsys.readouterr().err
+    assert after > before and f"({before:.3f} -> {after:.3f} nats) and was left out" in capsys.readouterr().err
     assert wild.calibration["config"]["steps"] == wild.calibration["tokens_distilled"] == 0
     assert all(torch.equal(wild.tensors[key], fitted.tensors[key]) for key in fitted.tensors)
     good = calibrate(model, tokenizer, tmp_path / "good", change(steps=30))
@@ -242,6 +242,68 @@ def test_killed_and_resumed_equals_uninterrupted(model, tokenizer, tmp_path, mon
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
     if name == "in the middle of distillation":  # nothing is done twice
         assert done == (list(range(5, 8)) if save_every == 0 else list(range(8)))
+
+
+# --- from an artifact that is there -------------------------------------------------------------------------------------
+
+
+def test_an_artifact_is_distilled_further(model, tokenizer, tmp_path):
+    first = artifacts.load(calibrate(model, tokenizer, tmp_path / "first") and tmp_path / "first")
+    more = fastfill.calibrate(model, tokenizer, TEXTS[:4], tmp_path / "more", config=CONFIG, start=first)
+    assert more.layer_importance == first.layer_importance and more.prefill == first.prefill and more.ranks == first.ranks
+    assert not torch.equal(more.tensors["layers.0.compensator.w_out"], first.tensors["layers.0.compensator.w_out"])
+    assert torch.equal(more.tensors["layers.0.stats.importance"], first.tensors["layers.0.stats.importance"])
+    assert more.calibration["loss_aside"][1] < more.calibration["loss_aside"][0]
+    before = {k: v for k, v in first.calibration.items() if k not in ("documents", "document_rows")}
+    assert more.calibration["before"] == before
+    assert more.calibration["document_rows"] == sorted(first.calibration["document_rows"])  # text of the first run, too
+
+
+def test_no_steps_from_an_artifact_change_nothing(model, tokenizer, tmp_path):
+    first = artifacts.load(calibrate(model, tokenizer, tmp_path / "first", change(steps=2)) and tmp_path / "first")
+    again = calibrate(model, tokenizer, tmp_path / "again", change(steps=0), start=first)
+    for name in first.tensors:
+        assert torch.allclose(again.tensors[name].float(), first.tensors[name].float(), rtol=1e-6, atol=0), name
+
+
+def test_killed_and_resumed_from_an_artifact(model, tokenizer, tmp_path, monkeypatch):
+    first, other = (calibrate(model, tokenizer, tmp_path / name, change(seed=n)) for name, n in (("first", 0), ("other", 1)))
+    first, other = (artifacts.load(tmp_path / name) for name in ("first", "other"))
+    whole = calibrate(model, tokenizer, tmp_path / "whole", start=first)
+    monkeypatch.setattr(run, "SAVE_EVERY_S", 0)
+    with monkeypatch.context() as patch:
+        KILLS["in the middle of distillation"](patch)
+        with pytest.raises(Killed):
+            calibrate(model, tokenizer, tmp_path / "killed", start=first)
+    for start in (other, None):
+        with pytest.raises(UserError, match="other settings"):
+            calibrate(model, tokenizer, tmp_path / "killed", resume=True, start=start)
+    same(whole, calibrate(model, tokenizer, tmp_path / "killed", resume=True, start=first))
+
+
+def test_an_artifact_of_other_settings_or_another_model_is_no_start(model, tokenizer, tmp_path):
+    first = artifacts.load(calibrate(model, tokenizer, tmp_path / "first", change(steps=1)) and tmp_path / "first")
+    with pytest.raises(UserError, match="keeps its settings"):
+        calibrate(model, tokenizer, tmp_path / "a", prefill=PrefillConfig(0.25, BLOCK, BLOCK, 16), start=first)
+    with pytest.raises(UserError, match="other weights"):
+        calibrate(tiny_model(seed=1), tokenizer, tmp_path / "a", start=first)
+    assert not (tmp_path / "a").exists()
+
+
+def test_passages_are_a_share_of_the_sequences(model, tokenizer, tmp_path, monkeypatch):
+    asked = []
+
+    def made(tokenizer, documents, length, count, answer, seed):
+        asked.append((length, count, answer))
+        return torch.full((count, length), 7)
+
+    monkeypatch.setattr(run.passages, "sequences", made)
+    plain = run._sequences(tokenizer, [data.Document(text, "text") for text in TEXTS], CONFIG)
+    mixed = run._sequences(tokenizer, [data.Document(text, "text") for text in TEXTS], change(passages=0.25))
+    sevens = (mixed == 7).all(1)
+    assert asked[-1] == (64, round(len(plain) / 3), CONFIG.answer) and int(sevens.sum()) == round(len(plain) / 3)
+    assert torch.equal(mixed[~sevens].sort(0)[0], plain.sort(0)[0])
+    assert not sevens[: len(plain) // 2].all() and sevens[: len(mixed) // 2].any()
 
 
 @pytest.fixture

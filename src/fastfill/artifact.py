@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -236,6 +237,11 @@ def _everything(artifact: Artifact) -> dict[str, torch.Tensor]:
 def _checksums(tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> dict[str, Any]:
     sums = {name: stored.checksum(tensor) for name, tensor in sorted(tensors.items())}
     return {"settings": schema.settings_checksum(document), "tensors": sums}
+
+
+def fingerprint(artifact: Artifact) -> str:
+    """Of what was learned: weights and the settings that belong to them."""
+    return hashlib.sha256(json.dumps(artifact.checksums, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def record(artifact: Artifact, folder: str | Path, quality: dict[str, Any]) -> None:

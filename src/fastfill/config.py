@@ -120,6 +120,8 @@ class CalibrationConfig:
         processes share the batch: it must be a multiple of their number.
     answer, answer_weight: share of each of these sequences, at its end, that is teacher-forced densely after the sparse
         rest, as an answer is; its weight in the loss.
+    passages: share of the sequences that are numbered passages of the text with questions behind them
+        (`fastfill.calibration.passages`).
     loss_stride: of the tokens before the answer every n-th is scored against the dense model, others at each step; of the
         tokens on which the schedule is measured too.
     compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth, times the standard deviation of each tensor.
@@ -142,6 +144,7 @@ class CalibrationConfig:
     sequence_length: int = 1024
     answer: float = 0.25
     answer_weight: float = 3.0
+    passages: float = 0.0
     loss_stride: int = 4
     compensator_lr: float = 5e-3
     predictor_lr: float = 3e-3
@@ -162,10 +165,10 @@ class CalibrationConfig:
                 continue
             if not is_number(value) or not 0 < value <= MAX_RATE:
                 raise UserError(f"{name} must be a positive number of at most {MAX_RATE:g}, not {quoted(value)}.")
-        for name, most, words in (("answer", 1.0, "below 1"), ("answer_weight", MAX_RATE, f"below {MAX_RATE:g}")):
+        for name, most in (("answer", 1), ("passages", 1), ("answer_weight", MAX_RATE)):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < most:
-                raise UserError(f"{name} must be a number of at least 0 and {words}, not {quoted(value)}.")
+                raise UserError(f"{name} must be a number of at least 0 and below {most:g}, not {quoted(value)}.")
         if self.max_loss is not None and not isinstance(self.max_loss, str):
             raise UserError(f"max_loss must be text such as 1% or 0.02, not {quoted(self.max_loss)}.")
         for name in ("predictor_rank", "linear_rank", "silu_rank"):

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastfill import context, data, eight_bits, families, machine, partner
 from fastfill import tensors as stored
 from fastfill.artifact import Artifact
 from fastfill.attachment import check_detached
-from fastfill.calibration import capture, fit
+from fastfill.calibration import capture, fit, passages
 from fastfill.calibration import limit as limits
 from fastfill.calibration.checkpoint import Checkpoint
 from fastfill.calibration.distill import TRAINED, Distiller, Teacher
@@ -62,11 +63,13 @@ def calibrate(
     config: CalibrationConfig | None = None,
     name: str | None = None,
     resume: bool = False,
+    start: Artifact | None = None,
 ) -> Artifact:
     """Learn an artifact for `model` from text and write it to the folder `out`.
 
     documents: texts, or `data.load_documents(...)`. name: how the artifact names its base model. resume: continue from the
-    checkpoint that an interrupted run left beside `out`; the result is the same as without the interruption.
+    checkpoint that an interrupted run left beside `out`; the result is the same as without the interruption. start: an artifact
+    of the same model, whose weights are distilled further in place of new fits; its settings, ranks and schedule stay.
 
     In a process that `accelerate launch` started, all processes calibrate together; the result is that of one process to
     rounding. A compressed-tensors checkpoint in eight bits is calibrated as the floating-point model of its int8 values and
@@ -74,6 +77,8 @@ def calibrate(
 
     Raises UserError if the model is not supported, the text is too short, or `out` cannot be written.
     """
+    if start is not None:
+        prefill = _start_prefill(start, prefill)
     prefill, config = prefill or PrefillConfig(), config or CalibrationConfig()
     cfg.check_integer("sequence_length", config.sequence_length, prefill.first_sparse + prefill.block_size)
     out = Path(os.path.abspath(out))
@@ -95,7 +100,9 @@ def calibrate(
     limit = context.positions(model.config)
     if limit and config.sequence_length > limit:
         raise UserError(f"sequence_length {config.sequence_length} is more than the {limit} tokens that the model holds.")
-    tokens = data.sequences(tokenizer, texts, config.sequence_length, config.seed)
+    for note in start.check_partner(anatomy) if start else ():
+        warnings.warn(note, stacklevel=2)
+    tokens = _sequences(tokenizer, texts, config)
     aside = tokens[:0]
     if config.max_loss is not None:
         limits.Limit.parse(config.max_loss)
@@ -104,7 +111,7 @@ def calibrate(
             raise UserError(f"--max-loss sets {limits.SEQUENCES} sequences aside, and there are no more; give more text.")
     name = name or getattr(model.config, "_name_or_path", "") or anatomy.model_type
     base_model = artifacts.describe_model(anatomy, name)
-    ranks = _ranks(config, anatomy)
+    ranks = start.ranks if start else _ranks(config, anatomy)
     settings = {
         "base_model": {key: base_model[key] for key in artifacts.BASE_KEYS},
         "prefill": cfg.to_dict(prefill),
@@ -112,6 +119,7 @@ def calibrate(
         "dtype": str(anatomy.ffns[0].gate.dtype),
         "text": data.digest(tokens),
         "threads": torch.get_num_threads(),  # the bits depend on it
+        **({"start": artifacts.fingerprint(start)} if start else {}),
     }
     if team.rank:
         team.total(0)  # the others begin when the first one has found the checkpoint in order
@@ -122,9 +130,14 @@ def calibrate(
     begin = time.monotonic() - (checkpoint.json("seconds") or 0.0)
 
     with _precision(anatomy.ffns[0].gate.device), eight_bits.unrounded(model):
-        job = _with_fit_tokens(job)
-        weights, shares, teacher = _fit_layers(job)
-        importances = _importance(job, weights)
+        if start is None:
+            job = _with_fit_tokens(job)
+            weights, shares, teacher = _fit_layers(job)
+            importances = _importance(job, weights)
+        else:
+            weights, importances = _weights(start), start.layer_importance
+            shares = start.calibration.get("importance_held", [])
+            teacher = Teacher(model, anatomy, tokens[:0], tokens[:0])
         checkpoint.put_json("seconds", time.monotonic() - begin)
         kept = allocate(importances, prefill.sparsity, anatomy.intermediate)
         losses, judged = _distill(job, weights, kept, teacher, begin)
@@ -144,6 +157,8 @@ def calibrate(
         "processes": team.size,
         "machine": machine.describe(),
     }
+    if start is not None:
+        record = _continued(start.calibration, record)
     # Vectors are stored in bf16, matrices in eight bits, rounded once, below.
     tensors = {
         f"layers.{i}.{key}": value.detach().to("cpu", torch.float32 if value.dim() == 2 else torch.bfloat16)
@@ -158,6 +173,38 @@ def calibrate(
         artifacts.save(result, out, readme=result.card())
     checkpoint.remove()
     return result
+
+
+def _start_prefill(start: Artifact, asked: PrefillConfig | None) -> PrefillConfig:
+    """The settings of the artifact that a run starts from. Raises UserError if others are asked for."""
+    if asked is not None and asked != start.prefill:
+        raise UserError("A run that starts from an artifact keeps its settings (sparsity, block_size, ...); leave them out.")
+    return start.prefill
+
+
+def _sequences(tokenizer: Any, texts: list[data.Document], config: CalibrationConfig) -> torch.Tensor:
+    """(S, T): the text as it runs, and among it, as their share, sequences of numbered passages (`passages`)."""
+    plain = data.sequences(tokenizer, texts, config.sequence_length, config.seed)
+    count = round(len(plain) * config.passages / (1 - config.passages))
+    made = passages.sequences(tokenizer, texts, config.sequence_length, count, config.answer, config.seed)
+    order = torch.randperm(len(plain) + len(made), generator=torch.Generator().manual_seed(config.seed + 1))
+    return torch.cat([plain, made])[order] if len(made) else plain
+
+
+def _weights(start: Artifact) -> list[Weights]:
+    """What an artifact has learned, layer by layer, in fp32."""
+    found: list[Weights] = [{} for _ in range(start.layers)]
+    for name in artifacts.shapes(start.base_model, start.ranks):
+        _, layer, key = name.split(".", 2)
+        found[int(layer)][key] = stored.wide(start.tensors, name).float()
+    return found
+
+
+def _continued(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run that started from an artifact: all text that either has seen, and what it went on from."""
+    texts = ("documents", "document_rows")
+    both = {key: sorted({*before.get(key, []), *record[key]}) for key in texts}
+    return {**record, **both, "before": {key: value for key, value in before.items() if key not in texts}}
 
 
 def _within(model: Any, artifact: Artifact, aside: torch.Tensor, config: CalibrationConfig) -> Artifact:
@@ -338,7 +385,7 @@ def _distill(
         if not job.team.rank:
             print(
                 "fastfill: warning: the distillation made the loss of text set aside worse "
-                f"({judged[0]:.3f} -> {judged[1]:.3f} nats); the artifact is that of the fits alone. Use lower rates "
+                f"({judged[0]:.3f} -> {judged[1]:.3f} nats) and was left out; use lower rates "
                 "(--compensator-lr, --predictor-lr).",
                 file=sys.stderr,
             )

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastfill.cli.options import Commands, command, load_model, model_options, option_of
+from fastfill.cli.options import ARTIFACT_HELP, Commands, command, load_model, model_options, option_of
 from fastfill.errors import UserError
 
 
@@ -29,6 +29,9 @@ def add_calibrate(commands: Commands) -> None:
     )
     calibrate.add_argument("--out", required=True, metavar="DIR", help="artifact folder to write")
     calibrate.add_argument("--resume", action="store_true", help="continue from the checkpoint of an interrupted run")
+    calibrate.add_argument(
+        "--start", metavar="DIR", help=f"distil this artifact of the model further, with its settings: {ARTIFACT_HELP}"
+    )
     calibrate.add_argument("--processes", type=int, default=1, help="share the work; on CUDA a GPU for each (default: 1)")
     _config_options(calibrate)
 
@@ -61,11 +64,16 @@ def _configs(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from fastfill import artifact as artifacts
     from fastfill import data, files
     from fastfill.calibration import calibrate, team
     from fastfill.cli import show
+    from fastfill.config import PrefillConfig
 
     prefill, config = _configs(arguments)
+    start = artifacts.load(arguments.start) if arguments.start else None
+    if start is not None and prefill == PrefillConfig():
+        prefill = start.prefill
     files.check_folder(arguments.out)
     if arguments.processes != 1 and not team.launched():
         _check_processes(arguments, config)
@@ -88,6 +96,7 @@ def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
         config=config,
         name=loaded.name,
         resume=arguments.resume,
+        start=start,
     )
     team.leave()
     if me.rank:

@@ -1,0 +1,86 @@
+"""Sequences of numbered passages: every answer in them is right."""
+
+import re
+
+import pytest
+import torch
+from conftest import tiny_text, tiny_tokenizer
+
+from fastfill.calibration import passages
+from fastfill.data import Document
+
+DOCUMENTS = [Document(tiny_text(400, seed=s), f"text#{s}") for s in range(4)]
+NUMBER = r"(?:Passage |\[|Section |Document |Item )?(\d+)[\].]?"
+
+
+class Words:
+    """A tokenizer that loses nothing: a token is a word with the space behind it."""
+
+    def __init__(self):
+        self.known = []
+
+    def __call__(self, text, verbose=True):
+        words = re.findall(r"\S+\s*|\s+", text)
+        self.known += [word for word in words if word not in self.known]
+        return {"input_ids": [self.known.index(word) for word in words]}
+
+    def decode(self, ids):
+        return "".join(self.known[i] for i in ids)
+
+
+def texts(length=600, count=30, answer=0.25, seed=0):
+    words = Words()
+    rows = passages.sequences(words, DOCUMENTS, length, count, answer, seed)
+    assert rows.shape == (count, length) and rows.dtype == torch.long
+    return [words.decode(row) for row in rows.tolist()]
+
+
+def parts(text):
+    """number -> words of the passage, and the questions with their answers, the last one left out: it may be cut."""
+    begin = min(found.start() for found in re.finditer(r"\n\n(?:Which of them|How does)", text))
+    found = {}
+    for part in text[:begin].split("\n\n"):
+        number, words = re.fullmatch(NUMBER + r"(?: -|:)?\s(.*)", part).groups()
+        found[int(number)] = words.split()
+    return found, re.findall(r"((?:Which of them|How does) .*?)\nAnswer: (.*?)\n\n", text[begin:])
+
+
+def number(text):
+    return int(re.fullmatch(NUMBER, text)[1])
+
+
+def test_every_answer_is_right():
+    kinds = set()
+    for text in texts():
+        found, asked = parts(text)
+        assert list(found) == list(range(1, len(found) + 1)) and len(found) > 3 and len(asked) > 2
+        for question, answer in asked:
+            if quoted := re.fullmatch(r'Which of them has the words "(.*)"\?', question):
+                assert f" {quoted[1]} " in f" {' '.join(found[number(answer)])} "
+            elif about := re.fullmatch(r"Which of them is about (.*)\?", question):
+                assert set(about[1].split(", ")) <= set(found[number(answer)])
+            else:
+                of = number(re.fullmatch(r"How does (.*) begin\?", question)[1])
+                assert found[of][: len(answer.split())] == answer.split()
+            kinds.add(question[:16])
+    assert {"Which of them ha", "Which of them is"} < kinds
+
+
+def test_what_asks_is_the_answers_share_and_little_more():
+    for share in (0.25, 0.5):
+        words = Words()
+        for row in passages.sequences(words, DOCUMENTS, 600, 20, share, 0).tolist():
+            before = re.split(r"(?:Which of them|How does)", words.decode(row))[0]
+            tokens = len(words(before)["input_ids"])
+            assert 600 * (1 - share) - passages.WORDS[1] - 3 <= tokens <= 600 * (1 - share)
+
+
+def test_the_seed_alone_decides():
+    assert texts(seed=1) == texts(seed=1) != texts(seed=2)
+
+
+@pytest.mark.parametrize(
+    "documents", [[], DOCUMENTS[:1], [Document("a few words", "text#0")] * 500], ids=["none", "one", "short"]
+)
+def test_too_little_text_gives_none(documents):
+    assert passages.sequences(tiny_tokenizer(), documents, 600, 5, 0.25, 0).shape == (0, 600)
