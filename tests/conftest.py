@@ -31,7 +31,7 @@ import transformers
 from hypothesis import settings
 
 from fastfill import artifact as artifacts
-from fastfill import choice, families, kernels, partner
+from fastfill import attention, choice, families, kernels, partner
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
 
@@ -151,6 +151,7 @@ def tiny_tokenizer():
 def gains(monkeypatch):
     """Sparse is faster from the artifact's `min_tokens` on, whatever a tiny model on a busy machine would tell."""
     monkeypatch.setattr(choice, "choose", lambda ffns, config: choice.Choice(ffns[0].kernel, config.min_tokens))
+    monkeypatch.setattr(attention, "_gain", lambda config, dtype: 1.0)  # and attention by chunks is not
 
 
 @pytest.fixture

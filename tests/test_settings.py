@@ -15,9 +15,9 @@ from fastfill.lab.published import Attacher
 from fastfill.vllm_plugin import settings as vllm
 
 OTHER = {  # a value for each field that is neither the default nor PREFILL's
-    field.name: {float: lambda value: value / 2, int: lambda value: value + 67, str: lambda _: "int8"}[type(field.default)](
-        field.default
-    )
+    field.name: field.metadata["choices"][1]
+    if "choices" in field.metadata
+    else {float: lambda value: value / 2, int: lambda value: value + 67}[type(field.default)](field.default)
     for field in dataclasses.fields(PrefillConfig)
 }
 COMMANDS = {

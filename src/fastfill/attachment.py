@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastfill import artifact as artifacts
-from fastfill import choice, families, partner, projections, upper
+from fastfill import attention, choice, families, partner, projections, upper
 from fastfill.artifact import Artifact
 from fastfill.blocks import Plan
 from fastfill.calls import Calls, GenerateHook, Prompt, Stats
@@ -27,7 +27,6 @@ from fastfill.predictor import Maker, Predictor
 from fastfill.projections import Projection
 from fastfill.sparse_ffn import as_loaded, current_plan, in_call
 from fastfill.swap import StandIn, Swaps
-from fastfill.watch import watched
 
 __all__ = ["Attachment", "Stats", "attach", "check_detached", "detach"]
 
@@ -68,6 +67,10 @@ class Attachment:
         parameters = list(inspect.signature(anatomy.base.forward).parameters)
         self._calls = Calls(config, parameters, len(anatomy.layers), thins, gains)
         self.stats = self._calls.stats
+        if config.upper_share < 1:
+            attention.check(anatomy.base.config, "upper_share", "it at 1")
+        like = torch.empty(0, dtype=self.ffns[0].ffn.dtype, device=self.ffns[0].ffn.gate.device)
+        self._chunks, self._attention_reason = attention.by_chunks(anatomy.base.config, config.attention, like)
         self._lock = threading.RLock()
         self._swaps = Swaps()
         self._attached = False
@@ -94,6 +97,7 @@ class Attachment:
             "predictor": type(first.predictor).__name__,
             "compensator": first.compensator is not None,
             "packed": self._anatomy.packed,
+            "attention_by": f"{'chunks' if self._chunks else 'model'} ({self._attention_reason})",
         }
 
     @property
@@ -151,8 +155,9 @@ class Attachment:
                 base = self._anatomy.base
                 self._swaps.put(base, "forward", StandIn(base.forward, self._call))
                 self._swaps.put(base, MARK, self)
+                if self.config.upper_share < 1 or self._chunks:
+                    self._swaps.put(base.config, "_attn_implementation_internal", attention.stand_in(self._chunks))
                 if self.config.upper_share < 1:
-                    self._swaps.put(base.config, "_attn_implementation_internal", watched(base.config))
                     layers = self._anatomy.layers
                     for index, layer in list(enumerate(layers))[upper.first_upper(len(layers)) :]:
                         self._swaps.put(layer, "forward", StandIn(layer.forward, functools.partial(upper.run_layer, index)))

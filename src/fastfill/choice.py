@@ -2,7 +2,8 @@
 
 Sparse is not always the faster one: without a compiler the torch kernel copies the selected rows, and torch's dense path has
 units (AMX) that the native kernel has not. So one layer's FFN is timed, dense and sparse, predictor and compensator
-included, on whole prompts (dense head and tail as in use). Attention, norms and the head take the same time either way.
+included, on whole prompts (dense head and tail as in use). Attention is `fastfill.attention`'s;
+norms and the head take the same time either way.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ def _setting(default: Any, text: str, least: int = 0, most: int = MOST) -> Any:
     return field(default=default, metadata={"help": text, "range": (least, most)})
 
 
-def _choice(text: str) -> Any:
-    """A field for the number format of the weights."""
-    return field(default="model", metadata={"help": text, "choices": ("model", "int8")})
+def _choice(text: str, *choices: str) -> Any:
+    """A field of names, of which the first is the default."""
+    return field(default=choices[0], metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class PrefillConfig:
     weights: "model" computes with the model's own. "int8" rounds those of the FFNs, and of the attention's projections, to
         eight bits, and their inputs on the way, for prompts with sparse blocks, dense head and tail included. On the CPU.
     dense_weights: the same choice for what is no such prompt: decode, short prompts. "int8" needs weights="int8".
+    attention: "chunks" computes that of sparse prompts by torch's matrix products, a chunk of queries at a time
+        (`fastfill.attention`); "model" as the model does; "auto" times both where an artifact is attached, in bf16 on the CPU.
+        In transformers.
     upper_share: share of a prompt's blocks that the upper third of the layers reads, those that its last tokens attend to; 1
         reads all (`fastfill.upper`). For prompts that end with their question, one at a time: what the cache holds then was
         chosen for that question. In transformers, with its sdpa attention.
@@ -56,8 +59,9 @@ class PrefillConfig:
     dense_head: int = _setting(64, "first tokens of a sequence that stay dense")
     min_tokens: int = _setting(256, "shorter prompts stay dense", least=1)
     dense_tail: int = _setting(64, "last tokens of a prompt that stay dense")
-    weights: str = _choice("what sparse prompts are computed with")
-    dense_weights: str = _choice("what decode and short prompts are computed with")
+    weights: str = _choice("what sparse prompts are computed with", "model", "int8")
+    dense_weights: str = _choice("what decode and short prompts are computed with", "model", "int8")
+    attention: str = _choice("attention of sparse prompts, by chunks where that is faster", "auto", "model", "chunks")
     upper_share: float = _setting(1.0, "share of a prompt's blocks that the upper third of the layers reads")
 
     def __post_init__(self) -> None:

@@ -45,8 +45,8 @@ class Engine(Protocol):
     engine: which one, of `NAMES`. artifact: what is on the model. name: of the model. shape: its Hugging Face config. dtype:
     "bfloat16", ... device: "cpu", "cuda:0", ...
     config: the settings in force. cost: multiply-adds and neurons kept. choices: what results record beside config: kernel,
-    kernel_reason, expected_gain, predictor, compensator, packed. model_mb, attached_mb: memory held between prefills, the
-    weights and what the artifact adds (10^6 bytes). local: whether that memory is this process's.
+    kernel_reason, expected_gain, predictor, compensator, packed, attention_by. model_mb, attached_mb: memory held between
+    prefills, the weights and what the artifact adds (10^6 bytes). local: whether that memory is this process's.
     """
 
     @property

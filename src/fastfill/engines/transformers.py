@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastfill import calls, context, families, models
+from fastfill import attention, calls, context, families, models
 from fastfill.artifact import Artifact
 from fastfill.attachment import Attachment, Stats, attach
 from fastfill.clocks import clocked
@@ -171,8 +171,12 @@ class TransformersEngine:
                 swaps.put(ffn, "dense", AllNeurons(ffn.ffn, ffn.down_t, ffn.kernel))
             for projection in self.attachment.projections:
                 swaps.put(projection, "always", True)
-            with self.attachment.dense():
-                yield
+            before = attention.always.set(True)
+            try:
+                with self.attachment.dense():
+                    yield
+            finally:
+                attention.always.reset(before)
         finally:
             swaps.undo()
 

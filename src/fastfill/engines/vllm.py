@@ -149,6 +149,7 @@ class VllmEngine:
             "predictor": LearnedPredictor.__name__,
             "compensator": self.cost.compensator > 0,
             "packed": False,
+            "attention_by": "model (vLLM's own)",
         }
         self._folder, self._sparse = folder, True
 

@@ -110,7 +110,7 @@ class Task:
             "predictor": predictor,
             "compensator": choices["compensator"],
             **to_dict(engine.config),
-            **{name: choices[name] for name in ("kernel", "kernel_reason", "expected_gain", "packed")},
+            **{name: choices[name] for name in ("kernel", "kernel_reason", "expected_gain", "packed", "attention_by")},
             **found,
             "machine": machine.describe(),
         }
