@@ -225,6 +225,10 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     assert "| all sets | 3 | 2.300 | 2.320 | 0.020 | -0.010 to 0.050 |" in page
     assert "2.00 s → 1.68 s, **1.19x**" in page and "at most 1.31x" in page and "**1.07x**" in page and "**1.50x**" in page
     assert "| 128 | 2.000 s | 2.000 s | all dense |  |" in page
+    more = {"ttft_all_neurons_s": 1.9, "ffn_all_neurons_s": 0.9}
+    ours = {**BENCH, "attention_by": "chunks (4x)", "rows": [{**row, **more} for row in BENCH["rows"]]}
+    assert "**1.19x**, of which skipping is 1.13x, and the rest our attention" in report.claim([ours], [], [])
+    assert "bfloat16, its attention by chunks, 50%" in report.bench_tables([ours])
     assert "0.97x (slower)" in page
     assert "; 9 held-out documents, 17,847 tokens" in page and "; 9 held-out Python modules, 17,847 tokens" in page
     assert "| **learned** | yes | 19.50 | 1.50x |" in page and "| **learned** | yes | 19.50 | 1.70x |" in page
