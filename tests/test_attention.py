@@ -181,12 +181,13 @@ def test_detached_copied_and_pickled_it_is_the_models_own():
 @pytest.mark.parametrize("gain, way", [(1.05, "model"), (1.2, "chunks")])
 def test_auto_takes_it_where_it_gains(monkeypatch, gain, way):
     monkeypatch.setattr(attention, "_gain", lambda config, dtype: gain)
-    model = tiny_model(dtype=torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = tiny_model(dtype=dtype)
+        with attach(model, tiny_artifact(model)) as attachment:
+            assert attachment.choices["attention_by"] == f"{way} (by chunks {gain:.2f}x as fast at 1024 tokens)"
+    model = tiny_model(dtype=torch.float64)
     with attach(model, tiny_artifact(model)) as attachment:
-        assert attachment.choices["attention_by"] == f"{way} (by chunks {gain:.2f}x as fast at 1024 tokens)"
-    model = tiny_model()  # fp32
-    with attach(model, tiny_artifact(model)) as attachment:
-        assert attachment.choices["attention_by"] == "model (by chunks is for bf16 on the CPU)"
+        assert attachment.choices["attention_by"] == "model (by chunks is for bf16 and fp32 on the CPU)"
     model = tiny_model(dtype=torch.bfloat16, attn_implementation="eager")
     with attach(model, tiny_artifact(model)) as attachment:
         assert attachment.choices["attention_by"] == "model (it is not sdpa)"

@@ -129,8 +129,8 @@ def by_chunks(config: Any, wanted: str, like: Tensor) -> tuple[bool, str]:
         return False, "asked for"
     if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
         return False, f"it is not {IMPLEMENTATION}"
-    if like.device.type != "cpu" or like.dtype != torch.bfloat16:
-        return False, "by chunks is for bf16 on the CPU"
+    if like.device.type != "cpu" or like.dtype not in (torch.bfloat16, torch.float32):
+        return False, "by chunks is for bf16 and fp32 on the CPU"
     gain = _gain(config, like.dtype)
     return gain >= MARGIN, f"by chunks {gain:.2f}x as fast at {TOKENS} tokens"
 
