@@ -158,9 +158,8 @@ def measure(heads: int, groups: int, width: int, dtype: torch.dtype) -> float:
         torch.randn(1, TOKENS, count, width, generator=generator).to(dtype).transpose(1, 2) for count in (heads, groups, groups)
     )
     own = torch.nn.functional.scaled_dot_product_attention
-    keys, values = (part.repeat_interleave(heads // groups, 1) for part in (key, value))
     ways: tuple[Callable[[], Any], ...] = (
-        lambda: own(query, keys, values, is_causal=True),
+        lambda: own(query, key, value, is_causal=True, enable_gqa=True),  # as transformers does
         lambda: causal(query, key, value, 1.0),
     )
     times = [[_seconds(way) for way in ways] for _ in range(4)][1:]  # after one to warm up

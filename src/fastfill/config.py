@@ -47,8 +47,8 @@ class PrefillConfig:
         eight bits, and their inputs on the way, for prompts with sparse blocks, dense head and tail included. On the CPU.
     dense_weights: the same choice for what is no such prompt: decode, short prompts. "int8" needs weights="int8".
     attention: "chunks" computes that of sparse prompts by torch's matrix products, a chunk of queries at a time
-        (`fastfill.attention`); "model" as the model does; "auto" times both where an artifact is attached, in bf16 and fp32 on the CPU.
-        In transformers.
+        (`fastfill.attention`); "model" as the model does; "auto" times both where an artifact is attached, on the CPU. In
+        transformers.
     upper_share: share of a prompt's blocks that the upper third of the layers reads, those that its last tokens attend to; 1
         reads all (`fastfill.upper`). For prompts that end with their question, one at a time: what the cache holds then was
         chosen for that question. In transformers, with its sdpa attention.
