@@ -44,18 +44,22 @@ Row = dict[str, Any]
 
 
 def load_bench(folder: Path) -> list[Row]:
-    """The bench results, the native kernel's first, those in eight bits behind those of the model's own weights."""
+    """The bench results, the native kernel's first, those in eight bits behind those of the model's own, packed last."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("bench-*.json"))]
 
-    def order(result: Row) -> tuple[int, bool]:
+    def order(result: Row) -> tuple[int, bool, bool]:
         kernel = KERNELS.index(result["kernel"]) if result["kernel"] in KERNELS else len(KERNELS)
-        return kernel, _eight(result)
+        return kernel, _eight(result), _packed(result)
 
     return sorted(found, key=order)
 
 
 def _eight(result: Row) -> bool:
     return result.get("weights") == "int8"  # older results have only the model's own
+
+
+def _packed(result: Row) -> bool:
+    return bool(result.get("packed"))
 
 
 def load_quality(folder: Path) -> list[Row]:
@@ -100,7 +104,8 @@ def claim(bench: list[Row], quality: list[Row], llama: list[Row]) -> str:
             f"**{row['speedup']:.2f}x**, {_of_which(speed, row)} ({_where(machine)}, {speed['dtype']}, "
             f"transformers {machine['transformers']}, {speed['kernel']} kernel)."
         )
-        parts += [_claim_eight(result, llama) for result in bench if _eight(result) and result["model"] == speed["model"]]
+        eight = (result for result in bench if _eight(result) and not _packed(result))
+        parts += [_claim_eight(result, llama) for result in eight if result["model"] == speed["model"]]
     if learned is None:
         parts.append("{{claim: quality, from benchmarks/results/quality.jsonl}}")
     else:
@@ -176,7 +181,7 @@ def speed_summary(folder: Path) -> str:
         for row in result["rows"]:
             if row["prompt_tokens"] in SHOWN_TOKENS or (row["sparse_tokens"] and row["speedup"] < 1):
                 cells = (
-                    _short(result["model"]) + ", int8" * _eight(result),
+                    _short(result["model"]) + (", packed" if _packed(result) else ", int8" * _eight(result)),
                     f"{row['prompt_tokens']:,}",
                     f"{row['ttft_dense_s']:.2f} s",
                     f"{row['ttft_all_neurons_s']:.2f} s" if "ttft_all_neurons_s" in row else "",
@@ -464,8 +469,8 @@ def bench_tables(bench: list[Row]) -> str:
         kept = all("ttft_all_neurons_s" in row for row in result["rows"])  # measured since 0.2
         lines = [
             f"{_short(result['model'])}, {result['dtype']}{', sparse in int8' * _eight(result)}"
-            f"{', its attention by chunks' * by_chunks(result)}, {result['sparsity']:.0%} sparsity, blocks of "
-            f"{result['block_size']}, {result['kernel']} kernel; {_where(machine)}, torch {machine['torch']}, "
+            f"{', FFNs packed' * _packed(result)}{', its attention by chunks' * by_chunks(result)}, "
+            f"{result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, {result['kernel']} kernel; {_where(machine)}, torch {machine['torch']}, "
             f"transformers {machine['transformers']}; medians of {result['repeats']}.",
             "",
             f"| prompt tokens | dense TTFT |{' all neurons kept |' * kept} sparse TTFT | speed-up | ceiling | "

@@ -229,6 +229,10 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     ours = {**BENCH, "attention_by": "chunks (4x)", "rows": [{**row, **more} for row in BENCH["rows"]]}
     assert "**1.19x**, of which skipping is 1.13x, and the rest our attention" in report.claim([ours], [], [])
     assert "bfloat16, its attention by chunks, 50%" in report.bench_tables([ours])
+    packed = {**ours, "weights": "int8", "packed": True}
+    assert "sparse in int8, FFNs packed, its attention" in report.bench_tables([packed])
+    assert "In eight bits" in report.claim([ours, {**packed, "packed": False}], [], [])
+    assert "In eight bits" not in report.claim([ours, packed], [], [])
     assert "0.97x (slower)" in page
     assert "; 9 held-out documents, 17,847 tokens" in page and "; 9 held-out Python modules, 17,847 tokens" in page
     assert "| **learned** | yes | 19.50 | 1.50x |" in page and "| **learned** | yes | 19.50 | 1.70x |" in page

@@ -54,6 +54,7 @@ else
   evaluate "${LONGBENCH[@]}" --score likelihood >"$RESULTS/longbench.json"
 fi
 fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 512,1024,2048 --repeats 3 --json | tail -n 1 >"$RESULTS/bench-native.json"
+fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 1024 --repeats 3 --packed --json | tail -n 1 >"$RESULTS/bench-packed.json"
 # Beside the other engines that are installed.
 fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 1024 --repeats 3 --weights int8 --compare --json | tail -n 1 >"$RESULTS/bench-int8.json"
 {
