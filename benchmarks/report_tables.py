@@ -470,8 +470,9 @@ def bench_tables(bench: list[Row]) -> str:
         lines = [
             f"{_short(result['model'])}, {result['dtype']}{', sparse in int8' * _eight(result)}"
             f"{', FFNs packed' * _packed(result)}{', its attention by chunks' * by_chunks(result)}, "
-            f"{result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, {result['kernel']} kernel; {_where(machine)}, torch {machine['torch']}, "
-            f"transformers {machine['transformers']}; medians of {result['repeats']}.",
+            f"{result['sparsity']:.0%} sparsity, blocks of {result['block_size']}, {result['kernel']} kernel; "
+            f"{_where(machine)}, torch {machine['torch']}, transformers {machine['transformers']}; medians of "
+            f"{result['repeats']}.",
             "",
             f"| prompt tokens | dense TTFT |{' all neurons kept |' * kept} sparse TTFT | speed-up | ceiling | "
             f"FFN share of dense | FFN time, sparse / dense |{' all kept / dense |' * kept}",
