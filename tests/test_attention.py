@@ -81,6 +81,26 @@ def test_what_all_keys_share_costs_no_accuracy():
 # --- which calls --------------------------------------------------------------------------------------------------------
 
 
+def test_large_scores_are_computed_exactly():
+    """Two clusters of keys, which no mean takes off: with scores of 100 bf16 would be off by a quarter of a share."""
+    q, k, v = parts(200)
+    k = k.sign() * 3 + 0.1 * k
+    q, k, v = (part.to(torch.bfloat16) for part in (4 * q, k, v))
+    exact = torchs(*(part.double() for part in (q, k, v)), 0.5)
+    ours, torch_s = (float((way(q, k, v, 0.5).double() - exact).norm() / exact.norm()) for way in (attention.causal, torchs))
+    assert ours < 1.5 * torch_s < 0.01
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_key_that_is_not_finite_reaches_no_token_before_it(bad):
+    q, k, v = parts(100)
+    wanted = attention.causal(q, k, v, 0.3)
+    k[0, 1, 70, 3] = bad
+    found = attention.causal(q, k, v, 0.3)
+    torch.testing.assert_close(found[0, :70], wanted[0, :70], rtol=0, atol=2e-6)
+    assert torch.equal(found[1], wanted[1]) and not found[0, 70:, 3:].isfinite().all()
+
+
 @pytest.mark.parametrize("family", SDPA)
 def test_sparse_prompts_are_those_of_the_models_own_attention(family, calls):
     model = tiny_model(family, dtype=torch.float64)
@@ -106,6 +126,57 @@ def test_all_other_calls_are_the_models_own(calls):
         run_generate(model, ids, 3)
         assert calls == [TOKENS] * layers  # the prompt alone, not the steps behind it
     assert torch.equal(logits(model, ids), plain) and len(calls) == layers
+
+
+def test_models_that_share_a_config_do_as_each_was_told(calls):
+    one = tiny_model(dtype=torch.float64)
+    two = type(one)(one.config).double().eval()
+    with attach(one, tiny_artifact(one), attention="chunks"), attach(two, tiny_artifact(two), attention="model") as plain:
+        logits(two, token_ids(1, TOKENS))
+        assert calls == [] and plain.choices["attention_by"] == "model (asked for)"
+        logits(one, token_ids(1, TOKENS))
+        assert len(calls) == one.config.num_hidden_layers
+    assert one.config._attn_implementation == "sdpa"
+    first, second = attach(one, tiny_artifact(one), attention="chunks"), attach(two, tiny_artifact(two), attention="chunks")
+    first.detach()
+    calls.clear()
+    logits(one, token_ids(1, TOKENS))
+    assert calls == []
+    second.detach()
+    assert one.config._attn_implementation == "sdpa"
+
+
+def test_what_is_recorded_is_what_runs(calls, monkeypatch):
+    model = tiny_model(dtype=torch.float64)
+    with attach(model, tiny_artifact(model), attention="chunks", sparsity=0.0) as attachment:
+        logits(model, token_ids(1, TOKENS))
+        assert calls == [] and attachment.choices["attention_by"] == "model (no call is sparse)"
+    with attach(model, tiny_artifact(model), attention="chunks") as attachment:
+        model.set_attn_implementation("eager")
+        logits(model, token_ids(1, TOKENS))
+        assert calls == [] and attachment.choices["attention_by"] == "model (its attention was changed while attached)"
+
+
+@pytest.mark.parametrize(
+    "more, taken",
+    [
+        ({}, True),
+        ({"is_causal": False}, False),
+        ({"dropout": 0.1}, False),
+        ({"position_bias": torch.zeros(1)}, False),
+        ({"softcap": 50.0}, False),
+        ({"attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, False),
+        ({"key": torch.zeros(1, 2, 9, 16)}, False),
+        ({"value": torch.zeros(1, 2, 8, 12)}, False),
+        ({"query": torch.zeros(1, 6, 8, 16, dtype=torch.float16)}, False),
+    ],
+    ids=str,
+)
+def test_it_takes_plain_causal_calls_alone(more, taken):
+    given = {"query": torch.zeros(1, 6, 8, 16), "key": torch.zeros(1, 2, 8, 16), "value": torch.zeros(1, 2, 8, 16)}
+    given |= {"attention_mask": None, **more}
+    first = [given.pop(name) for name in ("query", "key", "value", "attention_mask")]
+    assert attention._plain(torch.nn.Module(), *first, given) == taken
 
 
 @pytest.mark.parametrize("what", ["padding", "a cache", "gradients"])
@@ -213,4 +284,8 @@ def test_the_measurement_is_remembered_and_mistrusted(tmp_path, monkeypatch):
 
 def test_it_is_measured_on_the_models_heads(monkeypatch):
     monkeypatch.setattr(attention, "TOKENS", 64)
-    assert 0 < attention.measure(6, 2, 16, torch.bfloat16) < 1000
+    own = attention.causal
+    monkeypatch.setattr(attention, "causal", lambda *parts: list(map(own, *([part] * 40 for part in parts))))
+    slow = attention.measure(6, 2, 16, torch.bfloat16)
+    monkeypatch.setattr(attention, "causal", lambda *parts: None)
+    assert 0 < slow < 1 < attention.measure(6, 2, 16, torch.bfloat16)

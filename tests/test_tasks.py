@@ -54,6 +54,7 @@ SHARED |= {
     "dense_weights",
     "upper_share",
     "attention",
+    "attention_by",
     "packed",
     "kept",
     "kernel",

@@ -64,6 +64,7 @@ class Attachment:
             projections.of(anatomy.attentions, config.dense_weights == "int8", anatomy.eight_bits) if eight else []
         )
         thins = any(ffn.kept < anatomy.intermediate for ffn in self.ffns)  # False at sparsity 0: all of it is dense
+        self._thins, self._attention = thins and gains, attention.Name()
         parameters = list(inspect.signature(anatomy.base.forward).parameters)
         self._calls = Calls(config, parameters, len(anatomy.layers), thins, gains)
         self.stats = self._calls.stats
@@ -97,8 +98,16 @@ class Attachment:
             "predictor": type(first.predictor).__name__,
             "compensator": first.compensator is not None,
             "packed": self._anatomy.packed,
-            "attention_by": f"{'chunks' if self._chunks else 'model'} ({self._attention_reason})",
+            "attention_by": self._attention_by(),
         }
+
+    def _attention_by(self) -> str:
+        """Who computes sparse prompts' attention now, and why."""
+        if not self._thins:
+            return "model (no call is sparse)"
+        if self._chunks and self._attached and not attention.is_ours(self._anatomy.base.config):
+            return "model (its attention was changed while attached)"
+        return f"{'chunks' if self._chunks else 'model'} ({self._attention_reason})"
 
     @property
     def extra_bytes(self) -> int:
@@ -156,7 +165,8 @@ class Attachment:
                 self._swaps.put(base, "forward", StandIn(base.forward, self._call))
                 self._swaps.put(base, MARK, self)
                 if self.config.upper_share < 1 or self._chunks:
-                    self._swaps.put(base.config, "_attn_implementation_internal", attention.stand_in(self._chunks))
+                    self._attention = attention.stand_in()
+                    self._swaps.put(base.config, "_attn_implementation_internal", self._attention)
                 if self.config.upper_share < 1:
                     layers = self._anatomy.layers
                     for index, layer in list(enumerate(layers))[upper.first_upper(len(layers)) :]:
@@ -184,7 +194,9 @@ class Attachment:
                 sparse.on = False  # somebody may have put theirs on top of it
             for projection in self.projections:
                 projection.on = False
+            self._attention.over = True
             self._swaps.undo()
+            attention.settle(self._anatomy.base.config)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the model is detached
@@ -244,12 +256,13 @@ class Attachment:
             if not attached:
                 yield False
                 return
-            before = current_plan.set(plan), in_call.set(True)
+            before = current_plan.set(plan), in_call.set(True), attention.wanted.set(self._chunks)
             try:
                 yield True
             finally:
                 current_plan.reset(before[0])
                 in_call.reset(before[1])
+                attention.wanted.reset(before[2])
         finally:
             with self._lock:
                 self._open.discard(call)

@@ -29,8 +29,11 @@ IMPLEMENTATION = "sdpa"  # the name of the attention whose queries and keys are 
 ROWS = 384  # of a product: queries of a chunk, times the heads that share a key head; 192 to 768 are within a tenth
 TOKENS = 1024  # of the prompt that is timed
 MARGIN = 1.1  # a gain below it may be noise
+LARGE = 32.0  # a score beyond it would be off by more than 0.06 in bf16, and its token's share by as much of itself
 
-# Whether all calls are computed by chunks, where they can be, and not sparse prompts alone: while something is measured.
+# Whether the attachment whose call is running wants chunks, and whether it does for all calls and not sparse prompts alone, as
+# while something is measured. Not a matter of the name that stands in: models may share one config.
+wanted: ContextVar[bool] = ContextVar("fastfill_attention_chunks", default=False)
 always: ContextVar[bool] = ContextVar("fastfill_attention_always", default=False)
 
 
@@ -39,9 +42,9 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention of a whole prompt. query: (batch, heads, T, d). key, value: (batch, key heads, T, d). Gives
     (batch, T, heads, d).
 
-    Scores are rounded to the type of the query. Softmax does not change when all keys move by one vector, so each head's mean
-    key is taken off first: Qwen2.5-0.5B's largest score is 1,464 before and 70 after, and the logits of the model are as far
-    from those in fp32 as with torch's attention (KL 0.0006, 0.0005; 0.0011 without).
+    Scores are rounded to the type of the query, and computed again in fp32 where one is larger than `LARGE`. Softmax does not
+    change when all keys move by one vector, so each head's mean key is taken off first: Qwen2.5-0.5B's largest score is 1,464
+    before and 70 after.
     """
     batch, heads, tokens, width = query.shape
     groups = key.shape[1]
@@ -50,22 +53,30 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     out = query.new_empty(batch, tokens, heads, width)
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=query.device).triu(1)
     for row in range(batch):
-        keys = key[row].float()
-        keys = ((keys - keys.mean(1, keepdim=True)) * scale).to(query.dtype).transpose(1, 2)
+        exact = key[row].float()
+        # Of a key that is not finite there is no mean; it must not reach the tokens before it.
+        exact = ((exact - exact.mean(1, keepdim=True).nan_to_num(0, 0, 0)) * scale).transpose(1, 2)
+        keys = exact.to(query.dtype)
         queries = query[row].view(groups, shared, tokens, width)
         for begin in range(0, tokens, chunk):
             end = min(begin + chunk, tokens)
             size = end - begin
-            scores = queries[:, :, begin:end].reshape(groups, shared * size, width) @ keys[:, :, :end]
+            asks = queries[:, :, begin:end].reshape(groups, shared * size, width)
+            scores = asks @ keys[:, :, :end]
+            if query.dtype == torch.bfloat16 and max(map(abs, map(float, scores.aminmax()))) > LARGE:
+                scores = asks.float() @ exact[:, :, :end]
             scores = scores.view(groups, shared, size, end)
             scores[..., begin:].masked_fill_(later[:size, :size], -math.inf)
-            shares = scores.softmax(-1).view(groups, shared * size, end)
+            shares = scores.softmax(-1).to(value.dtype).view(groups, shared * size, end)
             out[row, begin:end] = (shares @ value[row, :, :end]).view(heads, size, width).transpose(0, 1)
     return out
 
 
-class _Name(str):
-    """The name of an attention that stands in; copies and pickles as the one that it stands in for."""
+class Name(str):
+    """The name of an attention that stands in; copies and pickles as the one that it stands in for. over: its attachment has
+    ended, though it may have come back on a config that models share, from below a later one."""
+
+    over = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> str:
         return IMPLEMENTATION
@@ -77,16 +88,32 @@ class _Name(str):
 def check(config: Any, field: str, leave: str) -> None:
     """Raise UserError if the model computes its attention in a way that a setting cannot work with."""
     own = getattr(config, "_attn_implementation", None)
-    if own != IMPLEMENTATION:
+    if not _is_sdpa(own):
         raise UserError(
             f"{field} reads the attention of {IMPLEMENTATION}, and this model runs {quoted(own)}; load it with "
             f'attn_implementation="{IMPLEMENTATION}", or leave {leave}.'
         )
 
 
-def stand_in(chunks: bool) -> str:
-    """A name of attention for a transformers config: as before, and tells the prompt's `Upper`. chunks: sparse prompts are
-    computed by `causal`."""
+def _is_sdpa(name: Any) -> bool:
+    """Whether an attention is torch's, or what stands in for it on a model that shares its config."""
+    return name == IMPLEMENTATION or isinstance(name, Name)
+
+
+def settle(config: Any) -> None:
+    """Take a name that is over off a config."""
+    if getattr(getattr(config, "_attn_implementation", None), "over", False):
+        config._attn_implementation_internal = IMPLEMENTATION
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a config names the attention that stands in."""
+    return isinstance(getattr(config, "_attn_implementation", None), Name)
+
+
+def stand_in() -> Name:
+    """A name of attention for a transformers config: as before, tells the prompt's `Upper`, and computes sparse prompts by
+    `causal` where the attachment wants it."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -95,15 +122,16 @@ def stand_in(chunks: bool) -> str:
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         upper = current_upper.get()
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        scale = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         if upper is not None:
             upper.watch(module.layer_idx, query, key, attention_mask, scale)
-        ours = chunks and (current_plan.get() is not None or always.get())
+        ours = wanted.get() and (current_plan.get() is not None or always.get())
         if ours and _plain(module, query, key, value, attention_mask, kwargs):
             return causal(query, key, value, scale), None
         return attend(module, query, key, value, attention_mask, **kwargs)
 
-    name = _Name(f"fastfill_{'chunks' if chunks else IMPLEMENTATION}")
+    name = Name(f"fastfill_{IMPLEMENTATION}")
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[IMPLEMENTATION])
     return name
@@ -115,8 +143,10 @@ def _plain(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, kw
     causal = getattr(module, "is_causal", True) if causal is None else causal
     learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
     same = query.shape[2] == key.shape[2] and query.shape[3] == value.shape[3] and query.shape[2] > 1
-    known = not kwargs.get("dropout") and kwargs.get("position_bias") is None and kwargs.get("cache") is None
-    return mask is None and bool(causal) and same and known and not learns
+    known = not kwargs.get("dropout") and all(
+        kwargs.get(name) is None for name in ("position_bias", "cache", "softcap", "s_aux")
+    )
+    return mask is None and bool(causal) and same and known and not learns and query.dtype != torch.float16
 
 
 def by_chunks(config: Any, wanted: str, like: Tensor) -> tuple[bool, str]:
@@ -127,7 +157,7 @@ def by_chunks(config: Any, wanted: str, like: Tensor) -> tuple[bool, str]:
         return True, "asked for"
     if wanted == "model":
         return False, "asked for"
-    if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
+    if not _is_sdpa(getattr(config, "_attn_implementation", None)):
         return False, f"it is not {IMPLEMENTATION}"
     if like.device.type != "cpu" or like.dtype not in (torch.bfloat16, torch.float32):
         return False, "by chunks is for bf16 and fp32 on the CPU"
@@ -155,12 +185,13 @@ def measure(heads: int, groups: int, width: int, dtype: torch.dtype) -> float:
     """`_gain`, measured: the fastest of three, in turn."""
     generator = torch.Generator().manual_seed(0)  # torch's own is the user's
     query, key, value = (
-        torch.randn(1, TOKENS, count, width, generator=generator).to(dtype).transpose(1, 2) for count in (heads, groups, groups)
+        torch.randn(1, TOKENS, count, width, generator=generator, device="cpu").to(dtype).transpose(1, 2)
+        for count in (heads, groups, groups)
     )
     own = torch.nn.functional.scaled_dot_product_attention
     ways: tuple[Callable[[], Any], ...] = (
         lambda: own(query, key, value, is_causal=True, enable_gqa=True),  # as transformers does
-        lambda: causal(query, key, value, 1.0),
+        lambda: causal(query, key, value, width**-0.5),
     )
     times = [[_seconds(way) for way in ways] for _ in range(4)][1:]  # after one to warm up
     stock, ours = (min(column) for column in zip(*times, strict=True))

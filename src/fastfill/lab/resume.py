@@ -97,9 +97,8 @@ def settings(task: str, engine: Engine, artifact: Artifact, items: Any, **more: 
         "device": engine.device,
         **cfg.to_dict(engine.config),
         "kept": list(engine.cost.kept),
-        **{
-            name: engine.choices[name] for name in ("kernel", "predictor", "compensator", "packed")
-        },  # why it was chosen is no difference
+        **{name: engine.choices[name] for name in ("kernel", "predictor", "compensator", "packed")},
+        "attention_by": engine.choices["attention_by"].split(" ")[0],  # why it was chosen is no difference
         **({"engine": engine.engine} if engine.engine != "transformers" else {}),  # runs of before do not name it
         "items": digest(items),
         **more,
