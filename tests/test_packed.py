@@ -1,6 +1,7 @@
 """FFNs that stay packed as in their GGUF file: what is loaded, what each call computes, what is refused."""
 
 import copy
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from conftest import logits, tiny_artifact, token_ids, user_error
 
-from fastfill import attach, models
+from fastfill import attach, kernels, models
+from fastfill import packed as packing
 from fastfill.calibration import calibrate
 from fastfill.engines.transformers import TransformersEngine
 from fastfill.engines.transformers import generate as run_generate
@@ -127,7 +129,7 @@ def test_a_prompt_is_generated_from(both):
 
 def test_threads_do_not_share_the_rows_that_they_unpack(both):
     _, packed = both()
-    first, second = (ffn.read() for ffn in dissect(packed).ffns[:2])
+    first, second = (ffn.read().int8() for ffn in dissect(packed).ffns[:2])
     mine = first.unpacked()
     wanted = [weight.clone() for weight in (mine.gate, mine.up, mine.down)]
     with ThreadPoolExecutor(1) as pool:
@@ -136,8 +138,9 @@ def test_threads_do_not_share_the_rows_that_they_unpack(both):
     assert all(map(torch.equal, (mine.gate, mine.up, mine.down), wanted))
 
 
-def test_an_artifact_of_the_unpacked_model_is_its_partner(both):
-    wide, packed = both(dtype="bf16")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_an_artifact_of_the_unpacked_model_is_its_partner(both, dtype):
+    wide, packed = both(dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attach(packed, tiny_artifact(wide)).detach()
@@ -149,13 +152,12 @@ def test_memory_is_that_of_the_file(both):
     ffns = [weight for name, weight in wide.named_parameters() if ".mlp." in name]
     assert blocks == sum(weight.numel() for weight in ffns) // 32 * 18
     assert not [name for name, _ in packed.named_parameters() if ".mlp." in name]
-    assert {name.rpartition(".")[2] for name in packed.state_dict() if ".mlp." in name} == {"blocks", "scale", "inverse"}
+    assert {name.rpartition(".")[2] for name in packed.state_dict() if ".mlp." in name} == {"blocks"}
     mb = []
     for model in (wide, packed):
         with attach(model, tiny_artifact(model)) as attachment:
             mb.append(TransformersEngine(attachment, "tiny").model_mb)
-    scales = sum(8 * len(weight) for weight in ffns)
-    assert mb[0] - mb[1] == pytest.approx((sum(weight.nbytes for weight in ffns) - blocks - scales) / 1e6, abs=1e-9)
+    assert mb[0] - mb[1] == pytest.approx((sum(weight.nbytes for weight in ffns) - blocks) / 1e6, abs=1e-9)
     own = {tensor.data_ptr() for tensor in packed.buffers()} - {0}
     with eight(packed) as attachment:
         assert not own & {tensor.data_ptr() for ffn in attachment.ffns for tensor in ffn.tensors}
@@ -173,6 +175,75 @@ def test_a_call_that_learns_has_the_gradient_of_its_input_where_it_is_dense(both
         loss = packed(inputs_embeds=embedded).logits.sum()
         with user_error("no gradient"):
             loss.backward()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_model_that_is_cast_is_that_of_the_other_type(both, attached):
+    _, packed = both(dtype="fp32")
+    wanted = both(dtype="bf16")[1].bfloat16()  # which casts rope's frequencies, too
+    with eight(wanted):
+        found = logits(wanted, IDS)
+    if attached:
+        with eight(packed):
+            logits(packed, IDS)
+            packed.bfloat16()
+            assert torch.equal(logits(packed, IDS), found)
+    else:
+        with eight(packed.bfloat16().float().bfloat16()):
+            assert torch.equal(logits(packed, IDS), found)
+
+
+def test_blocks_that_are_written_to_are_followed(both):
+    _, packed = both()
+    blocks = packed.model.layers[0].mlp.up_proj.blocks
+    with eight(packed):
+        before = logits(packed, IDS)
+        with torch.no_grad():
+            blocks.copy_(blocks.roll(1, 0))
+        with pytest.warns(UserWarning, match="have changed"):
+            after = logits(packed, IDS)
+    with eight(packed):
+        assert torch.equal(logits(packed, IDS), after) and not torch.equal(before, after)
+
+
+def test_without_the_native_kernel(both, monkeypatch):
+    _, packed = both()
+    with eight(packed, kernel="torch"):
+        wanted = logits(packed, IDS)
+    monkeypatch.setattr(kernels.cpu, "usable", lambda: False)
+    packing._memory._held = None
+    with eight(packed, kernel="torch"):
+        with torch.inference_mode():
+            packed(input_ids=IDS)
+        torch.testing.assert_close(logits(packed, IDS), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_few_tokens_are_multiplied_by_the_blocks(both, monkeypatch):
+    _, packed = both()
+    linear, asked = packed.model.layers[0].mlp.up_proj, []
+    own = packing.packed.linear
+    monkeypatch.setattr(packing.packed, "linear", lambda x, *rest: asked.append(len(x)) or own(x, *rest))
+    for tokens in (0, 1, FEW, FEW + 1):
+        assert linear(torch.zeros(tokens, 32)).shape == (tokens, 96)
+    assert linear(torch.zeros(0, 3, 32)).shape == (0, 3, 96)
+    assert asked == [0, 1, FEW, 0]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, cache, both, monkeypatch):
+    both()
+    other = tmp_path / "other.gguf"
+    gguf_tiny.write(other, "qwen2", quantised=gguf.GGMLQuantizationType.Q4_0, seed=1, **SIZES)
+    own = models._put_packed
+    monkeypatch.setattr(models, "_put_packed", lambda *parts: os.replace(other, tmp_path / "Q4_0.gguf") or own(*parts))
+    with user_error("was changed while it was read"):
+        models.load(str(tmp_path / "Q4_0.gguf"), "fp32", packed=True)
+
+
+def test_the_users_generator_is_left_alone(tmp_path, both):
+    both()
+    before = torch.get_rng_state()
+    models.load(str(tmp_path / "Q4_0.gguf"), "fp32", packed=True)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_cannot_stay_packed_is_refused(tmp_path, cache, both):

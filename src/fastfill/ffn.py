@@ -74,8 +74,8 @@ class FFN:
         """As the sparse op reads it: itself, but for packed weights, whose int8 rows hold until this thread's next call."""
         return self
 
-    def wide(self) -> FFN:
-        """Packed weights in the model's type; any other as it is."""
+    def wide(self, dtype: torch.dtype | None = None) -> FFN:
+        """Packed weights in the model's type, or in another; any other FFN as it is."""
         return self
 
     @property

@@ -68,8 +68,8 @@ class Follower:
         predictor, compensator = self._learned(like)
         self._stamps, self._sample = _stamps(ffn), tensors.diagonal(ffn.down.detach()).clone()
         packed = isinstance(ffn, PackedFFN)
-        inside = ffn.scales is not None  # rows of the model's own: torchao's, or packed
-        eight = inside or self._config.weights == "int8"
+        inside = ffn.scales is not None  # torchao's rows are the model's own
+        eight = packed or inside or self._config.weights == "int8"
         if eight and ffn.gate.device.type != "cpu":
             raise UserError(f'weights="int8" runs on the CPU, and this model is on {ffn.gate.device}.')
         own = tuple(self.part.module.parameters()) if eight else ()
@@ -77,7 +77,11 @@ class Follower:
         copies = not packed and (eight or kept < ffn.neurons)
         down_t = ffn.down.t().contiguous() if copies else ffn.down.new_empty(0)
         made = {"ffn": ffn, "down_t": down_t, "predictor": predictor, "compensator": compensator, "kernel": kernel}
-        made |= {"all_neurons": AllNeurons(ffn, down_t, kernel) if eight else None, "own": own, "copied": not inside}
+        made |= {
+            "all_neurons": AllNeurons(ffn, down_t, kernel) if eight else None,
+            "own": own,
+            "copied": not inside and not packed,
+        }
         # A few tokens are faster multiplied by packed rows than by a layer that is unpacked for them.
         return made | {"dense_int8": self._config.dense_weights == "int8" and not packed}
 

@@ -337,6 +337,8 @@ def _shards(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
 def ffns(model: Model, name: str) -> dict[str, Tensor]:
     """The matrices of the FFNs by the names of their Linears. Raises UserError if one is of a type that cannot stay packed."""
     found = {their: tensor for key, tensor in model.tensors.items() if (their := _their_name(key)) and ".mlp." in their}
+    if any(their.endswith(".bias") for their in found):
+        raise UserError(f"{name} has FFNs with biases, which cannot stay packed; load it unpacked.")
     odd = sorted({tensor.kind.name for tensor in found.values()} - packed.KINDS.keys())
     if odd:
         raise UserError(f"{name} has FFN weights of type {listed(odd)}; packed can stay {', '.join(packed.KINDS)}.")

@@ -124,8 +124,7 @@ def load(name: str, dtype: str = "auto", device: str = "cpu", packed: bool = Fal
 
     check_device(device)
     torch_dtype = parse_dtype(dtype, device)
-    if packed:
-        _check_packed(name, device)
+    before = _check_packed(name, device) if packed else []
     path = resolve(name)
     with _quiet(), waiting(f"loading {name}"):
         _check_folder(Path(path), name)
@@ -136,12 +135,19 @@ def load(name: str, dtype: str = "auto", device: str = "cpu", packed: bool = Fal
             if packed:
                 more["config"] = config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
                 neurons, config.intermediate_size = config.intermediate_size, 1  # FFNs that do not fit take no memory
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **more
-            )
+            # What does not fit is drawn at random; the generator is the user's.
+            with torch.random.fork_rng(devices=[], enabled=packed):
+                loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                    path,
+                    dtype=torch_dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    trust_remote_code=False,
+                    **more,
+                )
         model, report = loaded
         if packed:
-            _put_packed(model, report, name, neurons)
+            _put_packed(model, report, name, before, neurons)
         check_report(report, name)
         check_tokenizer(tokenizer, model, name)
     model.eval().to(device)
@@ -149,15 +155,25 @@ def load(name: str, dtype: str = "auto", device: str = "cpu", packed: bool = Fal
     return LoadedModel(model, tokenizer, DEFAULT_NAME if name == "default" else name)
 
 
-def _check_packed(name: str, device: str) -> None:
-    if gguf_file(name) is None:
+def _fingerprints(source: Path) -> list[str]:
+    from fastfill import gguf
+
+    return [cache.fingerprint(file) for file in gguf.parts(source)]
+
+
+def _check_packed(name: str, device: str) -> list[str]:
+    """The file's fingerprints. Raises UserError where it cannot stay packed."""
+    source = gguf_file(name)
+    if source is None:
         raise UserError(f"--packed keeps the weights of a .gguf file as they are; {name} is none.")
     if torch.device(device).type != "cpu":
         raise UserError(f"Packed weights run on the CPU, not on {device}; leave --packed out.")
+    return _fingerprints(source)
 
 
-def _put_packed(model: Any, report: dict[str, Any], name: str, neurons: int) -> None:
-    """Give a model that was loaded with FFNs of one neuron those of its GGUF file, and take these out of the report."""
+def _put_packed(model: Any, report: dict[str, Any], name: str, before: list[str], neurons: int) -> None:
+    """Give a model that was loaded with FFNs of one neuron those of its GGUF file, whose fingerprints were these before; takes
+    them out of the report."""
     from fastfill import gguf, packed
 
     source = gguf_file(name)
@@ -166,6 +182,8 @@ def _put_packed(model: Any, report: dict[str, Any], name: str, neurons: int) -> 
         for linear, tensor in gguf.ffns(gguf.read(source), source.name).items():
             packed.put(model, linear, tensor.blocks(), tensor.kind.name, model.dtype)
             report["mismatched_keys"] = [row for row in report["mismatched_keys"] if row[0] != f"{linear}.weight"]
+        if _fingerprints(source) != before:
+            raise UserError(f"{source.name} was changed while it was read; try again.")
     model.config.intermediate_size = neurons
     for module in model.modules():
         if vars(module).get("intermediate_size") == 1:

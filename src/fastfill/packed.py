@@ -7,6 +7,7 @@ the file: long calls unpack a Linear to the model's type, short ones multiply bl
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,21 +27,23 @@ FEW = 8
 
 class PackedLinear(nn.Module):
     """A Linear without bias whose weight (O, I) is packed. blocks: (O, bytes) uint8, the rows as in the file. kind: GGUF's name
-    of their type. dtype: the model's. scale, inverse: (O,), how rows are rounded to int8 (`kernels.packed.scales`)."""
+    of their type. like: empty, of the model's type, with which it is cast."""
 
     blocks: Tensor
-    scale: Tensor
-    inverse: Tensor
+    like: Tensor
 
     def __init__(self, blocks: Tensor, kind: str, dtype: torch.dtype):
         super().__init__()
         found = packed.KINDS[kind]
-        self.kind, self.dtype = kind, dtype
+        self.kind = kind
         self.out_features, self.in_features = len(blocks), blocks.shape[1] // found.bytes * found.columns
         self.register_buffer("blocks", blocks)
-        scales = packed.scales(blocks, kind)
-        self.register_buffer("scale", scales.scale)
-        self.register_buffer("inverse", scales.inverse)
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        return self.like.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,7 +54,7 @@ class PackedLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) > FEW or (torch.is_grad_enabled() and x.requires_grad):
             return F.linear(x, self.values(x.dtype))
-        return packed.linear(rows, self.blocks, self.kind).view(*x.shape[:-1], -1)
+        return packed.linear(rows, self.blocks, self.kind).view(*x.shape[:-1], self.out_features)
 
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (O, I), in the model's type where no other is given."""
@@ -63,9 +66,11 @@ class PackedLinear(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class PackedFFN(FFN):
-    """An FFN of which gate, up (F, bytes) and down (H, bytes) are blocks. linears: those that hold them, in this order."""
+    """An FFN of which gate, up (F, bytes) and down (H, bytes) are blocks. linears: those that hold them, in this order.
+    inverses: how their rows are rounded to int8 (`kernels.packed.scales`); with scales, once they are known."""
 
     linears: tuple[PackedLinear, ...] = ()
+    inverses: tuple[Tensor, ...] = ()
 
     @property
     def hidden_size(self) -> int:
@@ -80,15 +85,23 @@ class PackedFFN(FFN):
     def down_norm(self) -> Tensor:
         return self.wide().down_norm()
 
-    def wide(self) -> FFN:
-        gate, up, down = (linear.values() for linear in self.linears)
+    def wide(self, dtype: torch.dtype | None = None) -> FFN:
+        gate, up, down = (linear.values(dtype) for linear in self.linears)
         return FFN(gate, up, down, self.activation)
+
+    @torch.no_grad()
+    def int8(self, scales: Scales | None = None) -> PackedFFN:
+        """With the scales of the rows that it is unpacked to."""
+        found = [packed.scales(linear.blocks, linear.kind) for linear in self.linears]
+        return dataclasses.replace(
+            self, scales=Scales(*(one.scale for one in found)), inverses=tuple(one.inverse for one in found)
+        )
 
     @torch.no_grad()
     def unpacked(self) -> FFN:
         gate, up, down_t = _memory.of(self.neurons, self.hidden_size)
-        for linear, out in zip(self.linears, (gate, up, down_t), strict=True):
-            packed.unpack_int8(linear.blocks, linear.kind, linear.inverse, out, transposed=out is down_t)
+        for linear, inverse, out in zip(self.linears, self.inverses, (gate, up, down_t), strict=True):
+            packed.unpack_int8(linear.blocks, linear.kind, inverse, out, transposed=out is down_t)
         return FFN(gate, up, down_t.t(), self.activation, scales=self.scales, compute=self.compute)
 
 
@@ -100,7 +113,8 @@ class _Memory(threading.local):
     def of(self, neurons: int, hidden: int) -> Tensor:
         """(3, F, H) int8."""
         if self._held is None or self._held.shape[1:] != (neurons, hidden):
-            self._held = torch.empty(3, neurons, hidden, dtype=torch.int8)
+            with torch.inference_mode(False):  # what is made under it could not be written to outside
+                self._held = torch.empty(3, neurons, hidden, dtype=torch.int8)
         return self._held
 
 
@@ -110,14 +124,12 @@ _memory = _Memory()
 def ffn_of(linears: Sequence[PackedLinear], activation: str) -> PackedFFN:
     """The FFN that packed Linears are: gate, up, down."""
     gate, up, down = linears
-    scales = Scales(gate.scale, up.scale, down.scale)
-    return PackedFFN(gate.blocks, up.blocks, down.blocks, activation, None, None, None, scales, gate.dtype, (gate, up, down))
+    return PackedFFN(gate.blocks, up.blocks, down.blocks, activation, compute=gate.dtype, linears=(gate, up, down))
 
 
 def put(model: nn.Module, name: str, blocks: Tensor, kind: str, dtype: torch.dtype) -> None:
     """Replace the Linear of that name in a model. Raises UserError for values that are not finite."""
     parent, _, child = name.rpartition(".")
-    linear = PackedLinear(blocks, kind, dtype)
-    if not bool(linear.scale.isfinite().all()):
+    if not bool(packed.scales(blocks, kind).scale.isfinite().all()):
         raise UserError(f"The file is damaged: {name} has values that are not finite.")
-    setattr(model.get_submodule(parent), child, linear)
+    setattr(model.get_submodule(parent), child, PackedLinear(blocks, kind, dtype))

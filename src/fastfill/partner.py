@@ -164,8 +164,9 @@ def sample_layers(anatomy: families.Anatomy) -> list[list[Sample]]:
 
 
 def _sampled(ffn: FFN, scales: Scales | None) -> list[Sample]:
-    """scales: of the int8 rows that the weights stand for, if they do. Packed ones are what they are in the model's type."""
-    ffn = ffn.wide()
+    """scales: of the int8 rows that the weights stand for, if they do. Packed ones are those of the model
+    that the file is unpacked to."""
+    ffn = ffn.wide(torch.bfloat16)
     found = [sample(weight) for weight in (ffn.gate, ffn.up, ffn.down)]
     if scales is None:
         return found
