@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -246,64 +247,89 @@ def test_killed_and_resumed_equals_uninterrupted(model, tokenizer, tmp_path, mon
 
 # --- from an artifact that is there -------------------------------------------------------------------------------------
 
+FURTHER = CalibrationConfig(steps=8, sequence_length=64, compensator_lr=1.5e-2, predictor_lr=3e-3, loss_stride=1)
+
+
+def learned(model, tokenizer, folder, **changes):
+    calibrate(model, tokenizer, folder, change(predictor_rank=6, **changes))
+    return artifacts.load(folder)
+
 
 def test_an_artifact_is_distilled_further(model, tokenizer, tmp_path):
-    first = artifacts.load(calibrate(model, tokenizer, tmp_path / "first") and tmp_path / "first")
-    more = fastfill.calibrate(model, tokenizer, TEXTS[:4], tmp_path / "more", config=CONFIG, start=first)
+    first = learned(model, tokenizer, tmp_path / "first")
+    more = fastfill.calibrate(model, tokenizer, TEXTS[:4], tmp_path / "more", config=FURTHER, start=tmp_path / "first")
     assert more.layer_importance == first.layer_importance and more.prefill == first.prefill and more.ranks == first.ranks
     assert not torch.equal(more.tensors["layers.0.compensator.w_out"], first.tensors["layers.0.compensator.w_out"])
     assert torch.equal(more.tensors["layers.0.stats.importance"], first.tensors["layers.0.stats.importance"])
     assert more.calibration["loss_aside"][1] < more.calibration["loss_aside"][0]
     before = {k: v for k, v in first.calibration.items() if k not in ("documents", "document_rows")}
-    assert more.calibration["before"] == before
+    assert more.calibration["before"] == before and more.calibration["config"]["predictor_rank"] == 6
     assert more.calibration["document_rows"] == sorted(first.calibration["document_rows"])  # text of the first run, too
 
 
 def test_no_steps_from_an_artifact_change_nothing(model, tokenizer, tmp_path):
-    first = artifacts.load(calibrate(model, tokenizer, tmp_path / "first", change(steps=2)) and tmp_path / "first")
-    again = calibrate(model, tokenizer, tmp_path / "again", change(steps=0), start=first)
+    first = learned(model, tokenizer, tmp_path / "first", steps=2)
+    none = dataclasses.replace(FURTHER, steps=0)
+    again = calibrate(model, tokenizer, tmp_path / "again", none, start=first)
     for name in first.tensors:
         assert torch.allclose(again.tensors[name].float(), first.tensors[name].float(), rtol=1e-6, atol=0), name
 
 
 def test_killed_and_resumed_from_an_artifact(model, tokenizer, tmp_path, monkeypatch):
-    first, other = (calibrate(model, tokenizer, tmp_path / name, change(seed=n)) for name, n in (("first", 0), ("other", 1)))
-    first, other = (artifacts.load(tmp_path / name) for name in ("first", "other"))
-    whole = calibrate(model, tokenizer, tmp_path / "whole", start=first)
+    first, other = (learned(model, tokenizer, tmp_path / name, steps=1, seed=n) for n, name in enumerate(("first", "other")))
+    whole = calibrate(model, tokenizer, tmp_path / "whole", FURTHER, start=first)
     monkeypatch.setattr(run, "SAVE_EVERY_S", 0)
     with monkeypatch.context() as patch:
         KILLS["in the middle of distillation"](patch)
         with pytest.raises(Killed):
-            calibrate(model, tokenizer, tmp_path / "killed", start=first)
+            calibrate(model, tokenizer, tmp_path / "killed", FURTHER, start=first)
     for start in (other, None):
         with pytest.raises(UserError, match="other settings"):
-            calibrate(model, tokenizer, tmp_path / "killed", resume=True, start=start)
-    same(whole, calibrate(model, tokenizer, tmp_path / "killed", resume=True, start=first))
+            calibrate(model, tokenizer, tmp_path / "killed", FURTHER, resume=True, start=start)
+    same(whole, calibrate(model, tokenizer, tmp_path / "killed", FURTHER, resume=True, start=first))
 
 
-def test_an_artifact_of_other_settings_or_another_model_is_no_start(model, tokenizer, tmp_path):
-    first = artifacts.load(calibrate(model, tokenizer, tmp_path / "first", change(steps=1)) and tmp_path / "first")
+def test_what_does_not_go_with_a_start_is_refused(model, tokenizer, tmp_path):
+    first = learned(model, tokenizer, tmp_path / "first", steps=1)
     with pytest.raises(UserError, match="keeps its settings"):
-        calibrate(model, tokenizer, tmp_path / "a", prefill=PrefillConfig(0.25, BLOCK, BLOCK, 16), start=first)
+        calibrate(model, tokenizer, tmp_path / "a", FURTHER, prefill=PrefillConfig(0.25, BLOCK, BLOCK, 16), start=first)
+    for name, value in (("silu_rank", 2), ("fit_tokens", 64), ("schedule", "uniform"), ("max_loss", "1%")):
+        with pytest.raises(UserError, match=f"leave out '{name}'"):
+            calibrate(model, tokenizer, tmp_path / "a", dataclasses.replace(FURTHER, **{name: value}), start=first)
     with pytest.raises(UserError, match="other weights"):
-        calibrate(tiny_model(seed=1), tokenizer, tmp_path / "a", start=first)
+        calibrate(tiny_model(seed=1), tokenizer, tmp_path / "a", FURTHER, start=first)
     assert not (tmp_path / "a").exists()
 
 
-def test_passages_are_a_share_of_the_sequences(model, tokenizer, tmp_path, monkeypatch):
+# --- numbered passages --------------------------------------------------------------------------------------------------
+
+
+def test_passages_are_a_share_of_the_sequences(tokenizer, monkeypatch):
     asked = []
 
-    def made(tokenizer, documents, length, count, answer, seed):
-        asked.append((length, count, answer))
+    def made(tokenizer, texts, length, count, answer, seed):
+        asked.append((texts, length, count, answer))
         return torch.full((count, length), 7)
 
     monkeypatch.setattr(run.passages, "sequences", made)
-    plain = run._sequences(tokenizer, [data.Document(text, "text") for text in TEXTS], CONFIG)
-    mixed = run._sequences(tokenizer, [data.Document(text, "text") for text in TEXTS], change(passages=0.25))
-    sevens = (mixed == 7).all(1)
-    assert asked[-1] == (64, round(len(plain) / 3), CONFIG.answer) and int(sevens.sum()) == round(len(plain) / 3)
-    assert torch.equal(mixed[~sevens].sort(0)[0], plain.sort(0)[0])
-    assert not sevens[: len(plain) // 2].all() and sevens[: len(mixed) // 2].any()
+    documents = [data.Document(text, "text") for text in TEXTS]
+    plain, none = run._sequences(tokenizer, documents, CONFIG)
+    for limit in (None, "1%"):
+        aside = run.ASIDE + (limit is not None) * run.limits.SEQUENCES
+        mixed, count = run._sequences(tokenizer, documents, change(passages=0.25, max_loss=limit))
+        texts, *rest = asked[-1]
+        assert none == 0 and count == round(len(plain) / 3) and rest == [64, count, CONFIG.answer]
+        sevens = (mixed == 7).all(1)
+        assert int(sevens.sum()) == count and sevens[: len(mixed) // 2].any() and not sevens[: len(plain) // 2].all()
+        assert torch.equal(mixed[-aside:], plain[-aside:])  # set aside: as without passages, and of no passage
+        assert texts == [tokenizer.decode(row) for row in plain[:-aside].tolist()]
+        assert torch.equal(mixed[~sevens].sort(0)[0], plain.sort(0)[0])
+
+
+def test_passages_are_recorded(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.passages, "WORDS", (4, 8))
+    made = calibrate(model, tokenizer, tmp_path / "a", change(passages=0.5, steps=2))
+    assert made.calibration["passages"] == made.calibration["sequences"] / 2
 
 
 @pytest.fixture

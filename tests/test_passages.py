@@ -4,12 +4,11 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_text, tiny_tokenizer
+from conftest import tiny_text, user_error
 
 from fastfill.calibration import passages
-from fastfill.data import Document
 
-DOCUMENTS = [Document(tiny_text(400, seed=s), f"text#{s}") for s in range(4)]
+DOCUMENTS = [tiny_text(400, seed=s) for s in range(4)]
 NUMBER = r"(?:Passage |\[|Section |Document |Item )?(\d+)[\].]?"
 
 
@@ -56,9 +55,9 @@ def test_every_answer_is_right():
         assert list(found) == list(range(1, len(found) + 1)) and len(found) > 3 and len(asked) > 2
         for question, answer in asked:
             if quoted := re.fullmatch(r'Which of them has the words "(.*)"\?', question):
-                assert f" {quoted[1]} " in f" {' '.join(found[number(answer)])} "
+                assert [n for n, words in found.items() if f" {quoted[1]} " in f" {' '.join(words)} "] == [number(answer)]
             elif about := re.fullmatch(r"Which of them is about (.*)\?", question):
-                assert set(about[1].split(", ")) <= set(found[number(answer)])
+                assert [n for n, words in found.items() if set(about[1].split(", ")) <= set(words)] == [number(answer)]
             else:
                 of = number(re.fullmatch(r"How does (.*) begin\?", question)[1])
                 assert found[of][: len(answer.split())] == answer.split()
@@ -79,8 +78,12 @@ def test_the_seed_alone_decides():
     assert texts(seed=1) == texts(seed=1) != texts(seed=2)
 
 
-@pytest.mark.parametrize(
-    "documents", [[], DOCUMENTS[:1], [Document("a few words", "text#0")] * 500], ids=["none", "one", "short"]
-)
-def test_too_little_text_gives_none(documents):
-    assert passages.sequences(tiny_tokenizer(), documents, 600, 5, 0.25, 0).shape == (0, 600)
+@pytest.mark.parametrize("documents", [[], DOCUMENTS[:1], ["a few words"] * 500], ids=["none", "one", "short"])
+def test_too_little_text_is_refused(documents):
+    with user_error("too short to make sequences of numbered passages"):
+        passages.sequences(Words(), documents, 600, 5, 0.25, 0)
+
+
+def test_a_sequence_without_room_is_refused():
+    with user_error("sequences that hold several passages"):
+        passages.sequences(Words(), DOCUMENTS, 24, 5, 0.25, 0)

@@ -52,6 +52,10 @@ if [ "$SIZE" = 1.5b ]; then
   rm -r "$TASKS"
 else
   evaluate "${LONGBENCH[@]}" --score likelihood >"$RESULTS/longbench.json"
+  TASKS=$(mktemp -d)
+  python benchmarks/make_tasks.py --squad "$DATA/squad_v2_dev_part.json" --out "$TASKS" --rows 100 --characters 5500-13000
+  evaluate --task suite --data "$TASKS" --lengths 1024-2048 --max-prompt-tokens 2048 --limit 15 --score both >"$RESULTS/suite.json"
+  rm -r "$TASKS"
 fi
 fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 512,1024,2048 --repeats 3 --json | tail -n 1 >"$RESULTS/bench-native.json"
 fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 1024 --repeats 3 --packed --json | tail -n 1 >"$RESULTS/bench-packed.json"
@@ -63,8 +67,7 @@ fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 1024 --repeats 3 --we
     bench --sparsity $sparsity --prompt-lengths 1024,2048 --repeats 2
     evaluate --data "${PROSE[@]}" --limit 8 --sparsity $sparsity
   done
-  bench --prompt-lengths 4096 --repeats 2
-  bench --prompt-lengths 8192 --repeats 1
+  bench --prompt-lengths 4096 --repeats 1
 } >"$RESULTS/levels.jsonl"
 # Other number formats of the same file, where llama.cpp's programs are on PATH: its own time, and what they cost the artifact.
 if command -v llama-quantize llama-bench >/dev/null; then

@@ -12,6 +12,7 @@ SCHEMA_VERSION = 3  # 2: matrices may be in eight bits; 3: samples of the base m
 MAX_SPARSITY = 0.95
 MOST = 2**31 - 1  # of whole numbers, where nothing else is said: tokens and ids are 32 bits wide in places
 MAX_SEED = 2**32 - 1  # multiplied by 10,007 it still fits 64 bits, which is what generators take
+MAX_PASSAGES = 0.9  # nine made sequences to one of running text
 MAX_RATE = 1e30  # of learning rates and weights: fp32 ends at 3e38
 
 Config = TypeVar("Config", bound="PrefillConfig | CalibrationConfig")
@@ -169,7 +170,7 @@ class CalibrationConfig:
                 continue
             if not is_number(value) or not 0 < value <= MAX_RATE:
                 raise UserError(f"{name} must be a positive number of at most {MAX_RATE:g}, not {quoted(value)}.")
-        for name, most in (("answer", 1), ("passages", 1), ("answer_weight", MAX_RATE)):
+        for name, most in (("answer", 1), ("passages", MAX_PASSAGES), ("answer_weight", MAX_RATE)):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < most:
                 raise UserError(f"{name} must be a number of at least 0 and below {most:g}, not {quoted(value)}.")

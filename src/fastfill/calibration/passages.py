@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastfill.data import Document
+from fastfill.errors import UserError
 
 WORDS = 15, 60  # of a passage
 MARKS = ("Passage {}: ", "[{}] ", "{}. ", "Section {}\n", "Document {}: ", "Item {} - ")  # how passages are numbered
@@ -20,24 +20,28 @@ QUOTE = 8, 16  # words of one that a question quotes
 KEYWORDS = 6
 
 
-def sequences(tokenizer: Any, documents: Sequence[Document], length: int, count: int, answer: float, seed: int) -> torch.Tensor:
+def sequences(tokenizer: Any, texts: Sequence[str], length: int, count: int, answer: float, seed: int) -> torch.Tensor:
     """(count, length) token ids. The last `answer` share of each, and at times a little more, asks for passages before it, and
-    has the right answers. Fewer, down to none, where the text has too few words."""
+    has the right answers. Raises UserError where the text has too few words, or a sequence no room for a passage."""
     rng = random.Random(seed)
-    words = [document.text.split() for document in documents]
-    words = [found for found in words if len(found) >= WORDS[1]]
-    rows: list[list[int]] = []
-    if sum(map(len, words)) < length:  # it would be the same few words again and again
-        return torch.empty(0, length, dtype=torch.long)
+    words = [found for text in texts if len(found := text.split()) >= WORDS[1]]
     weights = [len(found) for found in words]
-    for _ in range(count):
+    rows: list[list[int]] = []
+    tries = 10 * count if sum(weights) >= length else 0  # of less text it would be the same few words again and again
+    while len(rows) < count and tries:
+        tries -= 1
         text, passages, mark = _passages(tokenizer, words, weights, int(length * (1 - answer)), rng)
         ids: list[int] = []
-        while passages and len(ids) < length:
+        while len(passages) > 1 and len(ids) < length:
             for _ in range(8):
                 text += _question(passages, mark, rng)
             ids = tokenizer(text, verbose=False)["input_ids"]
-        rows += [ids[:length]] if passages else []
+        rows += [ids[:length]] if ids else []
+    if len(rows) < count:
+        raise UserError(
+            f"The data is too short to make sequences of numbered passages from it (--passages): that takes {length} words in "
+            f"documents of at least {WORDS[1]}, and sequences that hold several passages; give longer text, or leave it out."
+        )
     return torch.tensor(rows, dtype=torch.long).view(-1, length)
 
 
@@ -58,16 +62,17 @@ def _passages(
 
 
 def _question(passages: list[list[str]], mark: str, rng: random.Random) -> str:
-    """By quotation or by keywords which number it is, or by its number how a passage begins."""
+    """By quotation or by keywords which number it is, if it can be no other; else by its number how a passage begins."""
     number = rng.randrange(len(passages))
     found, name = passages[number], mark.format(number + 1).strip().rstrip(":-").strip()
     size = min(rng.randint(*QUOTE), len(found))
     begin = rng.randrange(len(found) - size + 1)
+    quoted = " ".join(found[begin : begin + size])
+    keywords = sorted(set(found), key=len)[-KEYWORDS:]  # the longest words say most
     kind = rng.random()
-    if kind < 0.5:
-        return f'Which of them has the words "{" ".join(found[begin : begin + size])}"?\nAnswer: {name}\n\n'
-    if kind < 0.8:
-        keywords = sorted(set(found), key=len)[-KEYWORDS:]  # the longest words say most
+    if kind < 0.5 and sum(f" {quoted} " in f" {' '.join(other)} " for other in passages) == 1:
+        return f'Which of them has the words "{quoted}"?\nAnswer: {name}\n\n'
+    if 0.5 <= kind < 0.8 and sum(set(keywords) <= set(other) for other in passages) == 1:
         rng.shuffle(keywords)
         return f"Which of them is about {', '.join(keywords)}?\nAnswer: {name}\n\n"
     return f"How does {name} begin?\nAnswer: {' '.join(found[:size])}\n\n"

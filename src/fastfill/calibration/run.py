@@ -28,7 +28,7 @@ from fastfill.calibration.importance import sensitivity, token_mixing
 from fastfill.calibration.student import StudentFFN, Weights
 from fastfill.calibration.team import Team, join
 from fastfill.config import CalibrationConfig, PrefillConfig
-from fastfill.errors import UserError
+from fastfill.errors import UserError, listed
 from fastfill.progress import stage
 from fastfill.schedule import allocate
 
@@ -63,13 +63,15 @@ def calibrate(
     config: CalibrationConfig | None = None,
     name: str | None = None,
     resume: bool = False,
-    start: Artifact | None = None,
+    start: Artifact | str | Path | None = None,
+    allow_finetuned: bool = False,
 ) -> Artifact:
     """Learn an artifact for `model` from text and write it to the folder `out`.
 
     documents: texts, or `data.load_documents(...)`. name: how the artifact names its base model. resume: continue from the
     checkpoint that an interrupted run left beside `out`; the result is the same as without the interruption. start: an artifact
-    of the same model, whose weights are distilled further in place of new fits; its settings, ranks and schedule stay.
+    of the same model, or its folder, whose weights are distilled further in place of new fits; its settings, ranks and schedule
+    stay. allow_finetuned: of a model that was fine-tuned since, too.
 
     In a process that `accelerate launch` started, all processes calibrate together; the result is that of one process to
     rounding. A compressed-tensors checkpoint in eight bits is calibrated as the floating-point model of its int8 values and
@@ -77,9 +79,11 @@ def calibrate(
 
     Raises UserError if the model is not supported, the text is too short, or `out` cannot be written.
     """
+    config = config or CalibrationConfig()
     if start is not None:
-        prefill = _start_prefill(start, prefill)
-    prefill, config = prefill or PrefillConfig(), config or CalibrationConfig()
+        start = start if isinstance(start, Artifact) else artifacts.load(start)
+        prefill = _start_prefill(start, prefill, config)
+    prefill = prefill or PrefillConfig()
     cfg.check_integer("sequence_length", config.sequence_length, prefill.first_sparse + prefill.block_size)
     out = Path(os.path.abspath(out))
     if out in (Path.cwd(), *Path.cwd().parents):
@@ -100,9 +104,9 @@ def calibrate(
     limit = context.positions(model.config)
     if limit and config.sequence_length > limit:
         raise UserError(f"sequence_length {config.sequence_length} is more than the {limit} tokens that the model holds.")
-    for note in start.check_partner(anatomy) if start else ():
+    for note in start.check_partner(anatomy, allow_finetuned) if start else ():
         warnings.warn(note, stacklevel=2)
-    tokens = _sequences(tokenizer, texts, config)
+    tokens, made = _sequences(tokenizer, texts, config)
     aside = tokens[:0]
     if config.max_loss is not None:
         limits.Limit.parse(config.max_loss)
@@ -147,6 +151,7 @@ def calibrate(
         "documents": sorted({d.source.split("#")[0] for d in texts}),
         "document_rows": [d.source for d in texts],
         "sequences": len(tokens),
+        "passages": made,
         "tokens_distilled": len(losses) * config.batch * config.sequence_length,
         "text": settings["text"],
         "seconds": round(time.monotonic() - begin, 1),
@@ -175,20 +180,34 @@ def calibrate(
     return result
 
 
-def _start_prefill(start: Artifact, asked: PrefillConfig | None) -> PrefillConfig:
-    """The settings of the artifact that a run starts from. Raises UserError if others are asked for."""
+# What a run that starts from an artifact has from it. Text set aside for `max_loss` may be what the first run has learned from.
+OF_START: tuple[str, ...] = ("predictor_rank", "linear_rank", "silu_rank", "fit_tokens", "fit_epochs", "fit_batch", "fit_lr")
+OF_START += ("schedule", "schedule_tokens", "max_loss")
+
+
+def _start_prefill(start: Artifact, asked: PrefillConfig | None, config: CalibrationConfig) -> PrefillConfig:
+    """The settings of the artifact that a run starts from. Raises UserError if others are asked for, or what has no effect."""
     if asked is not None and asked != start.prefill:
         raise UserError("A run that starts from an artifact keeps its settings (sparsity, block_size, ...); leave them out.")
+    default = CalibrationConfig()
+    if idle := [name for name in OF_START if getattr(config, name) != getattr(default, name)]:
+        raise UserError(f"A run that starts from an artifact keeps its fits and its schedule; leave out {listed(idle)}.")
     return start.prefill
 
 
-def _sequences(tokenizer: Any, texts: list[data.Document], config: CalibrationConfig) -> torch.Tensor:
-    """(S, T): the text as it runs, and among it, as their share, sequences of numbered passages (`passages`)."""
+def _sequences(tokenizer: Any, texts: list[data.Document], config: CalibrationConfig) -> tuple[torch.Tensor, int]:
+    """(S, T): the text as it runs, and among it, as their share, sequences of numbered passages (`passages`); how many of them.
+    The last sequences, which are set aside, are running text that no passage is made of."""
     plain = data.sequences(tokenizer, texts, config.sequence_length, config.seed)
     count = round(len(plain) * config.passages / (1 - config.passages))
-    made = passages.sequences(tokenizer, texts, config.sequence_length, count, config.answer, config.seed)
-    order = torch.randperm(len(plain) + len(made), generator=torch.Generator().manual_seed(config.seed + 1))
-    return torch.cat([plain, made])[order] if len(made) else plain
+    if not count:
+        return plain, 0
+    aside = min(len(plain) - 1, ASIDE + (limits.SEQUENCES if config.max_loss is not None else 0))
+    seen, aside_rows = plain[: len(plain) - aside], plain[len(plain) - aside :]
+    words = [tokenizer.decode(row, skip_special_tokens=True) for row in seen.tolist()]
+    made = passages.sequences(tokenizer, words, config.sequence_length, count, config.answer, config.seed)
+    order = torch.randperm(len(seen) + count, generator=torch.Generator().manual_seed(config.seed + 1))
+    return torch.cat([torch.cat([seen, made])[order], aside_rows]), count
 
 
 def _weights(start: Artifact) -> list[Weights]:
@@ -203,6 +222,8 @@ def _weights(start: Artifact) -> list[Weights]:
 def _continued(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """The record of a run that started from an artifact: all text that either has seen, and what it went on from."""
     texts = ("documents", "document_rows")
+    had = before.get("config", {})
+    record["config"] |= {name: had[name] for name in OF_START if name in had}
     both = {key: sorted({*before.get(key, []), *record[key]}) for key in texts}
     return {**record, **both, "before": {key: value for key, value in before.items() if key not in texts}}
 

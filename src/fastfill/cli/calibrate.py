@@ -7,7 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastfill.cli.options import ARTIFACT_HELP, Commands, command, load_model, model_options, option_of
+from fastfill.cli.options import (
+    ARTIFACT_HELP,
+    Commands,
+    command,
+    finetuned_option,
+    load_model,
+    model_options,
+    option_of,
+    settings_of,
+)
 from fastfill.errors import UserError
 
 
@@ -32,6 +41,7 @@ def add_calibrate(commands: Commands) -> None:
     calibrate.add_argument(
         "--start", metavar="DIR", help=f"distil this artifact of the model further, with its settings: {ARTIFACT_HELP}"
     )
+    finetuned_option(calibrate)
     calibrate.add_argument("--processes", type=int, default=1, help="share the work; on CUDA a GPU for each (default: 1)")
     _config_options(calibrate)
 
@@ -49,7 +59,7 @@ def _config_options(sub: argparse.ArgumentParser) -> None:
         for field in dataclasses.fields(kind):
             plain = [t for t in (typing.get_args(types[field.name]) or (types[field.name],)) if t is not type(None)]
             text = f"{field.metadata['help']} (default: {field.default})" if field.metadata else f"default: {field.default}"
-            group.add_argument(option_of(field.name), type=plain[0], default=field.default, help=text)
+            group.add_argument(option_of(field.name), type=plain[0], help=text)
 
 
 def _configs(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -58,7 +68,8 @@ def _configs(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from fastfill.config import CalibrationConfig, PrefillConfig
 
     def build(kind: Any) -> Any:
-        return kind(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind)})
+        given = ((field.name, getattr(arguments, field.name)) for field in dataclasses.fields(kind))
+        return kind(**{name: value for name, value in given if value is not None})
 
     return build(PrefillConfig), build(CalibrationConfig)
 
@@ -68,12 +79,11 @@ def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import data, files
     from fastfill.calibration import calibrate, team
     from fastfill.cli import show
-    from fastfill.config import PrefillConfig
 
     prefill, config = _configs(arguments)
     start = artifacts.load(arguments.start) if arguments.start else None
-    if start is not None and prefill == PrefillConfig():
-        prefill = start.prefill
+    if start is not None:
+        prefill = start.prefill.with_(**settings_of(arguments))
     files.check_folder(arguments.out)
     if arguments.processes != 1 and not team.launched():
         _check_processes(arguments, config)
@@ -97,6 +107,7 @@ def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
         name=loaded.name,
         resume=arguments.resume,
         start=start,
+        allow_finetuned=arguments.allow_finetuned,
     )
     team.leave()
     if me.rank:
