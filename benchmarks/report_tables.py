@@ -128,7 +128,7 @@ def _of_which(bench: Row, row: Row) -> str:
             f"where skipping, at the FFN's share of the dense time ({row['ffn_share']:.0%}), allows at most "
             f"{ceiling(row):.2f}x{_more(row)}"
         )
-    return f"of which skipping is {_skipping(row)}, and the rest our attention (by chunks of queries) and kernel"
+    return f"of which skipping is {_skipping(row)}, the rest our kernel and attention"
 
 
 def by_chunks(bench: Row) -> bool:
@@ -172,7 +172,7 @@ def speed_summary(folder: Path) -> str:
         return "{{speed: from benchmarks/results}}"
     lines = [
         f"{models[0]['sparsity']:.0%} sparsity; {_where(models[0]['machine'])}, {models[0]['dtype']}. "
-        "Dense: the model as loaded. All neurons: with our kernel, attention and, where named, int8, but nothing skipped.",
+        "All neurons: our kernel and attention, nothing skipped.",
         "",
         "| model | prompt tokens | dense TTFT | all neurons | sparse TTFT | speed-up | of it skipping |",
         "|---|--:|--:|--:|--:|--:|--:|",

@@ -227,7 +227,7 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     assert "| 128 | 2.000 s | 2.000 s | all dense |  |" in page
     more = {"ttft_all_neurons_s": 1.9, "ffn_all_neurons_s": 0.9}
     ours = {**BENCH, "attention_by": "chunks (4x)", "rows": [{**row, **more} for row in BENCH["rows"]]}
-    assert "**1.19x**, of which skipping is 1.13x, and the rest our attention" in report.claim([ours], [], [])
+    assert "**1.19x**, of which skipping is 1.13x, the rest our kernel and attention" in report.claim([ours], [], [])
     assert "bfloat16, its attention by chunks, 50%" in report.bench_tables([ours])
     packed = {**ours, "weights": "int8", "packed": True}
     assert "sparse in int8, FFNs packed, its attention" in report.bench_tables([packed])
