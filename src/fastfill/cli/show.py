@@ -71,7 +71,8 @@ def bench(result: dict[str, Any]) -> None:
             for row in rows
         ],
     )
-    out.print(f"all kept: the {result['kernel']} kernel with all neurons; its gain is the kernel's, the rest is the sparsity's")
+    also = " and attention by chunks" if result.get("attention_by", "").startswith("chunks") else ""
+    out.print(f"all kept: the {result['kernel']} kernel{also} with all neurons; that gain is theirs, the rest the sparsity's")
     if chosen := result.get("choice"):
         from_where = f"from {chosen['min_tokens']} tokens on" if chosen["min_tokens"] else "nowhere"
         out.print(f"attach, if nothing is named: kernel {chosen['kernel']}, sparse {from_where} ({chosen['reason']})")
