@@ -96,7 +96,7 @@ def test_it_is_remembered_for_the_same_layer_and_settings_alone(clock, tmp_path)
         count = len(clock.timed)
         attached(**other)[1].detach()
         assert len(clock.timed) == count + 1, other
-    files = list((tmp_path / "cache" / "choices").iterdir())
+    files = [file for file in (tmp_path / "cache" / "choices").iterdir() if not file.name.startswith("attention-")]
     assert len(files) == 4
     for content in ("", "[]", "{}", '{"kernel": "fast", "tokens": 1, "gain": 2.0}', '{"kernel": "torch", "gain": "x"}'):
         count = len(clock.timed)
