@@ -14,19 +14,8 @@ from fastfill.lab.tasks import TASKS, Task
 from fastfill.lab.tasks.base import option
 
 HEAD = {"task", "engine", "model", "dtype", "predictor", "compensator", "sparsity", "block_size", "dense_head", "min_tokens"}
-HEAD |= {
-    "dense_tail",
-    "weights",
-    "dense_weights",
-    "upper_share",
-    "attention",
-    "attention_by",
-    "packed",
-    "kernel",
-    "kernel_reason",
-    "expected_gain",
-    "machine",
-}
+PREFILL = {"dense_tail", "weights", "dense_weights", "upper_share", "attention"}
+HEAD |= {*PREFILL, "attention_by", "packed", "kernel", "kernel_reason", "expected_gain", "machine"}
 READ, DOCUMENTS = {"sparse_tokens", "dense_tokens"}, {"documents", "resumed", "calibrated_on", "sources"}
 READING = {f"{prefix}{key}" for prefix in ("", "cont_") for key in ("ppl_dense", "ppl_sparse", "ppl_ratio", "kl", "tokens")}
 READING |= {"top1_agreement", "cont_top1_agreement", "ppl_ratio_interval", "cont_ppl_ratio_interval", "no_context_ppl"}
@@ -48,20 +37,7 @@ KEYS = {  # of the document that is stored, which others read
     "pareto": TABLE | DOCUMENTS | {"repeats"},
 }
 SHARED = {"fastfill", "task", "model", "artifact", "dtype", "device", "sparsity", "block_size", "dense_head", "min_tokens"}
-SHARED |= {
-    "dense_tail",
-    "weights",
-    "dense_weights",
-    "upper_share",
-    "attention",
-    "attention_by",
-    "packed",
-    "kept",
-    "kernel",
-    "predictor",
-    "compensator",
-    "items",
-}
+SHARED |= {*PREFILL, "attention_by", "packed", "kept", "kernel", "predictor", "compensator", "items"}
 SETTINGS = {  # beside SHARED: what two runs of a task must share to be one; another set would refuse runs of before
     "perplexity": {"continuation"},
     "longbench": {"score", "chinese_words"},

@@ -239,9 +239,13 @@ def _checksums(tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> di
     return {"settings": schema.settings_checksum(document), "tensors": sums}
 
 
-def fingerprint(artifact: Artifact) -> str:
-    """Of what was learned: weights and the settings that belong to them."""
-    return hashlib.sha256(json.dumps(artifact.checksums, sort_keys=True).encode()).hexdigest()[:16]
+def digest(artifact: Artifact) -> str:
+    """Of its weights."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(artifact.tensors.items()):
+        total.update(name.encode())
+        total.update(stored.content(tensor))
+    return total.hexdigest()[:16]
 
 
 def record(artifact: Artifact, folder: str | Path, quality: dict[str, Any]) -> None:

@@ -367,9 +367,8 @@ def attach(
         raise UserError(f"predictor must be made by fastfill.lab.baselines.named(...), not {quoted(predictor)}.")
     if not isinstance(prefill, PrefillConfig | None):
         raise UserError(f"prefill must be a fastfill.PrefillConfig, not {quoted(prefill)}; a field alone is sparsity=0.3, say.")
-    if (anatomy.eight_bits or anatomy.packed) and anatomy.ffns[
-        0
-    ].gate.device.type == "cpu":  # elsewhere there is no op for them
+    here = anatomy.ffns[0].gate.device.type
+    if (anatomy.eight_bits or anatomy.packed) and here == "cpu":  # elsewhere there is no op for them
         fields["weights"] = "int8"
     config = (prefill or artifact.prefill).with_(**fields)
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfill import cache, files, machine
+from fastfill import cache, machine
 from fastfill.errors import UserError, quoted
 from fastfill.sparse_ffn import current_plan
 from fastfill.upper import current_upper
@@ -139,23 +137,23 @@ def stand_in() -> Name:
 
 def _plain(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call is causal attention of whole prompts and no more: no padding, no cache before it, no window."""
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
+    forward = kwargs.get("is_causal")
+    forward = getattr(module, "is_causal", True) if forward is None else forward
     learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
     same = query.shape[2] == key.shape[2] and query.shape[3] == value.shape[3] and query.shape[2] > 1
     known = not kwargs.get("dropout") and all(
         kwargs.get(name) is None for name in ("position_bias", "cache", "softcap", "s_aux")
     )
-    return mask is None and bool(causal) and same and known and not learns and query.dtype != torch.float16
+    return mask is None and bool(forward) and same and known and not learns and query.dtype != torch.float16
 
 
-def by_chunks(config: Any, wanted: str, like: Tensor) -> tuple[bool, str]:
-    """Whether sparse prompts' attention is computed by chunks, and why. config: the base model's. wanted:
+def by_chunks(config: Any, asked: str, like: Tensor) -> tuple[bool, str]:
+    """Whether sparse prompts' attention is computed by chunks, and why. config: the base model's. asked:
     `PrefillConfig.attention`. like: the type and the device of the weights. Raises UserError as `check`."""
-    if wanted == "chunks":
+    if asked == "chunks":
         check(config, 'attention="chunks"', 'attention="auto"')
         return True, "asked for"
-    if wanted == "model":
+    if asked == "model":
         return False, "asked for"
     if not _is_sdpa(getattr(config, "_attn_implementation", None)):
         return False, f"it is not {IMPLEMENTATION}"
@@ -171,14 +169,12 @@ def _gain(config: Any, dtype: torch.dtype) -> float:
     groups = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     key = hashlib.sha256(repr((heads, groups, width, dtype, ROWS, TOKENS, machine.describe())).encode()).hexdigest()[:32]
-    file = cache.cache_dir() / "choices" / f"attention-{key}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        if 0 < (found := float(json.loads(file.read_text())["gain"])) < math.inf:
-            return found
-    gain = measure(heads, groups, width, dtype)
-    with suppress(UserError):  # where nothing can be written, it is measured again the next time
-        files.write(file, json.dumps({"gain": gain}))
-    return gain
+    found = cache.measured(
+        f"attention-{key}",
+        lambda: {"gain": measure(heads, groups, width, dtype)},
+        lambda found: 0 < found["gain"] < math.inf,
+    )
+    return float(found["gain"])
 
 
 def measure(heads: int, groups: int, width: int, dtype: torch.dtype) -> float:

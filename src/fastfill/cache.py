@@ -1,4 +1,5 @@
-"""Folders that are made once and kept: each is whole, or it is made again. Keys come from content, not from names and times."""
+"""Folders that are made once and kept: each is whole, or it is made again. Keys come from content, not from names and times.
+Measurements of this machine, too."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fastfill import files
 from fastfill.errors import UserError
 from fastfill.progress import waiting
 
@@ -61,6 +64,19 @@ def folder(name: str, make: Callable[[Path], None], size: int) -> Path:
         finally:
             _remove(beside)
     return target
+
+
+def measured(name: str, measure: Callable[[], Any], is_one: Callable[[Any], bool]) -> Any:
+    """What `measure` gives, as JSON has it; remembered under a name that says all it depends on. It is measured again where
+    nothing is remembered, or what `is_one` does not know (it may raise KeyError and TypeError), or nothing can be written."""
+    file = cache_dir() / "choices" / f"{name}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if is_one(found := json.loads(file.read_text())):
+            return found
+    made = measure()
+    with suppress(UserError):
+        files.write(file, json.dumps(made))
+    return made
 
 
 def _whole(target: Path) -> bool:

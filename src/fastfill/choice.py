@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastfill import cache, files, kernels, machine
+from fastfill import cache, kernels, machine
 from fastfill.blocks import make_plan
 from fastfill.config import PrefillConfig, to_dict
-from fastfill.errors import UserError
 from fastfill.kernels import Kernel
 from fastfill.sparse_ffn import SparseFFN, current_plan
 
@@ -59,12 +56,11 @@ def choose(ffns: Sequence[SparseFFN], config: PrefillConfig) -> Choice | None:
         return None
     ffn = thin[len(thin) // 2]
     names = list(dict.fromkeys((ffn.kernel.name, "torch")))
-    file = cache.cache_dir() / "choices" / f"{_key(ffn, config, names)}.json"
-    found = _remembered(file, names)
-    if found is None:
-        found = measure(ffn, config, names)
-        with suppress(UserError):  # where nothing can be written, it is measured again the next time
-            files.write(file, json.dumps(found))
+
+    def is_one(found: Any) -> bool:
+        return found["kernel"] in names and isinstance(found["tokens"], int) and 0 < found["gain"] < math.inf
+
+    found = cache.measured(_key(ffn, config, names), lambda: measure(ffn, config, names), is_one)
     name, tokens, gain = found["kernel"], found["tokens"], found["gain"]
     gains = gain >= MARGIN
     reason = f"{'fastest' if gains else 'at best'}, {gain:.2f}x of the dense FFN's speed at {tokens} tokens"
@@ -132,13 +128,3 @@ def _key(ffn: SparseFFN, config: PrefillConfig, names: Sequence[str]) -> str:
     layer = (type(ffn.predictor), ffn.ffn.dtype, shapes, ffn.kept, ffn.ffn.activation, biases, ffn.ffn.gate.device.type)
     here = (machine.describe(), kernels.available(), list(names), MARGIN, MOST)
     return hashlib.sha256(repr((layer, here, to_dict(config))).encode()).hexdigest()[:32]
-
-
-def _remembered(file: Any, names: Sequence[str]) -> dict[str, Any] | None:
-    """What an earlier measurement found; None where there is none, or not one of ours."""
-    try:
-        found = json.loads(file.read_text())
-        whole = found["kernel"] in names and isinstance(found["tokens"], int) and 0 < found["gain"] < math.inf
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if whole else None

@@ -1,8 +1,8 @@
 """FFN weights that stay as a GGUF file has them, 4 to 8 bits each, and are unpacked where they are used.
 
-Sparse prompts are computed in eight bits: a layer is unpacked to int8 once a call,
-with the largest magnitude of a row over 127 as its scale, and the op runs on them. All else is computed with the values in
-the file: long calls unpack a Linear to the model's type, short ones multiply block by block.
+Sparse prompts are computed in eight bits: a layer is unpacked to int8 once a call, with the largest magnitude of a row over
+127 as its scale, and the op runs on that. All else is computed with the values in the file: long calls unpack a Linear to the
+model's type, short ones multiply block by block.
 """
 
 from __future__ import annotations

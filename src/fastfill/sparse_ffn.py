@@ -104,8 +104,8 @@ class SparseFFN:
         correction = self._tell("corrected", plan, self._correction(x, plan))  # (batch * T, H)
         # Dense rows ride along as blocks that keep all neurons; in a call of their own they cost 5 % of the FFN at T = 2,048.
         all_ids, bounds = plan.with_dense(ids, ffn.neurons)
-        rows = ffn.unpacked()
-        y = kernel.sparse_ffn(x, rows, self._down_t(rows), all_ids, rows=plan.rows, id_offsets=bounds, init=correction)
+        weights = ffn.unpacked()
+        y = kernel.sparse_ffn(x, weights, self._down_t(weights), all_ids, rows=plan.rows, id_offsets=bounds, init=correction)
         plan.runs.append(True)
         return self._tell("output", plan, y)
 
@@ -118,11 +118,11 @@ class SparseFFN:
             tap(step, self, plan, value)
         return value
 
-    def _down_t(self, rows: FFN) -> torch.Tensor:
-        """Made anew where down learns: the copy that is kept has no gradient. That of packed rows is unpacked with them."""
+    def _down_t(self, weights: FFN) -> torch.Tensor:
+        """Made anew where down learns: the copy that is kept has no gradient. That of packed weights is unpacked with them."""
         if self.ffn.down.requires_grad and torch.is_grad_enabled():
             return self.ffn.down.t().contiguous()
-        return self.down_t if rows is self.ffn else rows.down.t()
+        return self.down_t if weights is self.ffn else weights.down.t()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the model is detached: it gets the forward that this one stands in for, bound to the copy."""
@@ -142,9 +142,9 @@ class AllNeurons:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, T, H) -> (batch, T, H)."""
-        tokens, rows = x.reshape(-1, x.shape[-1]).to(self.ffn.dtype), self.ffn.unpacked()
-        down_t = self.down_t if rows is self.ffn else rows.down.t()
-        y = self.kernel.sparse_ffn(tokens, rows, down_t, self.ids, init=self.ffn.start(tokens))
+        rows, weights = x.reshape(-1, x.shape[-1]).to(self.ffn.dtype), self.ffn.unpacked()
+        down_t = self.down_t if weights is self.ffn else weights.down.t()
+        y = self.kernel.sparse_ffn(rows, weights, down_t, self.ids, init=self.ffn.start(rows))
         return y.view_as(x).to(x.dtype)
 
 

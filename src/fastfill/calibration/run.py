@@ -20,7 +20,7 @@ from fastfill import context, data, eight_bits, families, machine, partner
 from fastfill import tensors as stored
 from fastfill.artifact import Artifact
 from fastfill.attachment import check_detached
-from fastfill.calibration import capture, fit, passages
+from fastfill.calibration import capture, fit, further, passages
 from fastfill.calibration import limit as limits
 from fastfill.calibration.checkpoint import Checkpoint
 from fastfill.calibration.distill import TRAINED, Distiller, Teacher
@@ -28,7 +28,7 @@ from fastfill.calibration.importance import sensitivity, token_mixing
 from fastfill.calibration.student import StudentFFN, Weights
 from fastfill.calibration.team import Team, join
 from fastfill.config import CalibrationConfig, PrefillConfig
-from fastfill.errors import UserError, listed
+from fastfill.errors import UserError
 from fastfill.progress import stage
 from fastfill.schedule import allocate
 
@@ -82,7 +82,7 @@ def calibrate(
     config = config or CalibrationConfig()
     if start is not None:
         start = start if isinstance(start, Artifact) else artifacts.load(start)
-        prefill = _start_prefill(start, prefill, config)
+        prefill = further.settings(start, prefill, config)
     prefill = prefill or PrefillConfig()
     cfg.check_integer("sequence_length", config.sequence_length, prefill.first_sparse + prefill.block_size)
     out = Path(os.path.abspath(out))
@@ -123,7 +123,7 @@ def calibrate(
         "dtype": str(anatomy.ffns[0].gate.dtype),
         "text": data.digest(tokens),
         "threads": torch.get_num_threads(),  # the bits depend on it
-        **({"start": artifacts.fingerprint(start)} if start else {}),
+        **({"start": further.identity(start)} if start else {}),
     }
     if team.rank:
         team.total(0)  # the others begin when the first one has found the checkpoint in order
@@ -139,7 +139,7 @@ def calibrate(
             weights, shares, teacher = _fit_layers(job)
             importances = _importance(job, weights)
         else:
-            weights, importances = _weights(start), start.layer_importance
+            weights, importances = further.weights(start), start.layer_importance
             shares = start.calibration.get("importance_held", [])
             teacher = Teacher(model, anatomy, tokens[:0], tokens[:0])
         checkpoint.put_json("seconds", time.monotonic() - begin)
@@ -163,7 +163,7 @@ def calibrate(
         "machine": machine.describe(),
     }
     if start is not None:
-        record = _continued(start.calibration, record)
+        record = further.record(start.calibration, record)
     # Vectors are stored in bf16, matrices in eight bits, rounded once, below.
     tensors = {
         f"layers.{i}.{key}": value.detach().to("cpu", torch.float32 if value.dim() == 2 else torch.bfloat16)
@@ -180,21 +180,6 @@ def calibrate(
     return result
 
 
-# What a run that starts from an artifact has from it. Text set aside for `max_loss` may be what the first run has learned from.
-OF_START: tuple[str, ...] = ("predictor_rank", "linear_rank", "silu_rank", "fit_tokens", "fit_epochs", "fit_batch", "fit_lr")
-OF_START += ("schedule", "schedule_tokens", "max_loss")
-
-
-def _start_prefill(start: Artifact, asked: PrefillConfig | None, config: CalibrationConfig) -> PrefillConfig:
-    """The settings of the artifact that a run starts from. Raises UserError if others are asked for, or what has no effect."""
-    if asked is not None and asked != start.prefill:
-        raise UserError("A run that starts from an artifact keeps its settings (sparsity, block_size, ...); leave them out.")
-    default = CalibrationConfig()
-    if idle := [name for name in OF_START if getattr(config, name) != getattr(default, name)]:
-        raise UserError(f"A run that starts from an artifact keeps its fits and its schedule; leave out {listed(idle)}.")
-    return start.prefill
-
-
 def _sequences(tokenizer: Any, texts: list[data.Document], config: CalibrationConfig) -> tuple[torch.Tensor, int]:
     """(S, T): the text as it runs, and among it, as their share, sequences of numbered passages (`passages`); how many of them.
     The last sequences, which are set aside, are running text that no passage is made of."""
@@ -208,24 +193,6 @@ def _sequences(tokenizer: Any, texts: list[data.Document], config: CalibrationCo
     made = passages.sequences(tokenizer, words, config.sequence_length, count, config.answer, config.seed)
     order = torch.randperm(len(seen) + count, generator=torch.Generator().manual_seed(config.seed + 1))
     return torch.cat([torch.cat([seen, made])[order], aside_rows]), count
-
-
-def _weights(start: Artifact) -> list[Weights]:
-    """What an artifact has learned, layer by layer, in fp32."""
-    found: list[Weights] = [{} for _ in range(start.layers)]
-    for name in artifacts.shapes(start.base_model, start.ranks):
-        _, layer, key = name.split(".", 2)
-        found[int(layer)][key] = stored.wide(start.tensors, name).float()
-    return found
-
-
-def _continued(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run that started from an artifact: all text that either has seen, and what it went on from."""
-    texts = ("documents", "document_rows")
-    had = before.get("config", {})
-    record["config"] |= {name: had[name] for name in OF_START if name in had}
-    both = {key: sorted({*before.get(key, []), *record[key]}) for key in texts}
-    return {**record, **both, "before": {key: value for key, value in before.items() if key not in texts}}
 
 
 def _within(model: Any, artifact: Artifact, aside: torch.Tensor, config: CalibrationConfig) -> Artifact:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import fastfill
+from fastfill import artifact as artifacts
 from fastfill import config as cfg
 from fastfill import files
 from fastfill.artifact import Artifact
 from fastfill.config import PrefillConfig
 from fastfill.engines import Engine
 from fastfill.errors import UserError, printable, quoted
-from fastfill.tensors import content
 
 PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
 MAX_BYTES = 1 << 30  # of the rows of a run
@@ -92,7 +92,7 @@ def settings(task: str, engine: Engine, artifact: Artifact, items: Any, **more: 
         "fastfill": fastfill.__version__,
         "task": task,
         "model": artifact.base_model["fingerprint"],
-        "artifact": _weights(artifact),
+        "artifact": artifacts.digest(artifact),
         "dtype": f"torch.{engine.dtype}",
         "device": engine.device,
         **cfg.to_dict(engine.config),
@@ -108,11 +108,3 @@ def settings(task: str, engine: Engine, artifact: Artifact, items: Any, **more: 
 def digest(items: Any) -> str:
     """Names anything that JSON can hold."""
     return hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _weights(artifact: Artifact) -> str:
-    total = hashlib.sha256()
-    for name, tensor in sorted(artifact.tensors.items()):
-        total.update(name.encode())
-        total.update(content(tensor))
-    return total.hexdigest()[:16]
