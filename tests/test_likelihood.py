@@ -29,8 +29,8 @@ def gold(length, seed=1):
     return token_ids(length, seed=seed)
 
 
-def read(attachment, tokenizer, *rest):
-    return runner.answer(TransformersEngine(attachment, "tiny"), tokenizer, *rest)
+def read(attachment, tokenizer, one, *score):
+    return runner.answers(TransformersEngine(attachment, "tiny"), tokenizer, [one], *score)[0]
 
 
 def forced(model, prompt, answer, off=0):
@@ -62,7 +62,7 @@ def test_a_sparse_prompt_then_token_by_token_as_decoding(exact_model, tokenizer,
     prompt = example().ids
     with attach(model, tiny_artifact(model)) as attachment:
         row = read(attachment, tokenizer, example(answer), "likelihood")
-        assert (row["sparse_tokens"], row["dense_tokens"]) == (4 * BLOCK, T - 4 * BLOCK + length - 1)
+        assert (row["sparse_tokens"], row["dense_tokens"]) == (4 * BLOCK, T - 4 * BLOCK)
         with torch.no_grad():
             out = model(input_ids=prompt, use_cache=True)
             want = 0.0
@@ -100,8 +100,13 @@ def test_scoring_leaves_the_written_answer_as_it_was(exact_model, tokenizer):
         sparse = tokenizer.decode(engine.generate(model, example().ids, 6), skip_special_tokens=True)
     dense = tokenizer.decode(engine.generate(model, example().ids, 6), skip_special_tokens=True)
     assert (both["dense"], both["sparse"]) == (texts["dense"], texts["sparse"]) == (dense, sparse)
-    assert both.items() >= {key: value for key, value in alone.items() if key != "dense_tokens"}.items()
+    assert both.items() >= alone.items()
     assert "nll_dense" not in texts and "dense" not in alone and "score_dense" not in alone
+
+
+def written(model, tokens, most):
+    """Answers to prompts of so many tokens, up to `most` ids each, written together."""
+    return likelihood.write(model, [likelihood.read(model, example(tokens=each).ids) for each in tokens], most)
 
 
 def test_writing_ends_with_the_sequence(model):
@@ -109,8 +114,32 @@ def test_writing_ends_with_the_sequence(model):
     stop = whole.index(whole[5]) + 1
     for ends in (whole[5], [126, whole[5]]):
         model.generation_config.eos_token_id = ends
-        assert likelihood.write(model, likelihood.read(model, example().ids), 12) == whole[:stop]
-    assert likelihood.write(model, likelihood.read(model, example().ids), 3) == whole[:3]
+        assert written(model, [T], [12]) == [whole[:stop]]
+    assert written(model, [T], [3]) == [whole[:3]]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_what_is_written_together_is_what_generate_writes(family):
+    """Shorter prompts are padded, and what ends leaves the batch: in the middle, first, last. gemma3_text has windows."""
+    model, tokens = tiny_model(family, dtype=torch.float64), (45, 7, 30, 45, 64)
+    alone = [engine.generate(model, example(tokens=each).ids, 12).tolist() for each in tokens]
+    for most in ([12] * 5, [12, 3, 1, 7, 12], [1, 2, 3, 4, 5], [9, 9, 12, 1, 1]):
+        assert written(model, tokens, most) == [ids[:limit] for ids, limit in zip(alone, most, strict=True)]
+    model.generation_config.eos_token_id = end = alone[1][4]
+    want = [ids[: ids.index(end) + 1] if end in ids else ids for ids in alone]
+    assert len({*map(len, want)}) > 1 and written(model, tokens, [12] * 5) == want
+
+
+def test_prompts_of_which_upper_layers_read_a_part_are_written_behind(exact_model, tokenizer):
+    """Their caches do not fit together, so one by one."""
+    made = [example(tokens=each) for each in (64, 80)]
+    with attach(exact_model, tiny_artifact(exact_model), upper_share=0.5) as attachment:
+        attached = TransformersEngine(attachment, "tiny")
+        together = runner.answers(attached, tokenizer, made, "answers")
+        assert together == [row for one in made for row in runner.answers(attached, tokenizer, [one], "answers")]
+        for one, row in zip(made, together, strict=True):
+            ids = engine.generate(exact_model, one.ids, one.max_new_tokens)
+            assert row["skipped_above"] and row["sparse"] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_logits_are_only_taken_where_they_are_needed(model, tokenizer):

@@ -29,10 +29,10 @@ def test_sets_take_turns_and_short_answers_come_first():
 def test_seconds_grow_with_the_prompt_and_are_the_sets_own():
     pace = Pace([example("a"), example("b")])
     assert pace.seconds(example("a")) == 0
-    pace.add(example("a", tokens=100), 10)
+    pace.add([example("a", tokens=100)], 10)
     assert pace.seconds(example("a", tokens=300)) == pytest.approx(30)
     assert pace.seconds(example("b", tokens=200)) == pytest.approx(20)  # by what there is
-    pace.add(example("b", tokens=100), 50)
+    pace.add([example("b", tokens=100)], 50)
     assert pace.seconds(example("b", tokens=200)) == pytest.approx(100)
     assert pace.seconds(example("a")) == pytest.approx(10)
 
@@ -41,22 +41,22 @@ def test_it_stops_before_an_example_that_would_end_too_late():
     clock = Clock()
     pace = Pace([example("a")], minutes=1, clock=clock)
     clock.now = 1000
-    assert pace.fits(example("a"))  # the first always is started
+    assert pace.fits([example("a")])  # the first always is started
     clock.now = 0
-    pace.add(example("a"), 20)
+    pace.add([example("a")], 20)
     for now, fits in ((20, True), (40, True), (40.1, False)):
         clock.now = now
-        assert pace.fits(example("a")) == fits
-    assert not Pace([], None, clock)._over([]) and Pace([], None, clock).fits(example("a"))
+        assert pace.fits([example("a")]) == fits
+    assert not Pace([], None, clock)._over([]) and Pace([], None, clock).fits([example("a")])
 
 
 def test_the_estimate_is_told_once_when_each_set_has_one(capsys):
     todo = [example("a"), example("b"), *(example("a", str(i), tokens=200) for i in range(3)), example("b", "1")]
     pace = Pace(todo, minutes=1, clock=Clock())
-    pace.add(todo[0], 10)
+    pace.add(todo[:1], 10)
     pace.tell(todo[1:])
     assert capsys.readouterr().err == ""
-    pace.add(todo[1], 50)
+    pace.add(todo[1:2], 50)
     pace.tell(todo[2:])
     pace.tell(todo[3:])
     # 3 times 200 tokens at 0.1 s, once 100 at 0.5 s: 110 s.

@@ -51,12 +51,12 @@ def settings(attached, made, **more):
 def test_dense_is_dense_and_sparse_is_a_sparse_prefill_with_dense_decode(attached, tokenizer):
     attachment, _ = attached
     (example,) = examples(1)
-    row = runner.answer(attachment, tokenizer, example)
+    (row,) = runner.answers(attachment, tokenizer, [example])
     plain = tiny_model()
     new = engine.generate(plain, example.ids, NEW)
     assert row["dense"] == tokenizer.decode(new, skip_special_tokens=True)
-    # 45 tokens: blocks at 8..39 are sparse; 8 + 5 of the prompt and the 5 decode steps after the first new token are dense.
-    assert (row["sparse_tokens"], row["dense_tokens"]) == (4 * BLOCK, BLOCK + 5 + NEW - 1)
+    # 45 tokens: blocks at 8..39 are sparse, 8 + 5 dense; what is written behind them is not counted.
+    assert (row["sparse_tokens"], row["dense_tokens"]) == (4 * BLOCK, BLOCK + 5)
     sparse = engine.generate(attachment.model, example.ids, NEW)
     assert row["sparse"] == tokenizer.decode(sparse, skip_special_tokens=True)
     assert row["score_sparse"] == example.score(row["sparse"]) and row["prompt_tokens"] == 45
@@ -164,7 +164,11 @@ def test_an_engine_without_hidden_states_writes_answers_alone(attached, tokenize
     with pytest.raises(UserError, match="use one of both, likelihood, answers"):
         runner.run(attachment, tokenizer, made, Store(None, {}), score="luck")
     result = runner.run(engine_like, tokenizer, made, Store(None, {}), score="answers")
-    assert result == runner.run(attachment, tokenizer, made, Store(None, {}), score="answers")
+    inside = runner.run(attachment, tokenizer, made, Store(None, {}), score="answers")
+    assert result.pop("dense_tokens") == inside.pop("dense_tokens") + 2 * (NEW - 1)  # it counts its answers too
+    for line, other in zip(result["datasets"], inside["datasets"], strict=True):
+        assert line.pop("dense_tokens") == other.pop("dense_tokens") + NEW - 1
+    assert result == inside
 
 
 def test_a_run_that_stops_in_time_is_fair_and_goes_on(attached, tokenizer, tmp_path, monkeypatch, capsys):
@@ -172,7 +176,7 @@ def test_a_run_that_stops_in_time_is_fair_and_goes_on(attached, tokenizer, tmp_p
     made = with_golds(8)
     whole = runner.run(attachment, tokenizer, made, Store(tmp_path / "whole", settings(attached, made)))
     capsys.readouterr()
-    monkeypatch.setattr(runner.Pace, "fits", lambda self, example: example.name != "4")  # the fifth in turn
+    monkeypatch.setattr(runner.Pace, "fits", lambda self, group: group[0].name != "4")  # the fifth in turn
     part = runner.run(attachment, tokenizer, made, Store(tmp_path / "out", settings(attached, made)), minutes=1)
     assert (part["examples"], part["planned"]) == (4, 8) and [line["examples"] for line in part["datasets"]] == [2, 2]
     err = capsys.readouterr().err
@@ -183,6 +187,24 @@ def test_a_run_that_stops_in_time_is_fair_and_goes_on(attached, tokenizer, tmp_p
     assert rest == {**whole, "resumed": 4} and snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("batch", [2, 3, 8])
+def test_answers_that_are_written_together_are_those_written_one_by_one(exact_model, tokenizer, tmp_path, batch, capsys):
+    """Prompts of many lengths, answers that end early or late, and a count that the batch does not divide."""
+    made = [
+        dataclasses.replace(one, ids=token_ids(1, 30 + 9 * i, seed=i), max_new_tokens=2 + 5 * (i % 3))
+        for i, one in enumerate(with_golds(7))
+    ]
+    with attach(exact_model, tiny_artifact(exact_model)) as attachment:
+        attached = TransformersEngine(attachment, "tiny"), attachment.artifact
+        for name, size in (("one", 1), ("many", batch)):
+            store = Store(tmp_path / name, settings(attached, made))
+            result = runner.run(attached[0], tokenizer, made, store, batch=size)
+            assert result.pop("batch") == size and bool(result["sparse_tokens"])
+    rows = [[json.loads(line) for line in (tmp_path / name / resume.PREDICTIONS).open()] for name in ("one", "many")]
+    assert rows[0] == rows[1]
+    assert len({len(row["dense"].split()) for row in rows[0]}) > 1 and "7 examples" not in capsys.readouterr().err
+
+
 class Killed(Exception):
     pass
 
@@ -191,7 +213,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(attached, tokenizer, tmp_path, m
     attachment, _ = attached
     made = examples()
     whole = runner.run(attachment, tokenizer, made, Store(tmp_path / "whole", settings(attached, made)))
-    real, calls = runner.answer, []
+    real, calls = runner.answers, []
 
     def dying(*arguments):
         calls.append(1)
@@ -199,7 +221,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(attached, tokenizer, tmp_path, m
             raise Killed
         return real(*arguments)
 
-    monkeypatch.setattr(runner, "answer", dying)
+    monkeypatch.setattr(runner, "answers", dying)
     with pytest.raises(Killed):
         runner.run(attachment, tokenizer, made, Store(tmp_path / "out", settings(attached, made)))
     with (tmp_path / "out" / resume.PREDICTIONS).open("a") as handle:

@@ -23,7 +23,7 @@ READING |= {"context_kept", "curve"}
 ANSWERS = {
     *["datasets", "average", "likelihood", "seed", "score", "planned", "resumed", "examples", "same_answers", "cut_prompts"]
 }
-ANSWERS |= {"prompt_tokens", "max_prompt_tokens", "max_new_tokens", "chat"}
+ANSWERS |= {"batch", "prompt_tokens", "max_prompt_tokens", "max_new_tokens", "chat"}
 TABLE = {"rows", "prompt_tokens", "ppl_dense", "cont_ppl_dense", "no_context_ppl", "tokens", "cont_tokens"}
 KEYS = {  # of the document that is stored, which others read
     "perplexity": READING | READ | DOCUMENTS,

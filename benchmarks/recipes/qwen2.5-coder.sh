@@ -18,10 +18,10 @@ CODE=()
 for module in pickle random shutil subprocess tarfile threading typing zipfile; do CODE+=("$STDLIB/$module.py[:1]"); done
 
 case $SIZE in 1.5b) STEPS=1100 ;; *) STEPS=850 ;; esac
-LONGER=() DEVICE=()
+LONGER=() ANSWERS=(--batch 8)
 if [ -n "${GPU:-}" ]; then
-  DEVICE=(--device cuda --dtype bf16)
-  LONGER=("${DEVICE[@]}" --sequence-length 2048 --steps $STEPS)
+  ANSWERS=(--device cuda --dtype bf16 --batch 12)
+  LONGER=(--device cuda --dtype bf16 --sequence-length 2048 --steps $STEPS)
 fi
 
 fastfill calibrate "$MODEL" "${LONGER[@]}" --resume --out "$OUT" --data "$DATA/longbench_multi_news_part.jsonl[20:]" \
@@ -36,10 +36,10 @@ evaluate() { fastfill evaluate "$MODEL" --artifact "$OUT" --json "$@" | tail -n 
 mv "$RESULTS/quality.jsonl.part" "$RESULTS/quality.jsonl"
 LONGBENCH=(--task longbench --data "$DATA/minilongbench_part.jsonl" --max-prompt-tokens 2048)
 if [ "$SIZE" = 1.5b ]; then
-  evaluate "${LONGBENCH[@]}" --score both "${DEVICE[@]}" >"$RESULTS/longbench.json"
+  evaluate "${LONGBENCH[@]}" --score both "${ANSWERS[@]}" >"$RESULTS/longbench.json"
   TASKS=$(mktemp -d)
   python benchmarks/make_tasks.py --squad "$DATA/squad_v2_dev_part.json" --out "$TASKS" --rows 100 --characters 5500-13000
-  evaluate --task suite --data "$TASKS" --lengths 1024-4096 --max-prompt-tokens 4000 --limit 100 --score both "${DEVICE[@]}" \
+  evaluate --task suite --data "$TASKS" --lengths 1024-4096 --max-prompt-tokens 4000 --limit 100 --score both "${ANSWERS[@]}" \
     >"$RESULTS/suite.json"
   {  # upper layers that read half of the prompt, beside those that read it all
     for weights in model int8; do
@@ -54,7 +54,8 @@ else
   evaluate "${LONGBENCH[@]}" --score likelihood >"$RESULTS/longbench.json"
   TASKS=$(mktemp -d)
   python benchmarks/make_tasks.py --squad "$DATA/squad_v2_dev_part.json" --out "$TASKS" --rows 100 --characters 5500-13000
-  evaluate --task suite --data "$TASKS" --lengths 1024-2048 --max-prompt-tokens 2048 --limit 15 --score both >"$RESULTS/suite.json"
+  evaluate --task suite --data "$TASKS" --lengths 1024-2048 --max-prompt-tokens 2048 --limit 15 --score both "${ANSWERS[@]}" \
+    >"$RESULTS/suite.json"
   rm -r "$TASKS"
 fi
 fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 512,1024,2048 --repeats 3 --json | tail -n 1 >"$RESULTS/bench-native.json"

@@ -42,14 +42,20 @@ class Pace:
         spent, tokens = (sum(pair[i] for pair in known) for i in (0, 1))
         return example.ids.shape[1] * spent / tokens if tokens else 0.0
 
-    def fits(self, example: Example) -> bool:
-        """Whether the example will be done in time. The first always is started."""
-        return self.minutes is None or not self._spent or self.clock() - self.begin + self.seconds(example) <= 60 * self.minutes
+    def fits(self, group: Sequence[Example]) -> bool:
+        """Whether these examples will be done in time. The first always are started."""
+        if self.minutes is None or not self._spent:
+            return True
+        return self.clock() - self.begin + sum(map(self.seconds, group)) <= 60 * self.minutes
 
-    def add(self, example: Example, seconds: float) -> None:
-        spent = self._spent.setdefault(example.dataset, [0.0, 0.0])
-        spent[0] += seconds
-        spent[1] += example.ids.shape[1]
+    def add(self, group: Sequence[Example], seconds: float) -> None:
+        """What some examples took together; the time is shared out by the length of their prompts."""
+        whole = sum(example.ids.shape[1] for example in group)
+        for example in group:
+            tokens = example.ids.shape[1]
+            spent = self._spent.setdefault(example.dataset, [0.0, 0.0])
+            spent[0] += seconds * tokens / whole
+            spent[1] += tokens
 
     def tell(self, left: Sequence[Example]) -> None:
         """Print the estimate once, as soon as one example of each set is done."""

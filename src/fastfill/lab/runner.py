@@ -9,11 +9,11 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 
 from fastfill.engines import Engine
 from fastfill.engines.transformers import TransformersEngine, inside
@@ -25,7 +25,18 @@ from fastfill.lab.pace import Pace, in_turn
 from fastfill.lab.resume import Store
 from fastfill.progress import stage
 
-__all__ = ["CONFIDENCE", "RESAMPLES", "SCORES", "Example", "answer", "bootstrap", "identity", "percentiles", "run", "summarize"]
+__all__ = [
+    "CONFIDENCE",
+    "RESAMPLES",
+    "SCORES",
+    "Example",
+    "answers",
+    "bootstrap",
+    "identity",
+    "percentiles",
+    "run",
+    "summarize",
+]
 
 SCORES = ("both", "likelihood", "answers")  # what is measured of each example
 
@@ -41,11 +52,12 @@ def run(
     seed: int = 0,
     score: str = SCORES[0],
     minutes: float | None = None,
+    batch: int = 1,
 ) -> dict[str, Any]:
     """Read what the store does not have yet, set by set in turn, and summarise all of it; scores in percent.
 
     score: one of SCORES. minutes: stop when the next example would not be done in that time; what is done is summarised, and
-    the same call goes on.
+    the same call goes on. batch: examples whose answers are written together; their prompts are read one by one.
 
     Raises UserError for an unknown `score`, or likelihoods of an engine that does not show its hidden states.
     """
@@ -57,8 +69,9 @@ def run(
     resumed = len(examples) - len(todo)
     pace = Pace(todo, minutes)
     with stage("answers", len(examples), resumed) as bar:
-        for index, example in enumerate(todo):
-            if not pace.fits(example):
+        for index in range(0, len(todo), batch):
+            group = todo[index : index + batch]
+            if not pace.fits(group):
                 print(
                     f"fastfill: stopped in time, {len(todo) - index} of {len(examples)} examples are left; "
                     "with --out the same command goes on.",
@@ -66,14 +79,15 @@ def run(
                 )
                 break
             begin = time.monotonic()
-            store.add(example.key, answer(engine, tokenizer, example, score))
-            pace.add(example, time.monotonic() - begin)
-            pace.tell(todo[index + 1 :])
-            bar.step(note=example.dataset)
+            for example, row in zip(group, answers(engine, tokenizer, group, score), strict=True):
+                store.add(example.key, row)
+                bar.step(note=example.dataset)
+            pace.add(group, time.monotonic() - begin)
+            pace.tell(todo[index + batch :])
     done = [example for example in examples if example.key in store]
     rows = [store.rows[example.key] for example in done]
     found = summarize(rows, seed, _levels(done, rows) if score != "likelihood" else {})
-    return {**found, "score": score, "planned": len(examples), "resumed": resumed}
+    return {**found, "score": score, "planned": len(examples), "batch": batch, "resumed": resumed}
 
 
 def _levels(examples: Sequence[Example], rows: Sequence[Row]) -> dict[str, list[float]]:
@@ -88,56 +102,66 @@ def _levels(examples: Sequence[Example], rows: Sequence[Row]) -> dict[str, list[
     return {name: levels for name, levels in found.items() if levels is not None}
 
 
-def answer(engine: Engine, tokenizer: Any, example: Example, score: str = SCORES[0]) -> Row:
-    """Both runs of one example: the generated answers and their scores, the likelihood of the right answer (of several forms
-    the one that is most likely after the dense prompt), and the tokens of the sparse run by how they were computed."""
-    golds = example.golds if score != "answers" else ()
-    texts = score != "likelihood"
-    with engine.dense():
-        dense, known = _read(engine, tokenizer, example, golds, texts)
-    best = 0
-    if golds:
-        model = inside(engine, "The likelihood of an answer").model
-        best = min(range(len(golds)), key=lambda i: likelihood.nats(model, known[i], golds[i]))
-    gold = golds[best : best + 1]
-    stats = engine.stats
-    before = stats.sparse_tokens, stats.dense_tokens, stats.skipped_above
-    sparse, follows = _read(engine, tokenizer, example, gold, texts)
-    stats = engine.stats
-    row: Row = {"dataset": example.dataset, "answers": list(example.answers)}
-    if texts:
-        scores = {"score_dense": example.score(dense), "score_sparse": example.score(sparse)}
-        row |= {"dense": dense, "sparse": sparse, **scores}
-    if gold:
-        row |= {"gold": tokenizer.decode(gold[0]), **likelihood.compare(model, known[best], follows[0], gold[0])}
-    return row | {
-        "prompt_tokens": example.ids.shape[1],
-        "cut": example.cut,
-        "sparse_tokens": stats.sparse_tokens - before[0],
-        "dense_tokens": stats.dense_tokens - before[1],
-        **({"skipped_above": stats.skipped_above - before[2]} if stats.skipped_above > before[2] else {}),
-    }
+def answers(engine: Engine, tokenizer: Any, examples: Sequence[Example], score: str = SCORES[0]) -> list[Row]:
+    """Both runs of some examples: the likelihood of the right answer (of several forms the one that is most likely after the
+    dense prompt), the generated answers, all written together, with their scores, and the tokens of the sparse prompt by how
+    they were computed (of an engine that only hands answers out, those of its answer too)."""
+    if isinstance(engine, TransformersEngine):
+        read = [_read(engine, tokenizer, example, score) for example in examples]
+        rows, prompts = [row for row, _ in read], [prompt for _, both in read for prompt in both]
+        limits = [example.max_new_tokens for example in examples for _ in range(2)]
+        with engine.dense():
+            ids: Sequence[Any] = likelihood.write(engine.model, prompts, limits) if score != "likelihood" else []
+    else:
+        asked = [_ask(engine, example) for example in examples]
+        rows, ids = [row for row, _ in asked], [ids for _, both in asked for ids in both]
+    texts = [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+    for row, example, dense, sparse in zip(rows, examples, texts[::2], texts[1::2], strict=False):
+        row |= {"dense": dense, "sparse": sparse}
+        row |= {"score_dense": example.score(dense), "score_sparse": example.score(sparse)}
+    return rows
 
 
 def _read(
-    engine: Engine, tokenizer: Any, example: Example, golds: Sequence[torch.Tensor], texts: bool
-) -> tuple[str, list[torch.Tensor]]:
-    """One prefill in the mode that the engine is in; then, densely, the answer that is written (if `texts`) and the states
-    that predict each gold answer's tokens."""
-    if not isinstance(engine, TransformersEngine):  # it only hands answers out
-        return _text(tokenizer, engine.generate(example.ids, example.max_new_tokens)), []
-    model = engine.model
-    prompt = likelihood.read(model, example.ids)
+    engine: TransformersEngine, tokenizer: Any, example: Example, score: str
+) -> tuple[Row, tuple[likelihood.Prompt, likelihood.Prompt]]:
+    """An example's prompt, prefilled densely and sparsely, and how likely the right answer is behind either."""
+    model, golds = engine.model, example.golds if score != "answers" else ()
     with engine.dense():
-        follows = [likelihood.states(model, prompt, gold) for gold in golds]
-        return _text(tokenizer, likelihood.write(model, prompt, example.max_new_tokens)) if texts else "", follows
+        dense = likelihood.read(model, example.ids)
+        known = [likelihood.states(model, dense, gold) for gold in golds]
+    with _counted(engine, example) as row:
+        sparse = likelihood.read(model, example.ids)
+    if golds:
+        best = min(range(len(golds)), key=lambda i: likelihood.nats(model, known[i], golds[i]))
+        with engine.dense():
+            follows = likelihood.states(model, sparse, golds[best])
+        row["gold"] = tokenizer.decode(golds[best])
+        row |= likelihood.compare(model, known[best], follows, golds[best])
+    return row, (dense, sparse)
 
 
-def _text(tokenizer: Any, ids: Any) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True)
+def _ask(engine: Engine, example: Example) -> tuple[Row, tuple[Any, Any]]:
+    """The dense and the sparse answer of an engine that hands out nothing else."""
+    with engine.dense():
+        dense = engine.generate(example.ids, example.max_new_tokens)
+    with _counted(engine, example) as row:
+        sparse = engine.generate(example.ids, example.max_new_tokens)
+    return row, (dense, sparse)
 
 
-# --- what all of it says ------------------------------------------------------------------------------------------------
+@contextmanager
+def _counted(engine: Engine, example: Example) -> Iterator[Row]:
+    """The row of an example; at the end of the block with what the engine computed in it."""
+    row: Row = {"dataset": example.dataset, "answers": list(example.answers)}
+    row |= {"prompt_tokens": example.ids.shape[1], "cut": example.cut}
+    stats = engine.stats
+    before = stats.sparse_tokens, stats.dense_tokens, stats.skipped_above
+    yield row
+    stats = engine.stats
+    row |= {"sparse_tokens": stats.sparse_tokens - before[0], "dense_tokens": stats.dense_tokens - before[1]}
+    if stats.skipped_above > before[2]:
+        row["skipped_above"] = stats.skipped_above - before[2]
 
 
 def summarize(rows: Sequence[Row], seed: int = 0, levels: dict[str, list[float]] | None = None) -> dict[str, Any]:
