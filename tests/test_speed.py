@@ -47,9 +47,9 @@ def test_rows_have_all_fields_and_count_tokens(attachment):
     engine = TransformersEngine(attachment, "tiny")
     row = speed.measure(engine, token_ids(1, 45), 2, ticks.append)
     # a warm-up and two timed runs and two profiled ones in three modes, two for the memory; more rounds where it is noisy
-    assert row.keys() == FIELDS and sum(ticks) == speed.prefills(2) == 3 * (3 + 2) + 2
+    assert row.keys() == FIELDS | {"unread_tokens"} and sum(ticks) == speed.prefills(2) == 3 * (3 + 2) + 2
     assert ticks.count(0) == 3 * (row["rounds"] - 2)
-    assert (row["prompt_tokens"], row["sparse_tokens"], row["dense_tokens"]) == (45, 32, 13)
+    assert [row[f"{kind}_tokens"] for kind in ("prompt", "sparse", "dense", "unread")] == [45, 32, 13, 32]
     stats = attachment.stats
     assert (stats.sparse_calls, stats.dense_calls) == (row["rounds"] + 4, 2 * (row["rounds"] + 3) + 1)
     rows = speed.bench(engine, [20, 33, 9], 1)
@@ -109,7 +109,7 @@ def test_formulas_on_given_numbers(skipped):
     engine, ids = GivenTimes(((4.0, 3.2, 2.5),), skipped), token_ids(1, 45)
     row = speed.ttft(engine, ids, 3, modes=speed.MODES)
     assert engine.calls == list(speed.MODES) * 4
-    row |= speed.split(engine, ids, 2, row["sparse_tokens"], modes=speed.MODES)
+    row |= speed.split(engine, ids, 2, row, modes=speed.MODES)
     assert [row[f"ttft_{mode}_s"] for mode in speed.MODES] == [4.0, 3.2, 2.5] and row["speedup"] == 1.6
     assert (row["sparse_tokens"], row["dense_tokens"]) == (30, 15)
     assert row["ttft_dense_quartiles_s"] == [4.0, 4.0, 4.0]
@@ -122,7 +122,8 @@ def test_formulas_on_given_numbers(skipped):
 
 def test_where_all_is_dense_there_is_no_speedup_and_no_ceiling():
     engine, ids = GivenTimes(((4.0, 3.0),), sparse_tokens=0), token_ids(1, 45)
-    row = speed.ttft(engine, ids, 3) | speed.split(engine, ids, 1, 0)
+    row = speed.ttft(engine, ids, 3)
+    row |= speed.split(engine, ids, 1, row)
     assert [row[key] for key in ("speedup", "ratio_quartiles", "clear", "ceiling")] == [None] * 4
     assert row["ttft_dense_s"] == 4.0 and row["rounds"] == 3  # whatever the noise: there is no effect
 
@@ -152,7 +153,7 @@ def test_noise_that_stays_is_told():
 
 def test_the_split_is_the_median_run_whole():
     engine = GivenTimes(scales=[3, 30, 1, 10, 2, 20])  # dense, sparse, dense, ...
-    row = speed.split(engine, token_ids(1, 45), 3, 30)
+    row = speed.split(engine, token_ids(1, 45), 3, {"sparse_tokens": 30})
     assert row["split_dense"] == {"attention": 1.2, "ffn": 6.6, "predictor": 0.0, "compensator": 0.0, "rest": 1.0}
     assert row["split_sparse"]["ffn"] == 24.0
 
@@ -214,8 +215,9 @@ def test_the_split_adds_up_to_its_own_run_by_a_counted_clock(attachment, monkeyp
     # two looks around the run, two for each attention and FFN: 1 + 4 * 3 in all
     assert dense == {"attention": 3, "ffn": 3, "predictor": 0, "compensator": 0, "rest": 13 - 6}
     sparse = profile.split(made, ids)
-    # within an FFN now four looks more: 5 s, of which one each for predictor and compensator
-    assert sparse == {"attention": 3, "ffn": 9, "predictor": 3, "compensator": 3, "rest": 25 - 18}
+    # within an FFN now four looks more: 5 s, of which one each for predictor and compensator; but for the last, which leaves
+    # the sparse tokens out
+    assert sparse == {"attention": 3, "ffn": 7, "predictor": 2, "compensator": 2, "rest": 21 - 14}
     assert list(dense) == list(sparse) == list(PARTS)
 
 
@@ -224,7 +226,7 @@ def test_a_layer_that_keeps_all_neurons_predicts_nothing(attachment, monkeypatch
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: float(next(ticks)))
     attachment.ffns[1].kept = INTERMEDIATE
     parts = profile.split(TransformersEngine(attachment, "tiny"), token_ids(1, 45))
-    assert (parts["predictor"], parts["compensator"]) == (2, 2)
+    assert (parts["predictor"], parts["compensator"]) == (1, 1)  # the first alone; the last leaves the sparse tokens out
 
 
 def test_clocks_go_after_an_error_and_without_a_compensator(model):
@@ -334,10 +336,11 @@ def test_flops_of_a_dense_prefill_are_those_that_torch_counts(family):
     assert counter.get_total_flops() - rotary == sum(parts.values()) - parts["attention"] + full
 
 
-def test_flops_of_the_sparse_ffns_are_those_that_torch_counts(model):
+def test_flops_of_the_sparse_ffns_are_those_that_torch_counts(model, monkeypatch):
     """The torch kernel gathers and multiplies as it says: nothing more, nothing less."""
     ids, counts = token_ids(1, 45), {}
     with attach(model, tiny_artifact(model), kernel="torch") as attachment:
+        monkeypatch.setattr(attachment, "_watches", lambda kwargs: False)  # the counter does, everywhere
         runner = TransformersEngine(attachment, "tiny")
         for kind in ("dense", "sparse"):
             with FlopCounterMode(display=False) as counter:
@@ -347,7 +350,8 @@ def test_flops_of_the_sparse_ffns_are_those_that_torch_counts(model):
                 else:
                     logits(model, ids, logits_to_keep=1)
             counts[kind] = counter.get_total_flops()
-        row = speed.cost(runner, 45, 32)
+        assert attachment.stats.unread_tokens == attachment.stats.sparse_tokens == 32
+        row = speed.cost(runner, {"prompt_tokens": 45, "sparse_tokens": 32, "unread_tokens": 32})
     assert row["flops_sparse"] - row["flops_dense"] == counts["sparse"] - counts["dense"]
 
 

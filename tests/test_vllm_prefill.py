@@ -212,6 +212,37 @@ def test_the_tail_is_dense_whatever_the_cache_has():
         assert loaded.stats.dense_because == {}
 
 
+def test_the_last_layer_leaves_out_what_nobody_reads(monkeypatch):
+    """It is NaN there, and no answer shows it, in chunks neither; a request for its prompt's log-probabilities gets them."""
+    prompts = [prompt(500), prompt(384, seed=3), prompt(40)]
+    with engine(*folders()) as llm:
+        wanted = answer(llm, prompts)
+    real = SparseFFN._dense_rows
+
+    def poisoned(self, x, plan):
+        y = real(self, x, plan)
+        for start, stop, sparse in plan.segments:
+            y[start:stop] = torch.nan if sparse else y[start:stop]
+        return y
+
+    monkeypatch.setattr(SparseFFN, "_dense_rows", poisoned)
+    for chunk in (1024, 128):
+        with engine(*folders(), max_num_batched_tokens=chunk, max_num_seqs=4) as llm:
+            _, loaded = inside(llm)
+            found = answer(llm, prompts)
+            assert tokens_of(found) == tokens_of(wanted)
+            for new, before in zip(found, wanted, strict=True):
+                assert logprobs_of(new) == pytest.approx(logprobs_of(before), abs=1e-4)
+            assert loaded.stats.unread_tokens == loaded.stats.sparse_tokens > 0
+            before = loaded.stats.unread_tokens
+            params = vllm.SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=0, detokenize=False)
+            (shown,) = llm.generate([{"prompt_token_ids": prompts[0]}], params, use_tqdm=False)
+            lines = [next(iter(line.values())).logprob for line in shown.prompt_logprobs[1:]]
+            assert torch.tensor(lines).isfinite().all() and loaded.stats.unread_tokens == before
+            answer(llm, prompts[:1])
+            assert loaded.stats.unread_tokens > before
+
+
 def test_preempted_requests_are_read_again_the_same_way(monkeypatch):
     """24 blocks of 32 tokens hold one of these at its end, not two."""
     from vllm.v1.core.sched.scheduler import Scheduler

@@ -61,6 +61,21 @@ def test_chunks_at_block_ends_are_sparse_as_the_whole_prompt_and_give_no_reason(
     assert planned(batch((1, 700), (520, 520)), {1: 500}, PREFILL) == (448, set())
 
 
+@pytest.mark.parametrize("tail", [0, 40])
+def test_what_a_step_gives_for_sparse_rows_is_read_if_a_prompt_ends_there_or_shows_its_logits(tail):
+    prefill = PrefillConfig(sparsity=0.5, block_size=32, dense_head=40, min_tokens=96, dense_tail=tail)
+
+    def unread(prompts, *requests, whole=False):
+        plan, _ = steps.plan(batch(*requests), prompts, sum(count for count, _ in requests), prefill, whole)
+        return plan.unread
+
+    assert unread({0: 500}, (500, 500)) and not unread({0: 500}, (500, 500), whole=True)
+    assert unread({0: 512}, (512, 512)) == (tail > 0)  # 512 tokens are 16 blocks: without a tail the last one is sparse
+    assert unread({0: 512}, (256, 256)) and unread({0: 512}, (224, 480))  # the prompt goes on: nothing is sampled
+    assert unread({1: 512, 2: 500}, (1, 700), (512, 512), (500, 500)) == (tail > 0)
+    assert unread({0: 500}, (501, 501)) and unread({0: 512}, (513, 513))  # read again with what was generated after it
+
+
 def test_a_part_that_should_be_sparse_and_is_not_has_a_reason():
     """A chunk that begins inside the block 64..96 loses the rest of it, one that ends inside the block 96..128 its begin."""
     assert planned(batch((56, 128)), {0: 500}) == (32, {steps.CUT_BLOCK})

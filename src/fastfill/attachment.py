@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from fastfill import artifact as artifacts
-from fastfill import attention, choice, families, partner, projections, upper
+from fastfill import attention, choice, clocks, families, partner, projections, upper
 from fastfill.artifact import Artifact
+from fastfill.attention import Attention
 from fastfill.blocks import Plan
 from fastfill.calls import Calls, GenerateHook, Prompt, Stats
 from fastfill.compensator import Compensator
@@ -64,14 +66,12 @@ class Attachment:
             projections.of(anatomy.attentions, config.dense_weights == "int8", anatomy.eight_bits) if eight else []
         )
         thins = any(ffn.kept < anatomy.intermediate for ffn in self.ffns)  # False at sparsity 0: all of it is dense
-        self._thins, self._attention = thins and gains, attention.Name()
+        self._thins = thins and gains
         parameters = list(inspect.signature(anatomy.base.forward).parameters)
         self._calls = Calls(config, parameters, len(anatomy.layers), thins, gains)
         self.stats = self._calls.stats
-        if config.upper_share < 1:
-            attention.check(anatomy.base.config, "upper_share", "it at 1")
         like = torch.empty(0, dtype=self.ffns[0].ffn.dtype, device=self.ffns[0].ffn.gate.device)
-        self._chunks, self._attention_reason = attention.by_chunks(anatomy.base.config, config.attention, like)
+        self._attention = Attention(anatomy.base.config, config.attention, config.upper_share < 1, like)
         self._lock = threading.RLock()
         self._swaps = Swaps()
         self._attached = False
@@ -98,16 +98,8 @@ class Attachment:
             "predictor": type(first.predictor).__name__,
             "compensator": first.compensator is not None,
             "packed": self._anatomy.packed,
-            "attention_by": self._attention_by(),
+            "attention_by": self._attention.told(self._attached) if self._thins else "model (no call is sparse)",
         }
-
-    def _attention_by(self) -> str:
-        """Who computes sparse prompts' attention now, and why."""
-        if not self._thins:
-            return "model (no call is sparse)"
-        if self._chunks and self._attached and not attention.is_ours(self._anatomy.base.config):
-            return "model (its attention was changed while attached)"
-        return f"{'chunks' if self._chunks else 'model'} ({self._attention_reason})"
 
     @property
     def extra_bytes(self) -> int:
@@ -164,13 +156,14 @@ class Attachment:
                 base = self._anatomy.base
                 self._swaps.put(base, "forward", StandIn(base.forward, self._call))
                 self._swaps.put(base, MARK, self)
-                if self.config.upper_share < 1 or self._chunks:
-                    self._attention = attention.stand_in()
-                    self._swaps.put(base.config, "_attn_implementation_internal", self._attention)
+                self._attention.put(self._swaps)
                 if self.config.upper_share < 1:
                     layers = self._anatomy.layers
                     for index, layer in list(enumerate(layers))[upper.first_upper(len(layers)) :]:
                         self._swaps.put(layer, "forward", StandIn(layer.forward, functools.partial(upper.run_layer, index)))
+                causal = families.causal_of(self.model)
+                if "logits_to_keep" in inspect.signature(causal.forward).parameters:
+                    self._swaps.put(causal, "forward", StandIn(causal.forward, self._call_causal))
                 head = families.head_of(self.model)
                 if head is not None:
                     self._swaps.put(head, "forward", StandIn(head.forward, _as_matrix))
@@ -194,9 +187,8 @@ class Attachment:
                 sparse.on = False  # somebody may have put theirs on top of it
             for projection in self.projections:
                 projection.on = False
-            self._attention.over = True
             self._swaps.undo()
-            attention.settle(self._anatomy.base.config)
+            self._attention.end()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the model is detached
@@ -227,6 +219,30 @@ class Attachment:
         check_integer("end", end, 1)
         return self._calls.saying(prompt=Prompt(end, given=True))
 
+    def watched(self) -> AbstractContextManager[None]:
+        """Inside, this thread's calls compute what nobody reads, too: the last layer's FFN on sparse tokens."""
+        return self._calls.saying(whole=True)
+
+    def _call_causal(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the causal LM: it says how many logits are read of it (`generate` reads one)."""
+        read = kwargs.get("logits_to_keep")
+        counts = isinstance(read, int) and read > 0 and kwargs.get("labels") is None and not torch.is_grad_enabled()
+        with self._calls.saying(read=read if counts and not self._watches(kwargs) else None):
+            return forward(*args, **kwargs)
+
+    def _watches(self, kwargs: dict[str, Any]) -> bool:
+        """Whether somebody reads hidden states, or may: through an option, or a hook from the last layer on."""
+        option = "output_hidden_states"
+        asked = kwargs.get(option)
+        if getattr(self._anatomy.base.config, option, False) if asked is None else asked:
+            return True
+        base, norm = self._anatomy.base, self._anatomy.norms[-1]
+        parts = (families.causal_of(self.model), base, norm, *self._anatomy.layers[-1].modules())
+        hooks = [hook for part in parts for hook in part._forward_hooks.values()]
+        # transformers' own stay once hidden states were asked for, and read nothing when they are not.
+        others = [h for h in hooks if not isinstance(h, clocks.Stop) and not h.__module__.startswith("transformers.")]
+        return bool(others or norm._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks)
+
     def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the base model."""
         with self._planned(None) as attached:
@@ -256,7 +272,7 @@ class Attachment:
             if not attached:
                 yield False
                 return
-            before = current_plan.set(plan), in_call.set(True), attention.wanted.set(self._chunks)
+            before = current_plan.set(plan), in_call.set(True), attention.wanted.set(self._attention.chunks)
             try:
                 yield True
             finally:
@@ -386,6 +402,7 @@ def attach(
 
     counts = artifact.kept(config.sparsity)
     followers = [follower(layer, part, kept) for layer, (part, kept) in enumerate(zip(anatomy.ffns, counts, strict=True))]
+    followers[-1].ffn.last = True
     chosen = None
     if kernel == "auto" and prefill is None and fields.get("min_tokens") is None:
         chosen = choice.choose([layer.ffn for layer in followers], config)

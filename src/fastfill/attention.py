@@ -21,6 +21,7 @@ from torch import Tensor
 from fastfill import cache, machine
 from fastfill.errors import UserError, quoted
 from fastfill.sparse_ffn import current_plan
+from fastfill.swap import Swaps
 from fastfill.upper import current_upper
 
 IMPLEMENTATION = "sdpa"  # the name of the attention whose queries and keys are read
@@ -98,15 +99,36 @@ def _is_sdpa(name: Any) -> bool:
     return name == IMPLEMENTATION or isinstance(name, Name)
 
 
-def settle(config: Any) -> None:
-    """Take a name that is over off a config."""
-    if getattr(getattr(config, "_attn_implementation", None), "over", False):
-        config._attn_implementation_internal = IMPLEMENTATION
+class Attention:
+    """The attention of the prompts of one attachment. chunks: whether sparse ones' is computed by `causal`.
 
+    config: the base model's. asked: `PrefillConfig.attention`. watched: whether upper layers need it told (`upper_share`).
+    like: the type and the device of the weights. Raises UserError for a model whose attention cannot be read.
+    """
 
-def is_ours(config: Any) -> bool:
-    """Whether a config names the attention that stands in."""
-    return isinstance(getattr(config, "_attn_implementation", None), Name)
+    def __init__(self, config: Any, asked: str, watched: bool, like: Tensor):
+        if watched:
+            check(config, "upper_share", "it at 1")
+        self.chunks, self._reason = by_chunks(config, asked, like)
+        self._config, self._watched, self._name = config, watched, Name()
+
+    def put(self, swaps: Swaps) -> None:
+        """Stand in for torch's, where there is something to do."""
+        if self._watched or self.chunks:
+            self._name = stand_in()
+            swaps.put(self._config, "_attn_implementation_internal", self._name)
+
+    def end(self) -> None:
+        """Behind `swaps.undo()`: this name is over, and so may be one that has come back from below."""
+        self._name.over = True
+        if getattr(getattr(self._config, "_attn_implementation", None), "over", False):
+            self._config._attn_implementation_internal = IMPLEMENTATION
+
+    def told(self, attached: bool) -> str:
+        """Who computes the attention of sparse prompts, and why."""
+        if self.chunks and attached and not isinstance(getattr(self._config, "_attn_implementation", None), Name):
+            return "model (its attention was changed while attached)"
+        return f"{'chunks' if self.chunks else 'model'} ({self._reason})"
 
 
 def stand_in() -> Name:

@@ -29,8 +29,9 @@ class Span:
 class Plan:
     """Which rows of a flattened (batch * T, H) call are sparse; all others are dense.
 
-    T tokens, N blocks, B block size, H hidden size. valid: rows that are tokens and not padding. runs: gets an entry from
-    each FFN that has computed the sparse rows: what ran is counted, not what was planned.
+    T tokens, N blocks, B block size, H hidden size. valid: rows that are tokens and not padding. unread: nobody reads what
+    the last layer gives for the sparse rows. runs: gets an entry from each FFN that has run, True if it computed the sparse
+    rows and False if it left them out for that reason: what ran is counted, not what was planned.
     """
 
     batch: int
@@ -38,6 +39,7 @@ class Plan:
     valid: int
     block_size: int
     spans: tuple[Span, ...]
+    unread: bool = False
     runs: list[bool] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -48,6 +50,10 @@ class Plan:
     def blocks(self) -> int:
         """N: number of sparse blocks in the call."""
         return self.sparse_tokens // self.block_size
+
+    def ends_before(self, rows: int) -> bool:
+        """Whether no sparse row is among the last so many of its sequence's T."""
+        return all(-span.stop % self.tokens >= rows for span in self.spans)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """(batch * T, H) -> (N * B, H): the sparse rows, block after block. A view when there is one span."""

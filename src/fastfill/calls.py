@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Stats:
 
     Sparse tokens are those that FFNs did compute sparsely; all others are dense. A call that raises counts nowhere.
     dense_because: reason -> calls that were long enough to be sparse, or part of such a prompt, and were dense nevertheless.
+    unread_tokens: sparse tokens that the last layer's FFN left out, because nobody reads what it gives for them.
     skipped_above: tokens that the upper layers did not read (`upper_share`). whole_because: reason -> sparse calls of which
     they read all nevertheless.
     """
@@ -60,6 +61,7 @@ class Stats:
     sparse_calls: int = 0
     dense_calls: int = 0
     dense_because: dict[str, int] = field(default_factory=dict)
+    unread_tokens: int = 0
     skipped_above: int = 0
     whole_because: dict[str, int] = field(default_factory=dict)
 
@@ -120,6 +122,8 @@ class _Said(threading.local):
     """What a thread has said about its calls."""
 
     dense = False
+    whole = False  # somebody watches all that is computed
+    read: int | None = None  # of a sequence nothing is read but the logits of so many last tokens
     prompt: Prompt | None = None
 
 
@@ -139,7 +143,7 @@ class Calls:
 
     @contextmanager
     def saying(self, **said: Any) -> Iterator[None]:
-        """Inside, this thread says so: `dense` or `prompt`."""
+        """Inside, this thread says so: a field of `_Said`."""
         before = {name: getattr(self.said, name) for name in said}
         vars(self.said).update(said)
         try:
@@ -175,10 +179,13 @@ class Calls:
         if plan and not plan.runs and self.thins:
             reason = NOT_RUN
         above = running.upper
+        skipped = above.skipped if isinstance(above, upper.Upper) else 0
+        unread = sparse - skipped if plan and False in plan.runs else 0
         with self._lock:
             stats = self.stats
             stats.sparse_tokens += sparse
             stats.dense_tokens += running.tokens - sparse
+            stats.unread_tokens += unread
             stats.sparse_calls += sparse > 0
             stats.dense_calls += sparse == 0
             known = reason in (None, SLOWER) or reason in stats.dense_because
@@ -186,8 +193,7 @@ class Calls:
                 stats.dense_because[reason] = stats.dense_because.get(reason, 0) + 1
             if isinstance(above, str):
                 stats.whole_because[above] = stats.whole_because.get(above, 0) + 1
-            elif above:
-                stats.skipped_above += above.skipped
+            stats.skipped_above += skipped
         if not known:
             warnings.warn(
                 f"fastfill: a call of {running.tokens} tokens stayed dense: {reason}. Further ones are counted in "
@@ -223,6 +229,9 @@ class Calls:
             running.plan = blocks.make_plan(rows, width, self.config, parts)
             if running.plan and not self.gains:
                 running.plan, running.reason = None, SLOWER
+            read = self.said.read
+            if running.plan and read and not self.said.whole and running.plan.ends_before(read):
+                running.plan = replace(running.plan, unread=True)
             if running.plan and thin:
                 cache = named.get("past_key_values")
                 running.upper = upper.of_call(running.plan, self.config, self.layers, cache, rows, prompt is not None)

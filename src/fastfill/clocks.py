@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +46,17 @@ class Stopwatch:
         return sum((end - begin for begin, end in spans), 0.0)
 
 
+@dataclass(frozen=True)
+class Stop:
+    """A forward hook that reads the clock and nothing else."""
+
+    watch: Stopwatch
+    part: str
+
+    def __call__(self, *_: Any) -> None:
+        self.watch.stop(self.part)
+
+
 @contextmanager
 def clocked(
     device: torch.device, attentions: Iterable[nn.Module], ffns: Iterable[nn.Module], sparse: Iterable[SparseFFN]
@@ -69,7 +81,7 @@ def clocked(
         for part, modules in (("attention", attentions), ("ffn", ffns)):
             for module in modules:
                 hooks.append(module.register_forward_pre_hook(lambda *_: watch.start()))
-                hooks.append(module.register_forward_hook(lambda *_, part=part: watch.stop(part)))
+                hooks.append(module.register_forward_hook(Stop(watch, part)))
         with tapped(list(sparse), tap):
             yield seconds
         seconds.update({part: watch.seconds(part) for part in PARTS})

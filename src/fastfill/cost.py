@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastfill.sparse_ffn import SparseFFN
 
@@ -41,6 +41,11 @@ class Cost:
             first.predictor.macs_per_token(),
             first.compensator.macs_per_token() if first.compensator else 0,
         )
+
+    @property
+    def unread(self) -> Cost:
+        """Of a prompt whose sparse tokens the last layer's FFN leaves out."""
+        return replace(self, kept=(*self.kept[:-1], 0))
 
     @property
     def skipped(self) -> float:

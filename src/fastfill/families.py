@@ -338,6 +338,12 @@ def base_of(model: Any) -> Any:
         model = inner
 
 
+def causal_of(model: Any) -> Any:
+    """The causal LM around the base model, inside whatever wraps it; the base model itself where there is none."""
+    base = base_of(model)
+    return next((part for part in model.modules() if base in part.children()), base)
+
+
 def head_of(model: Any) -> nn.Linear | None:
     """The plain Linear that makes a causal LM's logits; None where it has none, or another."""
     find = getattr(model, "get_output_embeddings", None)

@@ -41,7 +41,7 @@ class SparseFFN:
     dense: that forward. ffn: its weights. down_t: (F, H), a copy of its down, transposed. kept: K. taps: observers, clocks.
     on: False passes every call to `dense`. all_neurons: the dense FFN in eight bits, where the weights are: for layers that
     skip nothing, with dense_int8 for calls without a plan. own: the module's weights that eight bits stand for. copied: whether
-    rows in eight bits are beside the module's own.
+    rows in eight bits are beside the module's own. last: of the last layer, whose output no other layer reads.
     """
 
     dense: Callable[[torch.Tensor], torch.Tensor]
@@ -57,6 +57,7 @@ class SparseFFN:
     dense_int8: bool = False
     own: tuple[torch.Tensor | None, ...] = ()
     copied: bool = True
+    last: bool = False
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -97,6 +98,8 @@ class SparseFFN:
 
     def _sparse(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         """x: (batch * T, H) -> (batch * T, H)."""
+        if plan.unread and self.last:
+            return self._dense_rows(x, plan)
         ffn, kernel = self.ffn, self.kernel
         self._tell("input", plan, x)
         scores = self._tell("scores", plan, self.predictor.scores(x.detach(), plan, kernel))  # (N, F)
@@ -108,6 +111,16 @@ class SparseFFN:
         y = kernel.sparse_ffn(x, weights, self._down_t(weights), all_ids, rows=plan.rows, id_offsets=bounds, init=correction)
         plan.runs.append(True)
         return self._tell("output", plan, y)
+
+    def _dense_rows(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """x: (batch * T, H) -> (batch * T, H). Nobody reads the sparse rows: their blocks keep no neuron, and nothing is
+        predicted or corrected."""
+        none = torch.empty(plan.blocks, 0, dtype=torch.int32, device=x.device)
+        ids, bounds = plan.with_dense(none, self.ffn.neurons)
+        weights = self.ffn.unpacked()
+        start = self.ffn.start(x, None)
+        plan.runs.append(False)
+        return self.kernel.sparse_ffn(x, weights, self._down_t(weights), ids, rows=plan.rows, id_offsets=bounds, init=start)
 
     def _correction(self, x: torch.Tensor, plan: Plan) -> torch.Tensor | None:
         """What the kernel adds to: the compensator's output on sparse rows, down's bias on all."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,7 +88,8 @@ class Upper:
         inside = span.start + size * best[:, None] + torch.arange(size, device=best.device)
         ends = [torch.arange(*ends, device=best.device) for ends in ((0, span.start), (span.stop, self.plan.tokens))]
         self.columns = torch.cat([ends[0], inside.flatten(), ends[1]])
-        return make_plan([(0, len(self.columns), 0)], len(self.columns), self.config)
+        plan = make_plan([(0, len(self.columns), 0)], len(self.columns), self.config)
+        return plan and replace(plan, unread=self.plan.unread, runs=self.plan.runs)
 
 
 # The prompt whose upper layers read less, while its call runs.

@@ -151,9 +151,14 @@ class TransformersEngine:
         return self.attachment.stats
 
     def prefill(self, ids: torch.Tensor) -> Prefill:
-        before = self.stats.sparse_tokens, self.stats.skipped_above
-        seconds = time_to_first_token(self.model, ids)
-        return Prefill(seconds, self.stats.sparse_tokens - before[0], self.stats.skipped_above - before[1])
+        return self._counted(lambda: time_to_first_token(self.model, ids))
+
+    def _counted(self, run: Callable[[], Any]) -> Prefill:
+        """What a prefill gives, its seconds, and how its tokens were computed."""
+        kinds = ("sparse_tokens", "skipped_above", "unread_tokens")
+        before = [getattr(self.stats, kind) for kind in kinds]
+        seconds = run()
+        return Prefill(seconds, *(getattr(self.stats, kind) - was for kind, was in zip(kinds, before, strict=True)))
 
     def generate(
         self, ids: torch.Tensor, max_new_tokens: int, receive: Callable[[int, float], None] | None = None

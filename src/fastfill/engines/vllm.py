@@ -168,11 +168,12 @@ class VllmEngine:
         return Stats(**{field.name: found[field.name] for field in dataclasses.fields(Stats)})
 
     def prefill(self, ids: torch.Tensor) -> Prefill:
-        before = self._counts()["sparse_tokens"]
+        before = self.stats
         begin = time.perf_counter()
         self._answer(ids, 1)
-        seconds = time.perf_counter() - begin
-        return Prefill(seconds, self._counts()["sparse_tokens"] - before)
+        seconds, now = time.perf_counter() - begin, self.stats
+        unread = now.unread_tokens - before.unread_tokens
+        return Prefill(seconds, now.sparse_tokens - before.sparse_tokens, unread_tokens=unread)
 
     def generate(self, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
         return torch.tensor(self._answer(ids, max_new_tokens), dtype=ids.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class CudaEngine(TransformersEngine):
         super().__init__(attachment, name, tokenizer)
         self.ways: dict[str, dict[str, float | str]] = {}
         self._mode, self._eager = "sparse", False
-        self._ready: dict[tuple[int, str], tuple[torch.Tensor, Run, int]] = {}
+        self._ready: dict[tuple[int, str], tuple[torch.Tensor, Run, Prefill]] = {}
 
     def prefill(self, ids: torch.Tensor) -> Prefill:
         if self._eager:
@@ -44,9 +45,9 @@ class CudaEngine(TransformersEngine):
             self._ready.clear()  # a graph keeps its memory as long as it lives
         if key not in self._ready:
             self._ready[key] = self._fastest(ids)
-        there, run, sparse_tokens = self._ready[key]
+        there, run, counted = self._ready[key]
         there.copy_(ids)
-        return Prefill(clock(run), sparse_tokens)
+        return replace(counted, seconds=clock(run))
 
     def dense(self) -> AbstractContextManager[None]:
         return self._in("dense", super().dense())
@@ -75,11 +76,9 @@ class CudaEngine(TransformersEngine):
         finally:
             self._eager = False
 
-    def _fastest(self, ids: torch.Tensor) -> tuple[torch.Tensor, Run, int]:
+    def _fastest(self, ids: torch.Tensor) -> tuple[torch.Tensor, Run, Prefill]:
         there = ids.to(self.device, copy=True)
-        before = self.stats.sparse_tokens
-        self._first_id(there)
-        sparse_tokens = self.stats.sparse_tokens - before
+        counted = self._counted(lambda: self._first_id(there))
         seconds = self.ways.setdefault(f"{ids.shape[1]} {self._mode}", {})
         best: tuple[float, Run] | None = None
         for way in WAYS:
@@ -95,7 +94,7 @@ class CudaEngine(TransformersEngine):
             if best is None or found < best[0]:
                 best = found, run
         assert best is not None
-        return there, best[1], sparse_tokens
+        return there, best[1], counted
 
     def _way(self, way: str, ids: torch.Tensor) -> Run:
         def run() -> torch.Tensor:

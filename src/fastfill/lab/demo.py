@@ -58,7 +58,7 @@ def run(
         raise UserError(f"The document has {len(text)} tokens; {least} are needed to measure perplexity, too.")
     with stage("TTFT", 2 * (repeats + 2)) as bar:
         row = speed.ttft(engine, ids, repeats, bar.step)
-        row |= speed.split(engine, ids, 1, row["sparse_tokens"], bar.step)
+        row |= speed.split(engine, ids, 1, row, bar.step)
     scores = perplexity.evaluate(engine.attachment, [("the document", text)])
     with stage("answers", 2) as bar:
         with engine.dense():

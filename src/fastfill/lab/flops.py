@@ -28,6 +28,7 @@ def prefill(
     read = [tokens - left for left in left_out]
     # The layers that have sparse tokens at all: index, neurons that each of these skips.
     thin = [(index, intermediate - k) for index, k in enumerate(cost.kept) if k < intermediate] if cost else []
+    helped = [index for index, skips in thin if skips < intermediate]  # where none is kept nothing is predicted or corrected
     predictor, compensator = (cost.predictor, cost.compensator) if cost else (0, 0)
     sparse = [sparse_tokens - left for left in left_out]
     skipped = sum(sparse[index] * neurons for index, neurons in thin)
@@ -35,8 +36,8 @@ def prefill(
         "projections": 2 * sum(read) * hidden * (2 * queries + 2 * keys),
         "attention": 4 * queries * sum(pairs(own, window) for own, window in zip(read, windows(config), strict=True)),
         "ffn": 6 * hidden * (sum(read) * intermediate - skipped),
-        "predictor": 2 * sum(sparse[index] for index, _ in thin) * predictor,
-        "compensator": 2 * sum(read[index] for index, _ in thin) * compensator if sparse_tokens else 0,
+        "predictor": 2 * sum(sparse[index] for index in helped) * predictor,
+        "compensator": 2 * sum(read[index] for index in helped) * compensator if sparse_tokens else 0,
         "head": 2 * hidden * config.vocab_size,
     }
 

@@ -32,7 +32,7 @@ def watch(attachment: Attachment) -> Iterator[list[list[torch.Tensor]]]:
         if step == "selected" and ids is not None:
             seen[place[id(ffn)]].append(ids.cpu())
 
-    with tapped(attachment.ffns, tap):
+    with attachment.watched(), tapped(attachment.ffns, tap):
         yield seen
 
 

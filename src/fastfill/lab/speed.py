@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastfill import context
+from fastfill.cost import Cost
 from fastfill.engines import Engine
 from fastfill.errors import UserError
 from fastfill.lab import flops, profile
@@ -64,7 +65,7 @@ def ttft(
                 times[mode].append(read.seconds)
             if tick:
                 tick(int(rounds <= repeats))
-        sparse_tokens, above = read.sparse_tokens, read.skipped_above  # the sparse run's, which is the last
+        sparse_tokens, above, unread = read.sparse_tokens, read.skipped_above, read.unread_tokens  # of the last, the sparse one
         ratios = [dense / sparse for dense, sparse in zip(times["dense"], times["sparse"], strict=True)]
         if enough(ratios, repeats) or (rounds >= repeats and not sparse_tokens):
             break
@@ -80,6 +81,7 @@ def ttft(
         "sparse_tokens": sparse_tokens,
         "dense_tokens": ids.shape[1] - sparse_tokens,
         **({"skipped_above": above} if above else {}),
+        **({"unread_tokens": unread} if unread else {}),
     }
 
 
@@ -98,13 +100,14 @@ def split(
     engine: Engine,
     ids: torch.Tensor,
     runs: int,
-    sparse_tokens: int,
+    row: dict[str, Any],
     tick: Tick | None = None,
     modes: Sequence[str] = PAIR,
-    skipped_above: int = 0,
 ) -> dict[str, Any]:
     """Where the time of a prefill goes, from `runs` further runs in each mode, with clocks inside. A split is that of the run
     with the median TTFT; its parts add up to the TTFT of that run, which the clocks make a little longer than the headline.
+
+    row: of `ttft`, for the tokens by how they were computed.
 
     ffn_*_s: time in the FFNs, predictor and compensator included, medians of all these runs.
     ffn_share: the FFN's part of the dense runs, median. ceiling: see `ceiling`; None where no token is sparse.
@@ -119,9 +122,9 @@ def split(
     median = {mode: sorted(splits, key=_total)[(runs - 1) // 2] for mode, splits in found.items()}
     ffn = {mode: statistics.median(map(_ffn, splits)) for mode, splits in found.items()}
     share = statistics.median(_ffn(parts) / _total(parts) for parts in found["dense"])
-    tokens, layers = ids.shape[1], len(engine.cost.kept)
-    above = skipped_above / tokens * (1 - first_upper(layers) / layers)
-    most = ceiling(share, engine.cost.skipped, sparse_tokens / tokens, above)
+    tokens, layers, sparse_tokens = ids.shape[1], len(engine.cost.kept), row["sparse_tokens"]
+    above = row.get("skipped_above", 0) / tokens * (1 - first_upper(layers) / layers)
+    most = ceiling(share, _cost_of(engine, row).skipped, sparse_tokens / tokens, above)
     return {
         **{f"split_{mode}": {part: round(seconds, 5) for part, seconds in parts.items()} for mode, parts in median.items()},
         **{f"ffn_{mode}_s": round(seconds, 5) for mode, seconds in ffn.items()},
@@ -149,11 +152,16 @@ def _ffn(parts: dict[str, float]) -> float:
     return parts["ffn"] + parts["predictor"] + parts["compensator"]
 
 
-def cost(engine: Engine, tokens: int, sparse_tokens: int, skipped_above: int = 0) -> dict[str, Any]:
-    """FLOPs of the whole prefill, dense and sparse; see `flops.prefill`. ffn_flops_ratio: of the FFNs alone,
-    predictor and compensator counted."""
-    dense = flops.prefill(engine.shape, tokens)
-    sparse = flops.prefill(engine.shape, tokens, sparse_tokens, engine.cost, skipped_above)
+def _cost_of(engine: Engine, row: dict[str, Any]) -> Cost:
+    """Of a row's sparse tokens."""
+    return engine.cost.unread if row.get("unread_tokens") else engine.cost
+
+
+def cost(engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
+    """FLOPs of the whole prefill that a row of `ttft` is of, dense and sparse; see `flops.prefill`. ffn_flops_ratio: of the
+    FFNs alone, predictor and compensator counted."""
+    tokens, counts = row["prompt_tokens"], (row["sparse_tokens"], _cost_of(engine, row), row.get("skipped_above", 0))
+    dense, sparse = flops.prefill(engine.shape, tokens), flops.prefill(engine.shape, tokens, *counts)
     return {
         "flops_dense": sum(dense.values()),
         "flops_sparse": sum(sparse.values()),
@@ -176,9 +184,8 @@ def memory(engine: Engine, ids: torch.Tensor, tick: Tick | None = None) -> dict[
 def measure(engine: Engine, ids: torch.Tensor, repeats: int, tick: Tick | None = None) -> dict[str, Any]:
     """One row: TTFT, then the split, the cost and the memory of ids (1, T). tick: as for `ttft`, `prefills(repeats)` times."""
     row = ttft(engine, ids, repeats, tick, MODES)
-    counts = row["sparse_tokens"], row.get("skipped_above", 0)
-    row |= split(engine, ids, min(repeats, SPLITS), counts[0], tick, MODES, counts[1])
-    return row | cost(engine, ids.shape[1], *counts) | memory(engine, ids, tick)
+    row |= split(engine, ids, min(repeats, SPLITS), row, tick, MODES)
+    return row | cost(engine, row) | memory(engine, ids, tick)
 
 
 def prefills(repeats: int) -> int:

@@ -229,6 +229,7 @@ class SparsePrefill:
                 predictor=predictor,
                 compensator=compensator,
                 kernel=kernel,
+                last=index + 1 == len(parts),
             )
             if part.gate.device.type == "cpu":  # elsewhere the host does not wait for it
                 layer.ffn.taps.append(self._time)
@@ -298,6 +299,7 @@ class SparsePrefill:
         sparse = plan.sparse_tokens if plan and plan.runs else 0  # what the op ran, not what was planned
         if plan and not sparse:
             reasons = {*reasons, NOT_RUN}
+        self.stats.unread_tokens += sparse if plan and False in plan.runs else 0
         self._count(sparse, (batch.tokens if batch else tokens) - sparse, reasons)
         return output
 
@@ -338,7 +340,8 @@ class SparsePrefill:
 
     def _plan(self, batch: Batch | None, tokens: int) -> tuple[Plan | None, set[str]]:
         """Which rows of this step are to be sparse, and the reasons for which others are not."""
-        plan, reasons = steps.plan(batch, requests.of(self._vllm_config).prompts, tokens, self._prefill)
+        asked = requests.of(self._vllm_config)
+        plan, reasons = steps.plan(batch, asked.prompts, tokens, self._prefill, bool(asked.whole))
         if plan and self._state() != self._taken:
             return None, {*reasons, steps.NEW_WEIGHTS}
         return plan, reasons

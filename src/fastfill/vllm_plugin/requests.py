@@ -19,7 +19,7 @@ _KEY = "fastfill.requests"
 
 class Requests(LogitsProcessor):
     """prompts: row of the running batch -> length of the prompt (or `steps.EMBEDDINGS`), for requests that are to be read
-    sparsely."""
+    sparsely. whole: the rows that ask for the log-probabilities of their prompts."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -28,6 +28,7 @@ class Requests(LogitsProcessor):
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         self.min_tokens = settings.read(vllm_config).prefill.min_tokens
         self.prompts: dict[int, int] = {}
+        self.whole: dict[int, bool] = {}
         # Where the model of the same engine finds it, and as long as that engine lives.
         vllm_config.compilation_config.static_forward_context[_KEY] = self
 
@@ -39,6 +40,7 @@ class Requests(LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self.prompts, batch_update, self._prompt)
+        process_dict_updates(self.whole, batch_update, lambda params, *_: params.prompt_logprobs is not None or None)
 
     def _prompt(self, params: Any, prompt: list[int] | None, _output: list[int]) -> int | None:
         if not prompt:

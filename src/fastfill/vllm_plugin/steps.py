@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,11 +41,14 @@ class Batch:
         return cls(common.query_start_loc_cpu, lengths, common.max_query_len, common.num_actual_tokens)
 
 
-def plan(batch: Batch | None, prompts: dict[int, int], tokens: int, config: PrefillConfig) -> tuple[Plan | None, set[str]]:
+def plan(
+    batch: Batch | None, prompts: dict[int, int], tokens: int, config: PrefillConfig, whole: bool = True
+) -> tuple[Plan | None, set[str]]:
     """Which rows of a step of T = `tokens` are sparse, and the reasons for which others, that should be, are not.
 
     batch: None if it is not known. prompts: row of the batch -> length of a prompt that is to be read sparsely, or
-    EMBEDDINGS. Sparse are blocks that lie whole in this step and in a prompt, between head and tail.
+    EMBEDDINGS. whole: a request reads the logits of its whole prompt, and not only those of its last token. Sparse are blocks
+    that lie whole in this step and in a prompt, between head and tail.
     """
     if not prompts:
         return None, set()
@@ -54,7 +57,7 @@ def plan(batch: Batch | None, prompts: dict[int, int], tokens: int, config: Pref
     if batch.longest < 2:  # decoding
         return None, set()
     starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
-    rows, reasons, wanted = [], set(), 0
+    rows, reasons, wanted, ends = [], set(), 0, []
     for index, prompt in sorted(prompts.items()):
         if index + 1 >= len(starts):
             continue
@@ -67,10 +70,14 @@ def plan(batch: Batch | None, prompts: dict[int, int], tokens: int, config: Pref
         # Generated tokens are recomputed after a preemption, densely as before.
         stop = min(last, first + prompt - config.dense_tail - position)
         rows.append((first, max(first, stop), position))
+        if lengths[index] >= prompt:  # else the prompt goes on, and nothing is read of this step
+            ends.append(last - 1)
         wanted += _sparse_part(position, position + last - first, prompt, config)
     found = blocks.make_packed_plan(rows, tokens, config.block_size, config.dense_head)
     if (found.sparse_tokens if found else 0) < wanted:
         reasons.add(CUT_BLOCK)
+    if found and not whole and not any(span.start <= end < span.stop for span in found.spans for end in ends):
+        found = replace(found, unread=True)
     return found, reasons
 
 
