@@ -257,7 +257,7 @@ class Pair:
 def pair(step: Speed) -> Iterator[Pair]:
     import vllm
 
-    model, artifact = ("default", "default") if step.model == "default" else made_or_real(step.model)
+    model, artifact = model_and_artifact(step)
     engine.prepare()
     arguments = {
         "dtype": "bfloat16",
@@ -279,8 +279,13 @@ def pair(step: Speed) -> Iterator[Pair]:
             stock.llm_engine.engine_core.shutdown()
 
 
+def model_and_artifact(step: Speed) -> tuple[str, str]:
+    return ("default", "default") if step.model == "default" else made_or_real(step.model)
+
+
 def speed(step: Speed) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
+    cost = artifacts.load(artifacts.folder_of(model_and_artifact(step)[1])).cost(step.sparsity)
 
     def prompt(tokens: int) -> list[int]:
         return torch.randint(3, 30000, (tokens,), generator=generator).tolist()
@@ -289,9 +294,10 @@ def speed(step: Speed) -> dict[str, Any]:
     with pair(step) as both, progress.stage(step.model, len(step.lengths) + 1) as bar:
         for tokens, repeats in step.lengths.items():
             ids = prompt(tokens)
-            before = both.counts()["sparse_tokens"]
+            before = both.counts()
             both.read("sparse", ids)
-            sparse_tokens = both.counts()["sparse_tokens"] - before
+            sparse_tokens, unread = (both.counts()[kind] - before[kind] for kind in ("sparse_tokens", "unread_tokens"))
+            skipped = (cost.unread if unread else cost).skipped
             times = both.in_turn(
                 ["stock", "sparse", "off"], repeats, lambda kind, ids=ids: both.read(kind, ids), until_clear=sparse_tokens > 0
             )
@@ -299,7 +305,7 @@ def speed(step: Speed) -> dict[str, Any]:
             for _ in range(min(3, repeats)):
                 for kind, found in split.items():
                     found.append(both.clocked(kind, ids))
-            rows.append(row(step, tokens, sparse_tokens, times, split))
+            rows.append(row(skipped, tokens, sparse_tokens, times, split) | ({"unread_tokens": unread} if unread else {}))
             bar.step(note=f"{tokens}: {rows[-1]['speedup']}x")
         held = both.counts()
         bar.step()
@@ -314,12 +320,13 @@ def speed(step: Speed) -> dict[str, Any]:
     return found | {"rows": rows, **memory}
 
 
-def row(step: Speed, tokens: int, sparse_tokens: int, times: Any, split: Any) -> dict[str, Any]:
+def row(skipped: float, tokens: int, sparse_tokens: int, times: Any, split: Any) -> dict[str, Any]:
+    """skipped: share of neurons that a sparse token skips."""
     stock, sparse, off = (statistics.median(times[kind]) for kind in ("stock", "sparse", "off"))
     # predictor and compensator are inside
     ffn_dense, ffn_sparse = (statistics.median(parts["ffn"] for parts in split[kind]) for kind in ("off", "sparse"))
     share = statistics.median(parts["ffn"] / parts["total"] for parts in split["off"])
-    ceiling = 1 / (1 - step.sparsity * sparse_tokens / tokens * share)  # dense tokens skip nothing
+    ceiling = 1 / (1 - skipped * sparse_tokens / tokens * share)  # dense tokens skip nothing
     return {
         "prompt_tokens": tokens,
         "sparse_tokens": sparse_tokens,

@@ -20,10 +20,9 @@ def parts(ffn, total):
 
 def test_ceiling_and_what_is_reached_of_it(serving):
     """0.2 of 0.4 s are the FFN's, a half; 960 of 1,024 tokens skip 50 % of it: 1 / (1 - 0.2344) = 1.3061; 1.25 is 95.7 %."""
-    step = serving.Speed("default", {1024: 3})
     times = {"stock": [0.4, 0.5, 0.3], "sparse": [0.32, 0.32, 0.9], "off": [0.5, 0.4, 0.39]}
     split = {"off": [parts(0.2, 0.4), parts(0.36, 0.6), parts(0.1, 0.5)], "sparse": [parts(0.12, 0.4)]}
-    row = serving.row(step, 1024, 960, times, split)
+    row = serving.row(0.5, 1024, 960, times, split)
     assert (row["speedup"], row["off_ratio"], row["ffn_share"]) == (1.25, 1.0, 0.5)
     assert row["ffn_dense_s"] == 0.2
     assert (row["ceiling"], row["ceiling_reached"]) == (1.3061, 0.957)

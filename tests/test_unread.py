@@ -1,4 +1,5 @@
-"""The last layer's FFN leaves out sparse tokens whose output nobody reads: `generate` reads one row of logits."""
+"""The last layer's FFN leaves out sparse tokens whose output nobody reads: `generate` reads one row of logits. They are NaN, and
+what is read is to the bit what it is with all of them."""
 
 import copy
 
@@ -10,25 +11,10 @@ from transformers import DynamicCache
 from fastfill import attach
 from fastfill.engines.transformers import TransformersEngine
 from fastfill.lab import picks
-from fastfill.sparse_ffn import SparseFFN
 
 TOKENS = 45  # a head of one block, 4 sparse blocks, 5 tokens
 SPARSE = 4 * BLOCK
 TAIL = PREFILL.with_(dense_tail=BLOCK)  # one block less is sparse
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """What is left out is NaN, and not zero as it may be by chance."""
-    real = SparseFFN._dense_rows
-
-    def dense_rows(self, x, plan):
-        y = real(self, x, plan)
-        for start, stop, sparse in plan.segments:
-            y[start:stop] = torch.nan if sparse else y[start:stop]
-        return y
-
-    monkeypatch.setattr(SparseFFN, "_dense_rows", dense_rows)
 
 
 def read(model, ids, **kwargs):
@@ -40,7 +26,7 @@ def read(model, ids, **kwargs):
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma2", "gemma3_text", "olmo2", "granite"])
-def test_nothing_that_is_read_changes(family, kernel, poisoned):
+def test_nothing_that_is_read_changes(family, kernel):
     model, ids = tiny_model(family), token_ids(2, TOKENS)
     with attach(model, tiny_artifact(model), TAIL, kernel=kernel) as attached:
         for count in (1, 2, BLOCK):
@@ -51,7 +37,7 @@ def test_nothing_that_is_read_changes(family, kernel, poisoned):
         assert attached.stats.unread_tokens == 3 * 2 * (SPARSE - BLOCK) and attached.stats.sparse_calls == 6
 
 
-def test_generate_leaves_them_out_and_writes_the_same(poisoned):
+def test_generate_leaves_them_out_and_writes_the_same():
     model, ids = tiny_model(), token_ids(1, TOKENS)
     with attach(model, tiny_artifact(model)) as attached:
         new = model.generate(ids, max_new_tokens=6, do_sample=False)
@@ -65,7 +51,7 @@ def test_generate_leaves_them_out_and_writes_the_same(poisoned):
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
-def test_padded_batches(pad, poisoned):
+def test_padded_batches(pad):
     model, ids = tiny_model(), token_ids(2, TOKENS)
     mask = torch.ones_like(ids)
     mask[1, slice(0, 9) if pad == "left" else slice(-9, None)] = 0
@@ -127,7 +113,7 @@ def test_what_may_be_read_is_computed(reader):
             hook.remove()
 
 
-def test_without_a_tail_the_last_row_may_be_sparse(poisoned):
+def test_without_a_tail_the_last_row_may_be_sparse():
     """48 tokens are six whole blocks: the last token is in a sparse one, and is read."""
     model = tiny_model()
     with attach(model, tiny_artifact(model), dense_tail=0) as attached:
@@ -137,7 +123,7 @@ def test_without_a_tail_the_last_row_may_be_sparse(poisoned):
         assert batch.isfinite().all() and attached.stats.unread_tokens == 40
 
 
-def test_pieces_of_a_prompt_and_what_lies_behind(poisoned):
+def test_pieces_of_a_prompt_and_what_lies_behind():
     model, ids = tiny_model(dtype=torch.float64), token_ids(1, 80)
     with attach(model, tiny_artifact(model)) as attached:
         with attached.prompt(64):
@@ -150,7 +136,7 @@ def test_pieces_of_a_prompt_and_what_lies_behind(poisoned):
         assert attached.stats.unread_tokens == 64 - 32  # the first piece ends inside the prompt, with a sparse block
 
 
-def test_upper_layers_that_read_a_part(poisoned):
+def test_upper_layers_that_read_a_part():
     model, ids = tiny_model(dtype=torch.float64), token_ids(1, TOKENS)
     with attach(model, tiny_artifact(model), TAIL, upper_share=0.5) as attached:
         with attached.prompt(TOKENS):
@@ -162,7 +148,7 @@ def test_upper_layers_that_read_a_part(poisoned):
         assert stats.skipped_above and stats.unread_tokens == (stats.sparse_tokens - stats.skipped_above) / 2
 
 
-def test_in_eight_bits(poisoned):
+def test_in_eight_bits():
     model, ids = tiny_model(), token_ids(1, TOKENS)
     with attach(model, tiny_artifact(model), TAIL, weights="int8") as attached:
         with attached.watched():

@@ -69,6 +69,7 @@ fastfill bench "$MODEL" --artifact "$OUT" --prompt-lengths 1024 --repeats 3 --we
     evaluate --data "${PROSE[@]}" --limit 8 --sparsity $sparsity
   done
   bench --prompt-lengths 4096 --repeats 1
+  bench --prompt-lengths 8192,16384 --repeats 1
 } >"$RESULTS/levels.jsonl"
 # Other number formats of the same file, where llama.cpp's programs are on PATH: its own time, and what they cost the artifact.
 if command -v llama-quantize llama-bench >/dev/null; then

@@ -336,11 +336,11 @@ class GenerateHook(StandIn):
         with self.prompt(generate_input(*args, **kwargs)):
             return generate(*args, **kwargs)
 
-    def prompt(self, end: int | None) -> AbstractContextManager[None]:
+    def prompt(self, end: int | None, **said: Any) -> AbstractContextManager[None]:
         told = self._calls.said.prompt
-        if end is None or (told and told.given):
-            return nullcontext()
-        return self._calls.saying(prompt=Prompt(end))
+        if end is not None and not (told and told.given):
+            said["prompt"] = Prompt(end)
+        return self._calls.saying(**said)
 
 
 def generate_input(inputs: Any = None, *_: Any, **kwargs: Any) -> int | None:
@@ -357,7 +357,8 @@ def generate_input(inputs: Any = None, *_: Any, **kwargs: Any) -> int | None:
     return max(widths, default=None)
 
 
-def prompt(model: Any, end: int) -> AbstractContextManager[None]:
-    """`Attachment.prompt` for who has only the model: does nothing if no artifact is on it."""
+def prompt(model: Any, end: int, read: int | None = None) -> AbstractContextManager[None]:
+    """`Attachment.prompt` for who has only the model: does nothing if no artifact is on it. read: that of the base model's
+    output only so many last tokens are read."""
     hook = vars(model).get("generate")
-    return hook.prompt(end) if isinstance(hook, GenerateHook) else nullcontext()
+    return hook.prompt(end, read=read) if isinstance(hook, GenerateHook) else nullcontext()

@@ -113,14 +113,17 @@ class SparseFFN:
         return self._tell("output", plan, y)
 
     def _dense_rows(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """x: (batch * T, H) -> (batch * T, H). Nobody reads the sparse rows: their blocks keep no neuron, and nothing is
-        predicted or corrected."""
+        """x: (batch * T, H) -> (batch * T, H). Nobody reads the sparse rows: their blocks keep no neuron, nothing is predicted or
+        corrected, and they are NaN, which shows if somebody does."""
         none = torch.empty(plan.blocks, 0, dtype=torch.int32, device=x.device)
         ids, bounds = plan.with_dense(none, self.ffn.neurons)
         weights = self.ffn.unpacked()
         start = self.ffn.start(x, None)
+        y = self.kernel.sparse_ffn(x, weights, self._down_t(weights), ids, rows=plan.rows, id_offsets=bounds, init=start)
+        for span in plan.spans:
+            y[span.start : span.stop] = torch.nan
         plan.runs.append(False)
-        return self.kernel.sparse_ffn(x, weights, self._down_t(weights), ids, rows=plan.rows, id_offsets=bounds, init=start)
+        return y
 
     def _correction(self, x: torch.Tensor, plan: Plan) -> torch.Tensor | None:
         """What the kernel adds to: the compensator's output on sparse rows, down's bias on all."""

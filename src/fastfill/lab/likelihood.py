@@ -64,7 +64,7 @@ class Prompt:
 @torch.no_grad()
 def read(model: Any, ids: torch.Tensor) -> Prompt:
     """Prefill ids (1, T), in the mode that the attachment is in."""
-    with calls.prompt(model, ids.shape[1]):
+    with calls.prompt(model, ids.shape[1], read=1):
         out = model.base_model(input_ids=ids.to(model.device), use_cache=True)
     return Prompt(out.last_hidden_state[0, -1:].clone(), out.past_key_values)
 
