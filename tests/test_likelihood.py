@@ -130,6 +130,20 @@ def test_what_is_written_together_is_what_generate_writes(family):
     assert len({*map(len, want)}) > 1 and written(model, tokens, [12] * 5) == want
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotations_that_depend_on_the_longest_of_a_call_are_written_one_by_one(kind):
+    rope = {"rope_type": kind, "factor": 8.0, "rope_theta": 1e4}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 9.0, 16.0], "original_max_position_embeddings": 64}
+        changes = {"original_max_position_embeddings": 64}
+    else:
+        changes = {"max_position_embeddings": 64}
+    model = tiny_model("phi3" if kind == "longrope" else "llama", dtype=torch.float64, rope_parameters=rope, **changes)
+    tokens = (30, 90, 50)
+    alone = [written(model, [each], [12])[0] for each in tokens]
+    assert written(model, tokens, [12] * 3) == alone
+
+
 def test_prompts_of_which_upper_layers_read_a_part_are_written_behind(exact_model, tokenizer):
     """Their caches do not fit together, so one by one."""
     made = [example(tokens=each) for each in (64, 80)]

@@ -1,7 +1,9 @@
-"""The last layer's FFN leaves out sparse tokens whose output nobody reads: `generate` reads one row of logits. They are NaN, and
-what is read is to the bit what it is with all of them."""
+"""The last layer's FFN leaves out sparse tokens whose output nobody reads: `generate` reads one row of logits. They are
+NaN, and what is read is the same to the bit."""
 
 import copy
+import functools
+import types
 
 import pytest
 import torch
@@ -62,55 +64,121 @@ def test_padded_batches(pad):
         assert attached.stats.unread_tokens == attached.stats.sparse_tokens / 2 > 0
 
 
-def hooked(module):
-    return module.register_forward_hook(lambda *_: None)
+def nothing(*_):
+    pass
 
 
-@pytest.mark.parametrize(
-    "reader",
-    [
-        "all logits", "ids of them", "labels", "hidden states", "hidden states by the config", "gradient", "a watcher",
-        "a hook on the model", "a hook on the base", "a hook on the last layer", "a hook on its down", "a hook on the norm",
-        "a hook everywhere", "a hook before the norm", "more than the tail", "the base model",
-    ],
-)  # fmt: skip
-def test_what_may_be_read_is_computed(reader):
+class Nowhere:
+    """Belongs to no module, as methods of built-in types."""
+
+    __module__ = None
+
+    def __call__(self, *_):
+        pass
+
+
+# What is called, and how, so that more may be read.
+CALLS = {
+    "all logits": {},
+    "ids of them": {"logits_to_keep": torch.tensor([3])},
+    "labels": {"logits_to_keep": 2, "labels": token_ids(1, 2)},
+    "hidden states": {"logits_to_keep": 1, "output_hidden_states": True},
+    "more than the tail": {"logits_to_keep": TOKENS - SPARSE + 1},
+}
+# What stays on the model while it is called; model, its last layer -> a handle.
+HOOKS = {
+    "the model": lambda model, last: model.register_forward_hook(nothing),
+    "the base": lambda model, last: model.model.register_forward_hook(nothing),
+    "before the base": lambda model, last: model.model.register_forward_pre_hook(nothing),
+    "the last layer": lambda model, last: last.register_forward_hook(nothing),
+    "its down": lambda model, last: last.mlp.down_proj.register_forward_hook(nothing),
+    "before its down": lambda model, last: last.mlp.down_proj.register_forward_pre_hook(nothing),
+    "the norm": lambda model, last: model.model.norm.register_forward_hook(nothing),
+    "before the norm": lambda model, last: model.model.norm.register_forward_pre_hook(nothing),
+    "of no module": lambda model, last: model.model.norm.register_forward_hook(Nowhere()),
+    "everywhere": lambda model, last: torch.nn.modules.module.register_module_forward_hook(nothing),
+    "another forward of the norm": lambda model, last: Forward(model.model.norm),
+    "another forward of the base": lambda model, last: Forward(model.model),
+}
+
+
+class Forward:
+    """A module's forward, replaced."""
+
+    def __init__(self, module):
+        self.module, self.before = module, vars(module).get("forward")
+        module.forward = functools.partial(module.forward)
+
+    def remove(self):
+        del self.module.forward
+        if self.before:
+            self.module.forward = self.before
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_a_call_may_read_is_computed(name):
     model, ids = tiny_model(), token_ids(1, TOKENS)
-    base, last = model.model, model.model.layers[-1]
-    places = {"model": model, "base": base, "last layer": last, "its down": last.mlp.down_proj, "the norm": base.norm}
-    kwargs = {
-        "all logits": {},
-        "ids of them": {"logits_to_keep": torch.tensor([3])},
-        "labels": {"logits_to_keep": 2, "labels": ids[:, -2:]},
-        "hidden states": {"logits_to_keep": 1, "output_hidden_states": True},
-        "more than the tail": {"logits_to_keep": TOKENS - SPARSE + 1},
-    }.get(reader, {"logits_to_keep": 1})
-    hook = None
-    if reader == "a hook before the norm":
-        hook = base.norm.register_forward_pre_hook(lambda *_: None)
-    elif reader.startswith("a hook on"):
-        hook = hooked(next(place for name, place in places.items() if reader.endswith(name)))
-    elif reader == "a hook everywhere":
-        hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
-        with attach(model, tiny_artifact(model), TAIL) as attached, torch.set_grad_enabled(reader == "gradient"):
-            if reader == "hidden states by the config":
-                base.config.output_hidden_states = True
-            if reader == "a watcher":
-                with picks.watch(attached) as seen:
-                    model(input_ids=ids, **kwargs)
-                assert [len(calls) for calls in seen] == [1] * LAYERS
-            else:
-                (base if reader == "the base model" else model)(input_ids=ids, **({} if reader == "the base model" else kwargs))
-            assert attached.stats.sparse_tokens == SPARSE - BLOCK and attached.stats.unread_tokens == 0
-            if hook:
-                hook.remove()
-            elif reader not in ("hidden states by the config", "gradient"):
-                logits(model, ids, logits_to_keep=BLOCK)
-                assert attached.stats.unread_tokens == SPARSE - BLOCK  # the others have it
-    finally:
-        if hook:
+    with attach(model, tiny_artifact(model), TAIL) as attached:
+        logits(model, ids, **CALLS[name])
+        assert attached.stats.sparse_tokens == SPARSE - BLOCK and attached.stats.unread_tokens == 0
+        logits(model, ids, logits_to_keep=BLOCK)
+        assert attached.stats.unread_tokens == SPARSE - BLOCK  # others have it
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_what_a_hook_may_read_is_computed(name):
+    model, ids = tiny_model(), token_ids(1, TOKENS)
+    with attach(model, tiny_artifact(model), TAIL) as attached:
+        hook = HOOKS[name](model, model.model.layers[-1])
+        try:
+            logits(model, ids, logits_to_keep=1)
+        finally:
             hook.remove()
+        assert attached.stats.sparse_tokens == SPARSE - BLOCK and attached.stats.unread_tokens == 0
+        logits(model, ids, logits_to_keep=1)
+        assert attached.stats.unread_tokens == SPARSE - BLOCK
+
+
+def test_what_others_may_read_is_computed():
+    """The base model's callers, who learns, who watches, who has said so in the config."""
+    model, ids = tiny_model(), token_ids(1, TOKENS)
+    with attach(model, tiny_artifact(model), TAIL) as attached:
+        with torch.no_grad():
+            assert model.model(input_ids=ids).last_hidden_state.isfinite().all()
+        model(input_ids=ids, logits_to_keep=1).logits.sum().backward()
+        with picks.watch(attached) as seen:
+            logits(model, ids, logits_to_keep=1)
+        assert [len(calls) for calls in seen] == [1] * LAYERS
+        model.config.output_hidden_states = True
+        logits(model, ids, logits_to_keep=1)
+        assert attached.stats.sparse_calls == 4 and attached.stats.unread_tokens == 0
+
+
+def test_a_call_of_the_base_from_inside_another_is_read_whole():
+    model, ids, seen = tiny_model(), token_ids(1, TOKENS), []
+
+    def look(*_):
+        seen.append(model.model(input_ids=ids).last_hidden_state)
+
+    with attach(model, tiny_artifact(model), TAIL) as attached:
+        hook = model.lm_head.register_forward_hook(look)
+        logits(model, ids, logits_to_keep=1)
+        hook.remove()
+        assert seen[0].isfinite().all() and attached.stats.unread_tokens == SPARSE - BLOCK == attached.stats.sparse_tokens / 2
+
+
+def test_a_model_of_ones_own_is_read_whole():
+    """It may read more of the base model than transformers' do."""
+    model, ids = tiny_model(), token_ids(1, TOKENS)
+
+    def forward(self, input_ids, logits_to_keep=0):
+        hidden = self.model(input_ids=input_ids).last_hidden_state
+        return types.SimpleNamespace(logits=self.lm_head(hidden[:, -logits_to_keep:]), pooled=hidden.mean(1))
+
+    model.__class__ = type("Pooling", (type(model),), {"forward": forward})
+    with attach(model, tiny_artifact(model), TAIL) as attached:
+        assert model(input_ids=ids, logits_to_keep=1).pooled.isfinite().all()
+        assert attached.stats.sparse_tokens and not attached.stats.unread_tokens
 
 
 def test_without_a_tail_the_last_row_may_be_sparse():

@@ -55,6 +55,17 @@ def masked(model, ids, columns, tokens):
             del layer.forward
 
 
+@pytest.mark.parametrize("tokens", [24, 32, 40])
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_without_a_tail_the_last_block_is_among_those_that_go_on(tokens, share):
+    """Its last token's logits are read."""
+    model = tiny_model()
+    with attach(model, tiny_artifact(model), PREFILL.with_(upper_share=share)) as attached, attached.prompt(tokens):
+        for seed in range(5):
+            assert logits(model, token_ids(1, tokens, seed=seed), logits_to_keep=1).isfinite().all()
+        assert attached.stats.skipped_above
+
+
 def columns_of(hidden):
     return (~hidden[0, :, 0].isnan()).nonzero()[:, 0]
 

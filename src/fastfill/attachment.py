@@ -27,7 +27,7 @@ from fastfill.follow import Follower, follow
 from fastfill.kernels import Kernel
 from fastfill.predictor import Maker, Predictor
 from fastfill.projections import Projection
-from fastfill.sparse_ffn import as_loaded, current_plan, in_call
+from fastfill.sparse_ffn import SparseFFN, as_loaded, current_plan, in_call
 from fastfill.swap import StandIn, Swaps
 
 __all__ = ["Attachment", "Stats", "attach", "check_detached", "detach"]
@@ -162,7 +162,7 @@ class Attachment:
                     for index, layer in list(enumerate(layers))[upper.first_upper(len(layers)) :]:
                         self._swaps.put(layer, "forward", StandIn(layer.forward, functools.partial(upper.run_layer, index)))
                 causal = families.causal_of(self.model)
-                if "logits_to_keep" in inspect.signature(causal.forward).parameters:
+                if _is_transformers(causal.forward) and "logits_to_keep" in inspect.signature(causal.forward).parameters:
                     self._swaps.put(causal, "forward", StandIn(causal.forward, self._call_causal))
                 head = families.head_of(self.model)
                 if head is not None:
@@ -231,17 +231,18 @@ class Attachment:
             return forward(*args, **kwargs)
 
     def _watches(self, kwargs: dict[str, Any]) -> bool:
-        """Whether somebody reads hidden states, or may: through an option, or a hook from the last layer on."""
-        option = "output_hidden_states"
+        """Whether somebody reads hidden states, or may: through an option, or through a hook or a forward of their own on what
+        runs from the last layer's FFN on, or around the base model."""
+        option, base = "output_hidden_states", self._anatomy.base
         asked = kwargs.get(option)
-        if getattr(self._anatomy.base.config, option, False) if asked is None else asked:
+        if getattr(base.config, option, False) if asked is None else asked:
             return True
-        base, norm = self._anatomy.base, self._anatomy.norms[-1]
-        parts = (families.causal_of(self.model), base, norm, *self._anatomy.layers[-1].modules())
-        hooks = [hook for part in parts for hook in part._forward_hooks.values()]
-        # transformers' own stay once hidden states were asked for, and read nothing when they are not.
-        others = [h for h in hooks if not isinstance(h, clocks.Stop) and not h.__module__.startswith("transformers.")]
-        return bool(others or norm._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks)
+        parts = (families.causal_of(self.model), base, self._anatomy.norms[-1], *self._anatomy.layers[-1].modules())
+        found = [*_global_forward_hooks.values(), *_global_forward_pre_hooks.values()]
+        for part in parts:
+            found += [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+            found += [forward] if (forward := vars(part).get("forward")) else []
+        return not all(map(_reads_nothing, found))
 
     def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the base model."""
@@ -314,6 +315,16 @@ def _as_matrix(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     if not isinstance(x, torch.Tensor) or x.ndim != 3:
         return forward(*args, **kwargs)
     return forward(x.reshape(-1, x.shape[-1]), *args[1:], **kwargs).unflatten(0, x.shape[:-1])
+
+
+def _is_transformers(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("transformers.")
+
+
+def _reads_nothing(hook: Any) -> bool:
+    """Whether a hook or a forward is ours, or transformers': its hooks stay where hidden states were asked for once, and read
+    nothing when they are not."""
+    return isinstance(hook, (clocks.Look, StandIn, SparseFFN, Projection)) or _is_transformers(hook)
 
 
 def check_detached(anatomy: families.Anatomy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -30,8 +31,8 @@ class Plan:
     """Which rows of a flattened (batch * T, H) call are sparse; all others are dense.
 
     T tokens, N blocks, B block size, H hidden size. valid: rows that are tokens and not padding. unread: nobody reads what
-    the last layer gives for the sparse rows. runs: gets an entry from each FFN that has run, True if it computed the sparse
-    rows and False if it left them out for that reason: what ran is counted, not what was planned.
+    the last layer gives for the sparse rows; it is `blank`. runs: gets an entry from each FFN that has run, True if it computed
+    the sparse rows and False if it left them out for that reason: what ran is counted, not what was planned.
     """
 
     batch: int
@@ -40,6 +41,7 @@ class Plan:
     block_size: int
     spans: tuple[Span, ...]
     unread: bool = False
+    blank: float = math.nan
     runs: list[bool] = field(default_factory=list, compare=False, repr=False)
 
     @property

@@ -154,6 +154,7 @@ class Calls:
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the call that is about to run, and put its plan where the FFNs find it."""
         running = _Running(current_plan.get(), upper.current_upper.get())
+        read, self.said.read = self.said.read, None  # of this call; a hook may call the base model inside it
         current_plan.set(None)
         upper.current_upper.set(None)
         self._running().append(running)
@@ -162,7 +163,7 @@ class Calls:
         tokens = named.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2:
             return  # the model will say what is wrong
-        self._read(running, (tokens.shape[0], tokens.shape[1]), named)
+        self._read(running, (tokens.shape[0], tokens.shape[1]), named, read)
         current_plan.set(running.plan)
         upper.current_upper.set(running.upper if isinstance(running.upper, upper.Upper) else None)
 
@@ -207,8 +208,8 @@ class Calls:
             self._threads.running = []
         return self._threads.running
 
-    def _read(self, running: _Running, shape: tuple[int, int], named: dict[str, Any]) -> None:
-        """Fill in tokens, and the plan or the reason against it."""
+    def _read(self, running: _Running, shape: tuple[int, int], named: dict[str, Any], read: int | None) -> None:
+        """Fill in tokens, and the plan or the reason against it. read: as `_Said.read`."""
         batch, width = shape
         running.tokens = batch * width
         if width < 2:
@@ -229,7 +230,6 @@ class Calls:
             running.plan = blocks.make_plan(rows, width, self.config, parts)
             if running.plan and not self.gains:
                 running.plan, running.reason = None, SLOWER
-            read = self.said.read
             if running.plan and read and not self.said.whole and running.plan.ends_before(read):
                 running.plan = replace(running.plan, unread=True)
             if running.plan and thin:

@@ -47,14 +47,17 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class Stop:
-    """A forward hook that reads the clock and nothing else."""
+class Look:
+    """A hook that reads the clock and nothing else. part: what ends; None where something begins."""
 
     watch: Stopwatch
-    part: str
+    part: str | None = None
 
     def __call__(self, *_: Any) -> None:
-        self.watch.stop(self.part)
+        if self.part is None:
+            self.watch.start()
+        else:
+            self.watch.stop(self.part)
 
 
 @contextmanager
@@ -80,8 +83,8 @@ def clocked(
     try:
         for part, modules in (("attention", attentions), ("ffn", ffns)):
             for module in modules:
-                hooks.append(module.register_forward_pre_hook(lambda *_: watch.start()))
-                hooks.append(module.register_forward_hook(Stop(watch, part)))
+                hooks.append(module.register_forward_pre_hook(Look(watch)))
+                hooks.append(module.register_forward_hook(Look(watch, part)))
         with tapped(list(sparse), tap):
             yield seconds
         seconds.update({part: watch.seconds(part) for part in PARTS})

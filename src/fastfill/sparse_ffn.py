@@ -113,15 +113,15 @@ class SparseFFN:
         return self._tell("output", plan, y)
 
     def _dense_rows(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """x: (batch * T, H) -> (batch * T, H). Nobody reads the sparse rows: their blocks keep no neuron, nothing is predicted or
-        corrected, and they are NaN, which shows if somebody does."""
+        """x: (batch * T, H) -> (batch * T, H). Nobody reads the sparse rows: their blocks keep no neuron, and nothing is
+        predicted or corrected."""
         none = torch.empty(plan.blocks, 0, dtype=torch.int32, device=x.device)
         ids, bounds = plan.with_dense(none, self.ffn.neurons)
         weights = self.ffn.unpacked()
         start = self.ffn.start(x, None)
         y = self.kernel.sparse_ffn(x, weights, self._down_t(weights), ids, rows=plan.rows, id_offsets=bounds, init=start)
         for span in plan.spans:
-            y[span.start : span.stop] = torch.nan
+            y[span.start : span.stop] = plan.blank
         plan.runs.append(False)
         return y
 

@@ -83,13 +83,15 @@ class Upper:
         (span,), size = self.plan.spans, self.plan.block_size
         blocks = (span.stop - span.start) // size
         shares = torch.stack(self.seen).mean(0)[span.start : span.stop].view(blocks, size).sum(1)
+        if span.stop == self.plan.tokens:
+            shares[-1] = torch.inf  # without a dense tail the last token, whose logits are read, is in the last block
         count = max(1, round(self.config.upper_share * blocks))
-        best = shares.nan_to_num().topk(count).indices.sort().values
+        best = shares.nan_to_num(posinf=torch.inf).topk(count).indices.sort().values
         inside = span.start + size * best[:, None] + torch.arange(size, device=best.device)
         ends = [torch.arange(*ends, device=best.device) for ends in ((0, span.start), (span.stop, self.plan.tokens))]
         self.columns = torch.cat([ends[0], inside.flatten(), ends[1]])
         plan = make_plan([(0, len(self.columns), 0)], len(self.columns), self.config)
-        return plan and replace(plan, unread=self.plan.unread, runs=self.plan.runs)
+        return plan and replace(plan, unread=self.plan.unread, blank=self.plan.blank, runs=self.plan.runs)
 
 
 # The prompt whose upper layers read less, while its call runs.

@@ -21,6 +21,7 @@ from fastfill.engines import transformers as engine
 from fastfill.families import Head
 from fastfill.lab import intervals
 
+MOVING = ("dynamic", "longrope")  # rotations that depend on the longest sequence of a call
 CHUNK = 64  # answer tokens whose logits (CHUNK, V) are in memory at a time
 
 Row = dict[str, Any]
@@ -84,7 +85,7 @@ def states(model: Any, prompt: Prompt, answer: torch.Tensor) -> torch.Tensor:
 def write(model: Any, prompts: Sequence[Prompt], most: Sequence[int]) -> list[list[int]]:
     """The greedy answer to each prompt, up to so many ids, the end-of-sequence id included. All are written together, which is
     faster and rounds a little differently. It takes the prompts' caches."""
-    if len(prompts) > 1 and not all(map(_whole, prompts)):
+    if len(prompts) > 1 and not (_rotates_alike(model.config) and all(map(_whole, prompts))):
         return [write(model, [prompt], [limit])[0] for prompt, limit in zip(prompts, most, strict=True)]
     ends = engine.greedy(model).eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
@@ -109,6 +110,13 @@ def write(model: Any, prompts: Sequence[Prompt], most: Sequence[int]) -> list[li
         step = {"attention_mask": mask, "position_ids": places, "past_key_values": cache, "use_cache": True}
         state = model.base_model(input_ids=tokens[:, None], **step).last_hidden_state[:, -1]
         places = places + 1
+
+
+def _rotates_alike(config: Any) -> bool:
+    """Whether a token's rotation depends on its position alone, and not on what else is in the call."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found, *(one for one in found.values() if isinstance(one, dict))]  # some families have one for each kind of layer
+    return not any(one.get("rope_type") in MOVING for one in kinds)
 
 
 def _whole(prompt: Prompt) -> bool:

@@ -70,14 +70,14 @@ def plan(
         # Generated tokens are recomputed after a preemption, densely as before.
         stop = min(last, first + prompt - config.dense_tail - position)
         rows.append((first, max(first, stop), position))
-        if lengths[index] >= prompt:  # else the prompt goes on, and nothing is read of this step
+        if lengths[index] >= prompt:  # else the prompt goes on, and what is sampled now is dropped
             ends.append(last - 1)
         wanted += _sparse_part(position, position + last - first, prompt, config)
     found = blocks.make_packed_plan(rows, tokens, config.block_size, config.dense_head)
     if (found.sparse_tokens if found else 0) < wanted:
         reasons.add(CUT_BLOCK)
     if found and not whole and not any(span.start <= end < span.stop for span in found.spans for end in ends):
-        found = replace(found, unread=True)
+        found = replace(found, unread=True, blank=0.0)  # logits are made of a chunk's last row all the same
     return found, reasons
 
 
