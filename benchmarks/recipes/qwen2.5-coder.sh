@@ -54,7 +54,7 @@ else
   evaluate "${LONGBENCH[@]}" --score likelihood >"$RESULTS/longbench.json"
   TASKS=$(mktemp -d)
   python benchmarks/make_tasks.py --squad "$DATA/squad_v2_dev_part.json" --out "$TASKS" --rows 100 --characters 5500-13000
-  evaluate --task suite --data "$TASKS" --lengths 1024-2048 --max-prompt-tokens 2048 --limit 15 --score both "${ANSWERS[@]}" \
+  evaluate --task suite --data "$TASKS" --lengths 1024-2048 --max-prompt-tokens 2048 --limit 27 --score both "${ANSWERS[@]}" \
     >"$RESULTS/suite.json"
   rm -r "$TASKS"
 fi
