@@ -164,6 +164,9 @@ def _counted(engine: Engine, example: Example) -> Iterator[Row]:
         row["skipped_above"] = stats.skipped_above - before[2]
 
 
+# --- what all of it says ------------------------------------------------------------------------------------------------
+
+
 def summarize(rows: Sequence[Row], seed: int = 0, levels: dict[str, list[float]] | None = None) -> dict[str, Any]:
     """Per set: mean scores, recovery and its interval, chance, the likelihood of the right answer; then over sets, which weigh
     the same.
