@@ -130,18 +130,15 @@ def test_what_is_written_together_is_what_generate_writes(family):
     assert len({*map(len, want)}) > 1 and written(model, tokens, [12] * 5) == want
 
 
-@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_rotations_that_depend_on_the_longest_of_a_call_are_written_one_by_one(kind):
-    rope = {"rope_type": kind, "factor": 8.0, "rope_theta": 1e4}
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 9.0, 16.0], "original_max_position_embeddings": 64}
-        changes = {"original_max_position_embeddings": 64}
-    else:
-        changes = {"max_position_embeddings": 64}
-    model = tiny_model("phi3" if kind == "longrope" else "llama", dtype=torch.float64, rope_parameters=rope, **changes)
+def test_rotations_that_depend_on_the_longest_of_a_call_are_written_one_by_one():
+    rope = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 9.0, 16.0]}
+    model = tiny_model("phi3", dtype=torch.float64, rope_parameters=rope, original_max_position_embeddings=64)
     tokens = (30, 90, 50)
-    alone = [written(model, [each], [12])[0] for each in tokens]
-    assert written(model, tokens, [12] * 3) == alone
+    assert written(model, tokens, [12] * 3) == [written(model, [each], [12])[0] for each in tokens]
+    for kind, alike in (("default", True), ("llama3", True), ("longrope", False), ("dynamic", False)):
+        for found in ({"rope_type": kind}, {"full_attention": {"rope_type": kind}, "sliding_attention": {}}):
+            assert likelihood._rotates_alike(SimpleNamespace(rope_parameters=found)) == alike
 
 
 def test_prompts_of_which_upper_layers_read_a_part_are_written_behind(exact_model, tokenizer):
