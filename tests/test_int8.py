@@ -1,8 +1,10 @@
 """The sparse FFN on weights in eight bits: every instruction set of this machine, the reference in torch, and sums by hand."""
 
+import functools
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -337,6 +339,11 @@ a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((33, 210
 a[0], b[0] = -128, -128
 for x, y in ((a, b), (a[:0], b), (a, b[:0]), (a[:, :0], b[:, :0])):
     assert torch.equal(int8.product(x, y), (x.double() @ y.double().t()).float())
+for columns in (1024, 1700, 2100, 5000):  # one sum, one rounding, several sums
+    x, y = (torch.randint(-128, 128, (rows, columns), dtype=torch.int8) for rows in (33, 5))
+    x[:8], y[:4] = -128, -128
+    y[1::2, -1] = 1
+    assert torch.equal(int8._by_pieces(x, y), (x.double() @ y.double().t()).float())
 """
 
 
@@ -345,3 +352,20 @@ def test_products_are_exact():
     exec(PRODUCTS, {})
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", PRODUCTS], env=environment, check=True)
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["ours is slow", "torch's is slow"])
+def test_of_torchs_own_product_and_ours_the_faster_runs(monkeypatch, slow):
+    """Without VNNI torch has loops of its own for it, which are slower than fp32."""
+
+    def late(run, *given):
+        time.sleep(0.05)
+        return run(*given)
+
+    def torchs(a, b):  # exact, on every processor
+        return (a.double() @ b.double()).int()
+
+    monkeypatch.setattr(torch, "_int_mm", functools.partial(late, torchs) if slow else torchs)
+    if not slow:
+        monkeypatch.setattr(int8, "_by_pieces", functools.partial(late, int8._by_pieces))
+    assert int8._torch_pays.__wrapped__() is not slow
