@@ -340,7 +340,7 @@ def test_flops_of_the_sparse_ffns_are_those_that_torch_counts(model, monkeypatch
     """The torch kernel gathers and multiplies as it says: nothing more, nothing less."""
     ids, counts = token_ids(1, 45), {}
     with attach(model, tiny_artifact(model), kernel="torch") as attachment:
-        monkeypatch.setattr(attachment, "_watches", lambda kwargs: False)  # the counter does, everywhere
+        monkeypatch.setattr(attachment._readers, "_watched", lambda kwargs: False)  # the counter does, everywhere
         runner = TransformersEngine(attachment, "tiny")
         for kind in ("dense", "sparse"):
             with FlopCounterMode(display=False) as counter:

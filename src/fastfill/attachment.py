@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from fastfill import artifact as artifacts
-from fastfill import attention, choice, clocks, families, partner, projections, upper
+from fastfill import attention, choice, families, partner, projections, upper
 from fastfill.artifact import Artifact
 from fastfill.attention import Attention
 from fastfill.blocks import Plan
@@ -27,8 +26,9 @@ from fastfill.follow import Follower, follow
 from fastfill.kernels import Kernel
 from fastfill.predictor import Maker, Predictor
 from fastfill.projections import Projection
-from fastfill.sparse_ffn import SparseFFN, as_loaded, current_plan, in_call
+from fastfill.sparse_ffn import as_loaded, current_plan, in_call
 from fastfill.swap import StandIn, Swaps
+from fastfill.unread import Readers, is_transformers
 
 __all__ = ["Attachment", "Stats", "attach", "check_detached", "detach"]
 
@@ -72,6 +72,7 @@ class Attachment:
         self.stats = self._calls.stats
         like = torch.empty(0, dtype=self.ffns[0].ffn.dtype, device=self.ffns[0].ffn.gate.device)
         self._attention = Attention(anatomy.base.config, config.attention, config.upper_share < 1, like)
+        self._readers = Readers(families.causal_of(model), anatomy)
         self._lock = threading.RLock()
         self._swaps = Swaps()
         self._attached = False
@@ -162,7 +163,7 @@ class Attachment:
                     for index, layer in list(enumerate(layers))[upper.first_upper(len(layers)) :]:
                         self._swaps.put(layer, "forward", StandIn(layer.forward, functools.partial(upper.run_layer, index)))
                 causal = families.causal_of(self.model)
-                if _is_transformers(causal.forward) and "logits_to_keep" in inspect.signature(causal.forward).parameters:
+                if is_transformers(causal.forward) and "logits_to_keep" in inspect.signature(causal.forward).parameters:
                     self._swaps.put(causal, "forward", StandIn(causal.forward, self._call_causal))
                 head = families.head_of(self.model)
                 if head is not None:
@@ -225,24 +226,8 @@ class Attachment:
 
     def _call_causal(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the causal LM: it says how many logits are read of it (`generate` reads one)."""
-        read = kwargs.get("logits_to_keep")
-        counts = isinstance(read, int) and read > 0 and kwargs.get("labels") is None and not torch.is_grad_enabled()
-        with self._calls.saying(read=read if counts and not self._watches(kwargs) else None):
+        with self._calls.saying(read=self._readers.logits(kwargs)):
             return forward(*args, **kwargs)
-
-    def _watches(self, kwargs: dict[str, Any]) -> bool:
-        """Whether somebody reads hidden states, or may: through an option, or through a hook or a forward of their own on what
-        runs from the last layer's FFN on, or around the base model."""
-        option, base = "output_hidden_states", self._anatomy.base
-        asked = kwargs.get(option)
-        if getattr(base.config, option, False) if asked is None else asked:
-            return True
-        parts = (families.causal_of(self.model), base, self._anatomy.norms[-1], *self._anatomy.layers[-1].modules())
-        found = [*_global_forward_hooks.values(), *_global_forward_pre_hooks.values()]
-        for part in parts:
-            found += [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
-            found += [forward] if (forward := vars(part).get("forward")) else []
-        return not all(map(_reads_nothing, found))
 
     def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the base model."""
@@ -315,16 +300,6 @@ def _as_matrix(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     if not isinstance(x, torch.Tensor) or x.ndim != 3:
         return forward(*args, **kwargs)
     return forward(x.reshape(-1, x.shape[-1]), *args[1:], **kwargs).unflatten(0, x.shape[:-1])
-
-
-def _is_transformers(function: Any) -> bool:
-    return str(getattr(function, "__module__", "")).startswith("transformers.")
-
-
-def _reads_nothing(hook: Any) -> bool:
-    """Whether a hook or a forward is ours, or transformers': its hooks stay where hidden states were asked for once, and read
-    nothing when they are not."""
-    return isinstance(hook, (clocks.Look, StandIn, SparseFFN, Projection)) or _is_transformers(hook)
 
 
 def check_detached(anatomy: families.Anatomy) -> None:
