@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastfill.lab.report.values import ceiling
+from fastfill.machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -730,7 +731,7 @@ def _ppl(value: float) -> str:
 
 
 def _where(machine: Row) -> str:
-    return f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads"
+    return f"{machine['gpu'] or processor(machine)}, {machine['threads']} threads"
 
 
 def render(readme: str, folder: Path = RESULTS) -> str:

@@ -122,7 +122,7 @@ def test_calibrate_inspect_generate_bench_evaluate(capsys, model_folder, texts, 
     assert [row["prompt_tokens"] for row in bench["rows"]] == [20, 45]
     assert (bench["dense_head"], bench["dense_tail"], bench["min_tokens"]) == (BLOCK, 0, 2 * BLOCK)
     assert bench["engine"] == "transformers" and bench["compare"] == [] and bench["growth_dense"] is not None
-    assert {"cpu", "threads", "torch", "transformers"} <= bench["machine"].keys()
+    assert {"cpu", "isa", "threads", "torch", "transformers"} <= bench["machine"].keys()
 
     scores = answer(capsys, "evaluate", *common, "--data", f"{texts}[4:]", "--tokens", 64, "--continuation", 16, "--record")
     assert (scores["dense_tail"], scores["kernel"]) == (0, bench["kernel"])

@@ -184,7 +184,7 @@ def test_tables_fit_80_columns_and_say_it_in_words(attachment, capsys):
     row |= {"ffn_dense_s": 4.0, "ffn_all_neurons_s": 3.0}
     noisy = row | {"prompt_tokens": 512, "speedup": 1.02, "ratio_quartiles": [0.9, 1.02, 1.1], "clear": False, "rounds": 20}
     short = row | {"prompt_tokens": 9, "sparse_tokens": 0, **dict.fromkeys(("speedup", "ratio_quartiles", "clear", "ceiling"))}
-    machine = {"cpu": "AMD EPYC", "threads": 2, "torch": "2.13.0+cpu", "transformers": "5.23.0"}
+    machine = {"cpu": "AMD EPYC", "isa": "avx2", "threads": 2, "torch": "2.13.0+cpu", "transformers": "5.23.0"}
     peer = {"name": "llama-cpp-python", "version": "0.3.36", "weights": "m.gguf", "prompt_tokens": 131072, "ttft_s": 300.5}
     result = {
         **{"model": "maker/model", "dtype": "bfloat16", "kernel": "native", "sparsity": 0.5, "block_size": 32, "repeats": 5},
@@ -197,6 +197,7 @@ def test_tables_fit_80_columns_and_say_it_in_words(attachment, capsys):
     words = " ".join(" ".join(lines).split())
     assert "131072 123.456 123.456 123.456 11.26x 10.25-12.50 12.00x" in words
     assert "9 123.456 123.456 123.456 all dense - -" in words and "1.02x? 0.90-1.10" in words and "after 20 rounds" in words
+    assert "AMD EPYC (avx2), 2 threads" in words
     assert "to the power 1.23 dense, 1.10 sparse" in words and "269 MB of weights and the 66 MB that attaching adds" in words
     assert "131072 2,000,000 1,000,000" in words and "0.75 12,346 -" in words
     assert "llama-cpp-python 131072 300.500 123.456 123.456" in words and "not measured: vLLM, not installed" in words

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastfill.kernels import cpu
+
 
 def cpu_model() -> str:
     with suppress(OSError):  # not every system has it
@@ -21,7 +23,7 @@ def cpu_model() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """Processor, threads and versions, for every result that is kept."""
+    """Processor, threads and versions, for every result that is kept. isa: the instruction set of the native kernels."""
     versions = {"torch": str(torch.__version__)}  # says the build, 2.6.0+cu124, where the package's name does not
     for package in ("fastfill", "transformers"):
         try:
@@ -30,6 +32,7 @@ def describe() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "cpu": cpu_model(),
+        "isa": cpu.isa() if cpu.isas() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -37,3 +40,8 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         **versions,
     }
+
+
+def processor(machine: dict[str, Any]) -> str:
+    """Of what `describe` gave, now or in an older version: the processor and the instruction set of the kernels, for people."""
+    return f"{machine['cpu']} ({machine['isa']})" if machine.get("isa") else str(machine["cpu"])

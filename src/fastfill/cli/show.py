@@ -10,6 +10,7 @@ from rich.text import Text
 from fastfill.artifact import Artifact
 from fastfill.card import documents
 from fastfill.lab.tasks.perplexity import Perplexity
+from fastfill.machine import processor
 from fastfill.tables import console, table
 from fastfill.terminal import text_of
 
@@ -80,7 +81,7 @@ def bench(result: dict[str, Any]) -> None:
         most = max(row["rounds"] for row in rows)
         out.print(f"?: within the noise after {most} rounds (quartiles farther apart than the gain)")
     out.print(
-        f"medians of {result['repeats']} rounds or more; {machine['cpu']}, {machine['threads']} threads, "
+        f"medians of {result['repeats']} rounds or more; {processor(machine)}, {machine['threads']} threads, "
         f"torch {machine['torch']}, transformers {machine['transformers']}"
     )
     if result["growth_dense"] is not None:

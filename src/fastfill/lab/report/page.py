@@ -29,6 +29,7 @@ from fastfill.lab.report.values import (
     text,
     times,
 )
+from fastfill.machine import processor
 from fastfill.progress import stage
 
 CLAIM_TOKENS = 1024  # the prompt length of the first lines, or the one nearest to it
@@ -206,7 +207,7 @@ def _machine(document: dict[str, Any]) -> dict[str, Any]:
 def _where(machine: dict[str, Any]) -> str:
     parts = [
         machine.get("gpu"),
-        machine.get("cpu"),
+        processor(machine) if machine.get("cpu") else None,
         f"{machine['threads']} threads" if machine.get("threads") else None,
         machine.get("system"),
     ]
