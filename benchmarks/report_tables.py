@@ -2,11 +2,12 @@
 
     python benchmarks/report_tables.py [--check]
 
-NAME is claim, speed, quality-short, real, bench, split, quality, tasks or vllm. Read are results/bench-*.json (each the JSON
-document of `fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per `fastfill evaluate --json`), the long
-tasks in results/ruler-1024.json and in results/eval (by eval.py), and results/vllm.jsonl (one line per step of serving.py).
-The real models have a folder each in results, by recipes/qwen2.5-coder.sh; claim is of the first that was measured. Where a
-result is missing a {{placeholder}} stays. --check changes nothing and exits 1 if a page is not what the results say.
+NAME is claim, speed, quality-short, real, avx2, bench, split, quality, tasks or vllm. Read are results/bench-*.json (each the
+JSON document of `fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per `fastfill evaluate --json`), the
+long tasks in results/ruler-1024.json and in results/eval (by eval.py), and results/vllm.jsonl (one line per step of serving.py).
+The real models have a folder each in results, by recipes/qwen2.5-coder.sh, and in results/avx2, by recipes/avx2.sh; claim is of
+the first that was measured. Where a result is missing a {{placeholder}} stays. --check changes nothing and exits 1 if a page is
+not what the results say.
 """
 
 import argparse
@@ -181,16 +182,54 @@ def speed_summary(folder: Path) -> str:
     for result in models:
         for row in result["rows"]:
             if row["prompt_tokens"] in SHOWN_TOKENS or (row["sparse_tokens"] and row["speedup"] < 1):
-                cells = (
-                    _short(result["model"]) + (", packed" if _packed(result) else ", int8" * _eight(result)),
-                    f"{row['prompt_tokens']:,}",
-                    f"{row['ttft_dense_s']:.2f} s",
-                    f"{row['ttft_all_neurons_s']:.2f} s" if "ttft_all_neurons_s" in row else "",
-                    f"{row['ttft_sparse_s']:.2f} s",
-                    _gain(row),
-                    _skipping(row) if row["sparse_tokens"] and "ttft_all_neurons_s" in row else "",
-                )
-                lines.append(f"| {' | '.join(cells)} |")
+                lines.append(f"| {' | '.join(_speed_cells(result, row))} |")
+    narrow = [
+        _gain(row) + " in int8" * _eight(result)
+        for result in load_bench(folder / "avx2" / REAL[0])
+        if not _packed(result)
+        for row in result["rows"]
+        if row["prompt_tokens"] == CLAIM_TOKENS
+    ]
+    if narrow:
+        where = "docs/results.md#qwen25-coder-without-avx-512"
+        lines += ["", f"Without AVX-512 the first gains {', '.join(narrow)} over dense in fp32 ([more]({where}))."]
+    return "\n".join(lines)
+
+
+def _speed_cells(result: Row, row: Row) -> tuple[str, ...]:
+    return (
+        _short(result["model"]) + (", packed" if _packed(result) else ", int8" * _eight(result)),
+        f"{row['prompt_tokens']:,}",
+        f"{row['ttft_dense_s']:.2f} s",
+        f"{row['ttft_all_neurons_s']:.2f} s" if "ttft_all_neurons_s" in row else "",
+        f"{row['ttft_sparse_s']:.2f} s",
+        _gain(row),
+        _skipping(row) if row["sparse_tokens"] and "ttft_all_neurons_s" in row else "",
+    )
+
+
+def avx2_table(folder: Path) -> str:
+    """The real models on a processor without AVX-512, beside the best of llama.cpp's formats there."""
+    measured = {name: (load_bench(folder / name), load_lines(folder / name / "llama-bench.jsonl")) for name in REAL}
+    results = [result for bench, _ in measured.values() for result in bench]
+    if not results:
+        return "{{avx2: from benchmarks/results/avx2}}"
+    first = results[0]
+    ours = "| model | prompt tokens | dense TTFT | all neurons | sparse TTFT | speed-up | of it skipping |"
+    lines = [
+        f"{first['sparsity']:.0%} sparsity; {_where(first['machine'])}, {first['dtype']}, torch {first['machine']['torch']}, "
+        f"transformers {first['machine']['transformers']}; medians of {first['repeats']}.",
+        "",
+        f"{ours} llama.cpp at best | over ours |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for bench, llama in measured.values():
+        for result in bench:
+            for row in result["rows"]:
+                rivals = [(one["avg_ns"] / 1e9, _format(one)) for one in llama if one["n_prompt"] == row["prompt_tokens"]]
+                seconds, form = min(rivals, default=(0.0, ""))
+                theirs = (f"{seconds:.2f} s, {form}", f"{seconds / row['ttft_sparse_s']:.2f}x") if rivals else ("", "")
+                lines.append(f"| {' | '.join((*_speed_cells(result, row), *theirs))} |")
     return "\n".join(lines)
 
 
@@ -743,6 +782,7 @@ def render(readme: str, folder: Path = RESULTS) -> str:
         "speed": speed_summary(folder),
         "quality-short": quality_summary(folder),
         "real": real_tables(folder),
+        "avx2": avx2_table(folder / "avx2"),
         "bench": bench_tables(bench),
         "split": split_tables(bench),
         "quality": "\n\n".join([quality_tables(quality), *([seeds(seeded)] if len(seeded) > 1 else [])]),

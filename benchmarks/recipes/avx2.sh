@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The speed of Qwen2.5-Coder-Instruct on a processor without AVX-512: `benchmarks/recipes/avx2.sh 1.5b` (or 0.5b). Beside it
+# llama.cpp, where its programs are on PATH.
+set -euo pipefail
+SIZE=${1:?give the size, 0.5b or 1.5b}
+NAME=qwen2.5-coder-$SIZE
+MODEL=$(python benchmarks/models.py "$NAME")
+RESULTS=benchmarks/results/avx2/$NAME
+mkdir -p "$RESULTS"
+bench() { fastfill bench "$MODEL" --artifact "$NAME" --repeats 2 --json "$@" | tail -n 1; }
+
+bench --prompt-lengths 512,1024,2048 >"$RESULTS/bench-native.json"
+bench --prompt-lengths 1024 --weights int8 >"$RESULTS/bench-int8.json"
+bench --prompt-lengths 1024 --packed >"$RESULTS/bench-packed.json"
+if command -v llama-quantize llama-bench >/dev/null; then
+  rm -f "$RESULTS/llama-bench.jsonl"
+  for format in Q8_0 Q4_0; do
+    file=${MODEL%/*}/$NAME-instruct-$format.gguf
+    test -f "$file" || llama-quantize --allow-requantize "$MODEL" "$file" $format
+  done
+  for file in "${MODEL%/*}/$NAME"-instruct-*.gguf; do
+    llama-bench -m "$file" -p 1024 -n 0 -t "$(nproc)" -r 3 -o jsonl >>"$RESULTS/llama-bench.jsonl"
+  done
+fi
+python benchmarks/report_tables.py
