@@ -4,10 +4,10 @@
 
 NAME is claim, speed, quality-short, real, avx2, bench, split, quality, tasks or vllm. Read are results/bench-*.json (each the
 JSON document of `fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per `fastfill evaluate --json`), the
-long tasks in results/ruler-1024.json and in results/eval (by eval.py), and results/vllm.jsonl (one line per step of serving.py).
-The real models have a folder each in results, by recipes/qwen2.5-coder.sh, and in results/avx2, by recipes/avx2.sh; claim is of
-the first that was measured. Where a result is missing a {{placeholder}} stays. --check changes nothing and exits 1 if a page is
-not what the results say.
+long tasks in results/ruler-1024.json and in results/eval (by eval.py), and results/vllm.jsonl (one line per step of
+serving.py). The real models have a folder each in results, by recipes/qwen2.5-coder.sh, and in results/avx2, by
+recipes/avx2.sh; claim is of the first that was measured. Where a result is missing a {{placeholder}} stays. --check changes
+nothing and exits 1 if a page is not what the results say.
 """
 
 import argparse

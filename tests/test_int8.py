@@ -343,7 +343,9 @@ for columns in (1024, 1700, 2100, 5000):  # one sum, one rounding, several sums
     x, y = (torch.randint(-128, 128, (rows, columns), dtype=torch.int8) for rows in (33, 5))
     x[:8], y[:4] = -128, -128
     y[1::2, -1] = 1
-    assert torch.equal(int8._by_pieces(x, y), (x.double() @ y.double().t()).float())
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(int8._by_pieces(x, y), (x.double() @ y.double().t()).float())
 """
 
 
