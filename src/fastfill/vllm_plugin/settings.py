@@ -20,6 +20,7 @@ from fastfill import families, kernels, partner, quantised
 from fastfill.artifact import Artifact
 from fastfill.config import PREFILL_FIELDS, PrefillConfig
 from fastfill.errors import UserError
+from fastfill.kernels import cpu
 
 SUPPORTED = ((0, 32), (0, 33))  # from, below
 FIELD = "fastfill"
@@ -264,6 +265,17 @@ def check_quantised(vllm_config: Any) -> None:
     quantised.check(document if stored else {"quant_method": model.quantization})  # else: rounded at the start
     if vllm_config.device_config.device_type != "cpu":
         raise UserError("The sparse prefill reads weights in eight bits on CPUs only; take the floating-point model here.")
+    if not multiplies_bytes_exactly(cpu.isas()):
+        raise UserError(
+            "vLLM's own product of int8 is wrong on this processor (it lacks VNNI), and so are its answers, with or without an "
+            "artifact; serve the floating-point model, or read this one with transformers."
+        )
+
+
+def multiplies_bytes_exactly(isas: dict[str, bool]) -> bool:
+    """Whether vLLM does. Without VNNI 0.32 does not (Zen 3: sums of 256 products of -2 to 2 are off by up to 77). isas:
+    `kernels.cpu.isas()`, which knows those of x86."""
+    return "avx2" not in isas or isas["avx512_vnni"] or isas["avx_vnni"]
 
 
 def check_shapes(artifact: Artifact, model: Any) -> None:
