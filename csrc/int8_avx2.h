@@ -11,7 +11,8 @@ struct Avx2Int8 : Avx2, Int8<Store> {
   using Unit = __m256i;
   using Acc = __m256i;
   static constexpr int V = 2, NN = 3, N1 = 4, P = 4, R = 6, C = 2;
-  static constexpr int kXOffset = kOffset, kDownOffset = kOffset;
+  static constexpr int kXOffset = kOffset, kDownOffset = kOffset, kMostTiles = kAllTiles;
+  static constexpr float kNarrow = 1;
 
   static Acc all_of(int32_t n) { return _mm256_set1_epi32(n); }
   static Vec floats(Acc a) { return _mm256_cvtepi32_ps(a); }

@@ -13,6 +13,7 @@ struct Avx512Int8 : Avx512, Int8<Store> {
   using Acc = __m512i;
   static constexpr int V = 2, NN = 6, N1 = 8, P = 4, R = 6, C = 4;
   static constexpr int kXOffset = 128, kDownOffset = 128;
+  static constexpr int kMostTiles = 4;  // of 64 columns
 
   static Acc all_of(int32_t n) { return _mm512_set1_epi32(n); }
   static Vec floats(Acc a) { return _mm512_cvtepi32_ps(a); }

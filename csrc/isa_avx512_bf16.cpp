@@ -7,7 +7,7 @@
 namespace fastfill {
 namespace {
 
-struct Avx512Bf16 : Avx512 {
+struct Avx512Bf16 : Avx512, Cuts {
   using Unit = __m512bh;
   using Acc = Vec;
   static constexpr int V = 2, NN = 6, N1 = 8, P = 2, R = 12, C = 2;

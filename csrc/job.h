@@ -7,6 +7,10 @@
 
 namespace fastfill {
 
+constexpr int kMaxBlock = 512;  // tokens; longer blocks are cut: bounds the packed x that a core holds
+
+constexpr int kAllTiles = 1 << 30;
+
 struct Block {           // tokens that share one selection; long blocks are cut into several of these
   int64_t row0;          // first token
   int32_t tokens, padded;  // padded: rounded up to whole vectors
@@ -40,6 +44,9 @@ struct Sizes {            // per scheme and shape, so that the driver can cut th
   int32_t per_unit;       // elements of H (or neurons, in h) per 4-byte unit: 4 for int8 and 2 for bf16 dot products, else 1
   int32_t tile_columns;   // columns of one tile of the second half
   int32_t element;        // bytes of one element in the packed chunks
+  int32_t panel;          // bytes of a chunk of neurons in one tile of columns of the second half
+  int32_t most_tiles;     // of columns in a task of the second half
+  float narrow;           // what a task of one tile costs more than its share of a wide one
 };
 
 struct Loops {

@@ -95,9 +95,18 @@ struct Ffn {
   static constexpr int L = S::L, V = S::V, NN = S::NN, N1 = S::N1, P = S::P, R = S::R, C = S::C;
   static constexpr int HP = kInt8 ? 1 : P;  // neurons in a unit of h, as the first half leaves it
   static constexpr int kTile = C * L;  // columns of a tile of the second half
+  // Tokens of h that lie together: [strip][unit of neurons][token].
+  static constexpr int kStrip = S::kStrip;
   static constexpr int kAheadBlocks = 4;  // with fewer blocks most rows of the next chunk may not be wanted
   static constexpr int kMost = NN > N1 ? NN : N1;
   static_assert(NN % HP == 0 && N1 % HP == 0, "a tile of neurons holds whole units");
+  static_assert(kStrip % (V * L) == 0 && (!kInt8 || kStrip == kMaxBlock), "a strip of h holds whole tiles of tokens");
+
+  // The strip of h that token t0 begins; the row of each unit has the strip's tokens.
+  static uint32_t *strip_of(const Job &j, const Block &b, int t0) {
+    return j.h + b.h_at + (size_t)t0 * ((b.k + HP - 1) / HP);
+  }
+  static int strip_row(const Block &b, int t0) { return smaller(kStrip, b.padded - t0); }
 
   // ---- first half: h = act(x @ gate.T + gate_bias) * (x @ up.T + up_bias) -------------------------------------------------------------
 
@@ -260,7 +269,7 @@ struct Ffn {
         sum(row_of(i), f < f0 ? side_sums[i - from] : sums[f - f0]);
       }
       for (int t0 = 0; t0 < b.padded; t0 += V * L) {
-        const int width = smaller(V * L, b.padded - t0);
+        const int width = smaller(V * L, b.padded - t0), strip = t0 / kStrip * kStrip, h_row = strip_row(b, strip);
         for (int i = from; i < to; i += nt) {
           const char *rows[kMost];
           Neurons of;
@@ -278,14 +287,14 @@ struct Ffn {
           }
           next_gate.advance(lines);
           next_up.advance(lines);
-          uint32_t *h = j.h + b.h_at + (size_t)(i / HP) * b.padded + t0;
+          uint32_t *h = strip_of(j, b, strip) + (size_t)(i / HP) * h_row + (t0 - strip);
           const float *xs = kInt8 ? j.x_scale + b.t_at + t0 : nullptr;
           if (b.padded == L)
-            gate_up_tile<N1, 1>(rows, up, of, nu, xp, xs, valid, j.activation, h, b.padded);
+            gate_up_tile<N1, 1>(rows, up, of, nu, xp, xs, valid, j.activation, h, h_row);
           else if (width == V * L)
-            gate_up_tile<NN, V>(rows, up, of, nu, xp, xs, valid, j.activation, h, b.padded);
+            gate_up_tile<NN, V>(rows, up, of, nu, xp, xs, valid, j.activation, h, h_row);
           else
-            gate_up_narrow<V - 1>(width / L, rows, up, of, nu, xp, xs, valid, j.activation, h, b.padded);
+            gate_up_narrow<V - 1>(width / L, rows, up, of, nu, xp, xs, valid, j.activation, h, h_row);
         }
         xp += nu * width;
       }
@@ -509,8 +518,6 @@ struct Ffn {
         }
         for (; i < to; i++) at[m++] = (b.ids[i] - f0) * kLine;
         while (m % P) at[m++] = zero_slot * kLine;  // the partners of the last neuron
-        const uint32_t *h = kInt8 ? eight_bits(j, b, from, fc) : j.h + b.h_at + (size_t)(from / P) * b.padded;
-        const int parts = (b.tokens + R - 1) / R;
         for (int c = 0; c < tiles; c++) {
           const char *lines_of = panel + c * tile_bytes;
           if constexpr (kInt8)  // once per block: in each tile of tokens it would be a third of the instructions
@@ -519,16 +526,20 @@ struct Ffn {
               for (int p = 0; p < P; p++) rows[p] = lines_of + at[u * P + p];
               S::interleave(rows, units + u * kUnits);
             }
-          float *yc = y + ((size_t)c * group_tokens + (b.row0 - first)) * kTile;
-          for (int s = 0; s < parts; s++) {  // equal parts of at most R tokens
-            const int t0 = b.tokens * s / parts, t1 = b.tokens * (s + 1) / parts;
-            next.advance(lines);
-            float *yt = yc + (size_t)t0 * kTile;
-            if constexpr (kInt8) {
-              const size_t of = chunk_token(j, b, fc) + t0;
-              down_tiles_int8<R>(t1 - t0, units, m / P, h + t0, b.padded, j.h_start + of, j.h_scale + of, yt);
-            } else {
-              down_tiles<R>(t1 - t0, at, m / P, lines_of, h + t0, b.padded, yt);
+          for (int strip = 0; strip < b.tokens; strip += kStrip) {
+            const int row = strip_row(b, strip), tokens = smaller(kStrip, b.tokens - strip), parts = (tokens + R - 1) / R;
+            const uint32_t *h = kInt8 ? eight_bits(j, b, from, fc) : strip_of(j, b, strip) + (size_t)(from / HP) * row;
+            float *ys = y + ((size_t)c * group_tokens + (b.row0 - first) + strip) * kTile;
+            for (int s = 0; s < parts; s++) {  // equal parts of at most R tokens
+              const int t0 = tokens * s / parts, t1 = tokens * (s + 1) / parts;
+              next.advance(lines);
+              float *yt = ys + (size_t)t0 * kTile;
+              if constexpr (kInt8) {
+                const size_t of = chunk_token(j, b, fc) + t0;
+                down_tiles_int8<R>(t1 - t0, units, m / P, h + t0, row, j.h_start + of, j.h_scale + of, yt);
+              } else {
+                down_tiles<R>(t1 - t0, at, m / P, lines_of, h + t0, row, yt);
+              }
             }
           }
         }
@@ -549,10 +560,11 @@ struct Ffn {
   }
 
   static constexpr Loops loops() {
+    constexpr Sizes sizes{L, P, kTile, S::kDownBytes, S::kPanel, S::kMostTiles, S::kNarrow};
     if constexpr (kInt8)
-      return Loops{{L, P, kTile, S::kDownBytes}, gate_up_bytes, down_bytes, pack_x, gate_up, S::round_row, quantise_h, down};
+      return Loops{sizes, gate_up_bytes, down_bytes, pack_x, gate_up, S::round_row, quantise_h, down};
     else
-      return Loops{{L, P, kTile, S::kDownBytes}, gate_up_bytes, down_bytes, pack_x, gate_up, nullptr, nullptr, down};
+      return Loops{sizes, gate_up_bytes, down_bytes, pack_x, gate_up, nullptr, nullptr, down};
   }
 };
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "fastfill.h"
+#include "job.h"
 
 namespace fastfill {
 namespace {
@@ -35,8 +36,16 @@ inline float act_scalar(float g, int act) {
   }
 }
 
+// How the second half is cut: for 48 KB of L1 and up, and vectors of 16 tokens.
+struct Cuts {
+  static constexpr int kStrip = kMaxBlock;  // tokens of h that lie together
+  static constexpr int kPanel = 32 * 1024;  // bytes of a chunk of neurons in one tile of columns
+  static constexpr int kMostTiles = 8;  // of columns in a task: of its y, [tile][token][column], L2 should hold much
+  static constexpr float kNarrow = 0.08f;
+};
+
 // How elements lie in memory and in the packed chunks. Tensors and chunks in fp32:
-struct F32 {
+struct F32 : Cuts {
   static constexpr int kInBytes = 4, kTensorBytes = 4, kDownBytes = 4;
   static constexpr bool kInPlace = true, kInt8 = false;
   static void pack_row(const char *from, int n, char *to) { memcpy(to, from, (size_t)n * 4); }
@@ -44,6 +53,7 @@ struct F32 {
     for (int i = 0; i < n; i++) memcpy(to + (size_t)i * stride, from + (size_t)i * 4, 4);
   }
   static void pack_down(const char *from, int n, char *to, int tile) {
+    if (n >= tile) return (void)memcpy(to, from, (size_t)tile * 4);  // a length that is known: two or three vectors
     memcpy(to, from, (size_t)n * 4);
     memset(to + (size_t)n * 4, 0, (size_t)(tile - n) * 4);
   }
@@ -52,7 +62,7 @@ struct F32 {
 };
 
 // Tensors in bf16, chunks widened to fp32 while they are packed:
-struct Bf16ViaF32 {
+struct Bf16ViaF32 : Cuts {
   static constexpr int kInBytes = 2, kTensorBytes = 2, kDownBytes = 4;
   static constexpr bool kInPlace = false, kInt8 = false;
   static void unpack(const char *from, int n, float *to) {
@@ -71,6 +81,7 @@ struct Bf16ViaF32 {
     }
   }
   static void pack_down(const char *from, int n, char *to, int tile) {
+    if (n >= tile) return pack_row(from, tile, to);
     pack_row(from, n, to);
     memset(to + (size_t)n * 4, 0, (size_t)(tile - n) * 4);
   }

@@ -8,7 +8,6 @@
 namespace fastfill {
 namespace {
 
-constexpr int kMaxBlock = 512;        // longer blocks are cut: bounds the packed x that a core holds
 constexpr int kMaxTokens = 2048;      // tokens per pass over the weights: bounds scratch memory
 constexpr int kL2Bytes = 512 * 1024;  // share of a core's L2 that a packed chunk may take
 
@@ -35,9 +34,9 @@ void plan(Job &j, const Sizes &s, int threads) {
   j.n_chunks = ceil_div(ceil_div(j.neurons, chunk), threads) * threads;
   j.chunk = at_least_one(ceil_div(j.neurons, at_least_one(j.n_chunks)));
   j.n_chunks = at_least_one(ceil_div(j.neurons, j.chunk));
-  // Second half: f_chunk neurons of a tile of columns are 32 KB, the half of them that a block wants fits L1.
+  // Second half: f_chunk neurons of a tile of columns; the half of them that a block wants, and its h, fit L1.
   const int line = s.tile_columns * s.element;
-  j.n_f_chunks = at_least_one(ceil_div((int64_t)j.neurons * line, 32 * 1024));
+  j.n_f_chunks = at_least_one(ceil_div((int64_t)j.neurons * line, s.panel));
   j.f_chunk = at_least_one(ceil_div(j.neurons, j.n_f_chunks));
   if (j.gate_scale) {  // h has a scale for each of these chunks: they must not depend on the instruction set
     j.f_chunk = FASTFILL_H_CHUNK;
@@ -58,17 +57,16 @@ void set_groups(Job &j, int groups) {
 }
 
 // Second half: how many column tiles make a task, and into how many groups the blocks are split. Few and large tasks
-// leave threads idle at the end; narrow ones or many groups pack more and read h more often. 576 x 1536 on two threads:
+// leave threads idle at the end; narrow ones visit each row of down more often, many groups pack more. 576 x 1536 on two threads:
 // 3 x 3 tasks keep one thread waiting for 10 % of the time, 6 x 2 do not.
 void plan_down(Job &j, const Sizes &s, int threads) {
   const int tiles = ceil_div(j.hidden, s.tile_columns);
   double best = 1e30;
   int best_groups = 1;
-  const int most = s.tile_columns > 32 ? 4 : 8;  // of y, [tile][token][column], L2 should hold much
-  for (int c = tiles < most ? tiles : most; c >= 1; c--) {
+  for (int c = tiles < s.most_tiles ? tiles : s.most_tiles; c >= 1; c--) {
     for (int groups = 1; groups <= j.n_blocks && groups <= 2 * threads; groups++) {
       const int tasks = ceil_div(tiles, c) * groups;
-      const double cost = (double)ceil_div(tasks, threads) * c / groups * (1 + 0.02 * groups + 0.08 / c);
+      const double cost = (double)ceil_div(tasks, threads) * c / groups * (1 + 0.02 * groups + s.narrow / c);
       if (cost < best) best = cost, j.c_tiles = c, best_groups = groups;
     }
   }
