@@ -207,6 +207,25 @@ bool check_int8(const char *isa, bool bf16, int h, int f, std::vector<int> token
   return !wrong;
 }
 
+bool check_product(const char *isa, int t, int n, int k, int threads) {
+  Exact<int8_t> a((size_t)t * k), b((size_t)n * k);
+  for (int i = 0; i < t * k; i++) a.p[i] = (int8_t)(uniform() * 127);
+  for (int i = 0; i < n * k; i++) b.p[i] = (int8_t)(uniform() * 128);
+  Exact<float> out((size_t)t * n);
+  fastfill_product_call c{};
+  c.a = a.p, c.b = b.p, c.out = out.p, c.a_stride = c.b_stride = k, c.out_stride = n;
+  c.tokens = t, c.rows = n, c.columns = k, c.threads = threads, c.isa = isa;
+  if (fastfill_product(&c) != FASTFILL_OK) return false;
+  int wrong = 0;
+  for (int i = 0; i < t * n; i++) {
+    int sum = 0;
+    for (int m = 0; m < k; m++) sum += a.p[(size_t)(i / n) * k + m] * b.p[(size_t)(i % n) * k + m];
+    wrong += out.p[i] != (float)sum;
+  }
+  std::printf("%-12s product T %d N %d K %d: %s\n", isa, t, n, k, wrong ? "WRONG" : "exact");
+  return !wrong;
+}
+
 bool check_low_rank(const char *isa, bool bf16, int blocks, int block_size, int h, int rank, int columns, int threads) {
   const int t = blocks * block_size, element = bf16 ? 2 : 4;
   Matrix x(t * h, bf16, 1), w_in(rank * h, bf16, 0.25f), w_out(columns * rank, bf16, 0.25f), bias(columns, bf16, 1);
@@ -374,6 +393,9 @@ int main() {
       good &= check_packed(isa, f, 3, f.columns == 32 ? 2144 : 2304, 11, 2);
       good &= check_packed(isa, f, 1, f.columns, 1, 1);
     }
+    good &= check_product(isa, 1, 5, 3, 2);
+    good &= check_product(isa, 37, 131, 77, 2);
+    good &= check_product(isa, 16, 24, 64, 1);
     for (bool bf16 : {false, true}) {
       good &= check(isa, bf16, 33, 77, {1, 0, 16, 37}, {77, 5, 0, 13}, 2);
       good &= check(isa, bf16, 64, 130, {16, 16, 32, 3, 40}, {65, 65, 1, 130, 64}, 3);

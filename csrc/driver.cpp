@@ -42,18 +42,18 @@ bool always() { return true; }
 const Isa kIsas[] = {  // best first
 #if defined(FASTFILL_X86)
     {"avx512_bf16", has_avx512_bf16, &avx512_f32, &avx512_bf16_bf16, &avx512_vnni_int8_f32, &avx512_vnni_int8_bf16,
-     avx512_top_k, avx512_packed},
+     &avx512_vnni_product, avx512_top_k, avx512_packed},
     {"avx512_vnni", has_avx512_vnni, &avx512_f32, &avx512_bf16_via_f32, &avx512_vnni_int8_f32, &avx512_vnni_int8_bf16,
-     avx512_top_k, avx512_packed},
+     &avx512_vnni_product, avx512_top_k, avx512_packed},
     {"avx512", has_avx512, &avx512_f32, &avx512_bf16_via_f32, &avx2_int8_f32, &avx2_int8_bf16,
-     avx512_top_k, avx512_packed},
+     &avx2_product, avx512_top_k, avx512_packed},
     {"avx_vnni", has_avx_vnni, &avx2_f32, &avx2_bf16_via_f32, &avx_vnni_int8_f32, &avx_vnni_int8_bf16,
-     avx2_top_k, avx2_packed},
+     &avx_vnni_product, avx2_top_k, avx2_packed},
     {"avx2", has_avx2, &avx2_f32, &avx2_bf16_via_f32, &avx2_int8_f32, &avx2_int8_bf16,
-     avx2_top_k, avx2_packed},
+     &avx2_product, avx2_top_k, avx2_packed},
 #endif
     {"portable", always, &portable_f32, &portable_bf16_via_f32, &portable_int8_f32, &portable_int8_bf16,
-     portable_top_k, portable_packed},
+     &portable_product, portable_top_k, portable_packed},
 };
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 

@@ -9,7 +9,7 @@
 #define FASTFILL_API extern "C" __attribute__((visibility("default")))
 #endif
 
-constexpr int32_t FASTFILL_INTERFACE = 4;  // to be raised with every change here; kernels/cpu.py refuses any other
+constexpr int32_t FASTFILL_INTERFACE = 5;  // to be raised with every change here; kernels/cpu.py refuses any other
 
 enum : int32_t { FASTFILL_F32 = 0, FASTFILL_BF16 = 1 };
 enum : int32_t { FASTFILL_SILU = 0, FASTFILL_GELU = 1, FASTFILL_GELU_TANH = 2, FASTFILL_RELU = 3 };
@@ -73,6 +73,17 @@ struct fastfill_round_call {
   const char *isa;
 };
 
+// out (tokens, rows), fp32: sums over columns of a (tokens, columns) times b (rows, columns), exact and rounded once. Columns are
+// at most 2^16: more could leave 32 bits.
+struct fastfill_product_call {
+  const int8_t *a, *b;
+  float *out;
+  int64_t a_stride, b_stride, out_stride;
+  int64_t tokens, rows, columns;
+  int32_t threads;
+  const char *isa;
+};
+
 // Rows (rows, columns) of weights in blocks as GGUF files hold them, `kind` by its numbers; columns are whole blocks.
 // unpack: out (rows, columns) in the dtype. packed_scales: scale and inverse (rows), as csrc/int8.h has them.
 // unpack_int8: out int8 (rows, columns), or transposed (columns, rows); each row times its inverse, to nearest, ties to even;
@@ -94,6 +105,7 @@ FASTFILL_API int32_t fastfill_block_scores(const fastfill_low_rank_call *call);
 FASTFILL_API int32_t fastfill_compensate(const fastfill_low_rank_call *call);
 FASTFILL_API int32_t fastfill_top_k(const fastfill_top_k_call *call);
 FASTFILL_API int32_t fastfill_round(const fastfill_round_call *call);
+FASTFILL_API int32_t fastfill_product(const fastfill_product_call *call);
 FASTFILL_API int32_t fastfill_unpack(const fastfill_packed_call *call);
 FASTFILL_API int32_t fastfill_packed_scales(const fastfill_packed_call *call);
 FASTFILL_API int32_t fastfill_unpack_int8(const fastfill_packed_call *call);

@@ -2,6 +2,7 @@
 // weight gives its magnitude (at most 128) and its sign goes to the other factor (at most 127): a pair is at most 32,512.
 #include "int8_avx2.h"
 #include "kernel.h"
+#include "product.h"
 
 namespace fastfill {
 namespace {
@@ -18,4 +19,5 @@ struct Avx2Maddubs : Avx2Int8<Store, 0> {
 
 }  // namespace
 const Loops avx2_int8_f32 = Ffn<Avx2Maddubs<F32>>::loops(), avx2_int8_bf16 = Ffn<Avx2Maddubs<Bf16ViaF32>>::loops();
+const ProductLoops avx2_product = Product<Avx2Maddubs<F32>>::loops();
 }  // namespace fastfill

@@ -3,6 +3,7 @@
 #include "avx512.h"
 #include "int8.h"
 #include "kernel.h"
+#include "product.h"
 
 namespace fastfill {
 namespace {
@@ -67,4 +68,5 @@ struct Avx512Int8 : Avx512, Int8<Store> {
 
 }  // namespace
 const Loops avx512_vnni_int8_f32 = Ffn<Avx512Int8<F32>>::loops(), avx512_vnni_int8_bf16 = Ffn<Avx512Int8<Bf16ViaF32>>::loops();
+const ProductLoops avx512_vnni_product = Product<Avx512Int8<F32>>::loops();
 }  // namespace fastfill

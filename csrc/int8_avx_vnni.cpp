@@ -1,6 +1,7 @@
 // Eight bits on AVX-VNNI, vpdpbusd in 256 bits: laptops since 2021.
 #include "int8_avx2.h"
 #include "kernel.h"
+#include "product.h"
 
 namespace fastfill {
 namespace {
@@ -17,4 +18,5 @@ struct AvxVnni : Avx2Int8<Store, 128> {
 
 }  // namespace
 const Loops avx_vnni_int8_f32 = Ffn<AvxVnni<F32>>::loops(), avx_vnni_int8_bf16 = Ffn<AvxVnni<Bf16ViaF32>>::loops();
+const ProductLoops avx_vnni_product = Product<AvxVnni<F32>>::loops();
 }  // namespace fastfill

@@ -2,6 +2,7 @@
 #include "int8.h"
 #include "kernel.h"
 #include "portable.h"
+#include "product.h"
 
 namespace fastfill {
 namespace {
@@ -70,4 +71,5 @@ struct PortableInt8 : Portable, Int8<Store> {
 
 }  // namespace
 const Loops portable_int8_f32 = Ffn<PortableInt8<F32>>::loops(), portable_int8_bf16 = Ffn<PortableInt8<Bf16ViaF32>>::loops();
+const ProductLoops portable_product = Product<PortableInt8<F32>>::loops();
 }  // namespace fastfill

@@ -102,6 +102,22 @@ struct PackedLoops {      // of one format of packed weights (packed.h)
 };
 constexpr int kPackedKinds = 8;
 
+struct ProductJob {       // of two int8 matrices (product.h)
+  const int8_t *a, *b;
+  float *out;
+  int64_t a_stride, b_stride, out_stride, tokens;
+  int32_t rows, columns, chunk;  // rows of b that a task takes
+  uint32_t *packed;              // a, turned around
+};
+
+struct ProductLoops {
+  int32_t rows;  // of a tile
+  int (*width)(const ProductJob &);  // tokens of a strip
+  size_t (*scratch_bytes)(const ProductJob &);  // of one thread
+  void (*pack)(const ProductJob &, int strip);
+  void (*multiply)(const ProductJob &, int task, char *scratch);
+};
+
 struct Scheme {  // everything that is compiled per instruction set and dtype
   Loops ffn;
   LowRankLoops low_rank;
@@ -112,6 +128,7 @@ struct Isa {
   bool (*supported)();
   const Scheme *f32, *bf16;
   const Loops *int8_f32, *int8_bf16;  // weights in eight bits, all else in that type
+  const ProductLoops *product;
   TopK *top_k;
   const PackedLoops *packed;  // kPackedKinds
 };
@@ -121,6 +138,7 @@ extern const Scheme avx512_bf16_bf16, avx512_f32, avx512_bf16_via_f32, avx2_f32,
     portable_bf16_via_f32;
 extern const Loops avx512_vnni_int8_f32, avx512_vnni_int8_bf16, avx_vnni_int8_f32, avx_vnni_int8_bf16, avx2_int8_f32,
     avx2_int8_bf16, portable_int8_f32, portable_int8_bf16;
+extern const ProductLoops avx512_vnni_product, avx_vnni_product, avx2_product, portable_product;
 extern TopK avx512_top_k, avx2_top_k, portable_top_k;
 extern const PackedLoops avx512_packed[kPackedKinds], avx2_packed[kPackedKinds], portable_packed[kPackedKinds];
 

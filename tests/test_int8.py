@@ -1,6 +1,5 @@
 """The sparse FFN on weights in eight bits: every instruction set of this machine, the reference in torch, and sums by hand."""
 
-import functools
 import os
 import subprocess
 import sys
@@ -356,18 +355,55 @@ def test_products_are_exact():
     subprocess.run([sys.executable, "-c", PRODUCTS], env=environment, check=True)
 
 
-@pytest.mark.parametrize("slow", [False, True], ids=["ours is slow", "torch's is slow"])
-def test_of_torchs_own_product_and_ours_the_faster_runs(monkeypatch, slow):
-    """Without VNNI torch has loops of its own for it, which are slower than fp32."""
+@native
+@pytest.mark.parametrize("shape", [(1, 5, 3), (8, 13, 64), (9, 1, 77), (33, 100, 1024), (130, 257, 1537), (0, 3, 8), (3, 0, 8)])
+def test_the_native_product_is_exact(isa, shape):
+    """Fewer tokens than a vector, ragged strips, tiles and units; the least byte of b; rows that lie apart."""
+    tokens, rows, columns = shape
+    a = torch.randint(-127, 128, (tokens, columns), dtype=torch.int8)
+    b = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+    a[::3], b[::2] = 127, -128
+    a[1::3] = -127
+    want = (a.double() @ b.double().T).float()
+    assert torch.equal(cpu.product(a, b), want)
+    apart_a, apart_b = torch.zeros(tokens, columns + 5, dtype=torch.int8), torch.zeros(2 * rows, columns, dtype=torch.int8)
+    apart_a[:, 2:-3], apart_b[::2] = a, b
+    assert torch.equal(cpu.product(apart_a[:, 2:-3], apart_b[::2]), want)
+    assert torch.equal(cpu.product(a, b.T.contiguous().T), want)
 
-    def late(run, *given):
+
+@native
+def test_a_byte_that_the_native_product_cannot_take_goes_another_way(isa):
+    a, b = torch.full((4, 40), -128, dtype=torch.int8), torch.full((3, 40), -7, dtype=torch.int8)
+    assert torch.equal(int8._native(a, b), torch.full((4, 3), 128.0 * 7 * 40))
+
+
+RUNS = ["_by_torch", "_native", "_by_pieces"]
+
+
+@native
+@pytest.mark.parametrize("fast", RUNS)
+def test_of_the_exact_products_the_fastest_runs(monkeypatch, fast):
+    """Without VNNI torch has loops of its own, slower than fp32."""
+
+    def exact(a, b):
+        return (a.double() @ b.double().T).float()
+
+    def late(a, b):
         time.sleep(0.05)
-        return run(*given)
+        return exact(a, b)
 
-    def torchs(a, b):  # exact, on every processor
-        return (a.double() @ b.double()).int()
+    for name in RUNS:
+        monkeypatch.setattr(int8, name, exact if name == fast else late)
+    assert int8._fastest.__wrapped__() is exact
 
-    monkeypatch.setattr(torch, "_int_mm", functools.partial(late, torchs) if slow else torchs)
-    if not slow:
-        monkeypatch.setattr(int8, "_by_pieces", functools.partial(late, int8._by_pieces))
-    assert int8._torch_pays.__wrapped__() is not slow
+
+@pytest.mark.parametrize("low", [-(2**15), -(2**31)])
+def test_a_product_of_torchs_that_saturates_never_runs(monkeypatch, low):
+    def saturates(a, b):
+        return (a.double() @ b.double()).clamp(low, -low - 1).int()
+
+    monkeypatch.setattr(torch, "_int_mm", saturates)
+    monkeypatch.setattr(int8, "_native", lambda a, b: time.sleep(0.05))
+    monkeypatch.setattr(int8, "_by_pieces", lambda a, b: time.sleep(0.05))
+    assert (int8._fastest.__wrapped__() is int8._by_torch) is (low == -(2**31))

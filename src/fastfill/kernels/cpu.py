@@ -11,15 +11,18 @@ import sys
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastfill.errors import UserError
 
-from .int8 import Scales
+if TYPE_CHECKING:
+    from .int8 import Scales  # which imports this module
 
-INTERFACE = 4  # FASTFILL_INTERFACE of csrc/fastfill.h
+
+INTERFACE = 5  # FASTFILL_INTERFACE of csrc/fastfill.h
 ISA_VARIABLE = "FASTFILL_ISA"  # environment variable: name of the instruction set to run, for tests
 
 _ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # csrc/fastfill.h
@@ -71,6 +74,18 @@ class _TopKCall(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("scores", "ids")),
         *((name, c_int64) for name in ("scores_stride", "rows", "neurons", "kept")),
+        ("threads", c_int32),
+        ("isa", c_char_p),
+    )
+
+
+class _ProductCall(ctypes.Structure):
+    """`fastfill_product_call` of csrc/fastfill.h, field by field."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("a", "b", "out")),
+        *((f"{name}_stride", c_int64) for name in ("a", "b", "out")),
+        *((name, c_int64) for name in ("tokens", "rows", "columns")),
         ("threads", c_int32),
         ("isa", c_char_p),
     )
@@ -142,6 +157,7 @@ def _load() -> ctypes.CDLL | str:
         lib.fastfill_block_scores.argtypes = [POINTER(_LowRankCall)]
         lib.fastfill_compensate.argtypes = [POINTER(_LowRankCall)]
         lib.fastfill_round.argtypes = [POINTER(_RoundCall)]
+        lib.fastfill_product.argtypes = [POINTER(_ProductCall)]
         lib.fastfill_top_k.argtypes = [POINTER(_TopKCall)]
         for op in ("unpack", "packed_scales", "unpack_int8", "packed_linear"):
             getattr(lib, f"fastfill_{op}").argtypes = [POINTER(_PackedCall)]
@@ -231,7 +247,7 @@ def sparse_ffn(
     up_bias: Tensor | None,
     init: Tensor | None,
     out: Tensor,
-    scales: Scales | None = None,
+    scales: "Scales | None" = None,
 ) -> None:
     """As `torch_ref.sparse_ffn`. Shapes and dtypes are checked by the caller, the ids here (in C++)."""
     lib = _library()
@@ -353,6 +369,27 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     )
     _check_code(_library().fastfill_round(byref(call)))
     return q, scale
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """As `int8.product`."""
+    a, b = _unit_rows(a), _unit_rows(b)
+    out = torch.empty(len(a), len(b), dtype=torch.float32)
+    call = _ProductCall(
+        a=a.data_ptr(),
+        b=b.data_ptr(),
+        out=out.data_ptr(),
+        a_stride=_row_stride(a),
+        b_stride=_row_stride(b),
+        out_stride=len(b),
+        tokens=len(a),
+        rows=len(b),
+        columns=a.shape[1],
+        threads=torch.get_num_threads(),
+        isa=isa().encode(),
+    )
+    _check_code(_library().fastfill_product(byref(call)))
+    return out
 
 
 def unpack(blocks: Tensor, kind: int, out: Tensor) -> None:
