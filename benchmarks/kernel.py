@@ -5,8 +5,9 @@
 Dense is what torch runs (three F.linear, the activation, the product); "packed" the same with weights packed ahead by
 oneDNN; the ceiling is a large GEMM with such weights. In int8, dense is torch's dynamic quantisation (`quantize_dynamic`),
 packed oneDNN's int8 Linear with a scale per token (rounded by our kernel, which is faster than torch), the ceiling
-torch._int_mm; around int8 weights all else is fp32. Every call takes the next layer of a rotation larger than the caches, so
-weights come from memory; the ceiling and all variants of a shape are timed in alternation, and each number is a median.
+the fastest exact product of bytes (torch's or ours); around int8 weights all else is fp32. Every call takes the next layer
+of a rotation larger than the caches, so weights come from memory; the ceiling and all variants of a shape are timed in
+alternation, and each number is a median.
 "of GEMM" is the rate on the FLOPs that remain against the ceiling. One JSON line per row goes to --out.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fastfill import kernels
 from fastfill.ffn import FFN
-from fastfill.kernels import cpu
+from fastfill.kernels import cpu, int8
 
 SHAPES = ((576, 1536), (896, 4864), (1536, 8960), (2048, 8192), (4096, 14336))
 ROTATION_BYTES = 400e6  # of weights, well above any L3 here
@@ -133,7 +134,7 @@ def large_gemm(dtype: torch.dtype) -> tuple[Callable[[Layer], Tensor], float]:
     m, n = 1024, 4096
     if dtype == torch.int8:
         a, b = (torch.randint(-127, 128, (rows, n), dtype=torch.int8) for rows in (m, n))
-        return lambda _: torch._int_mm(a, b.t()), 2.0 * m * n * n
+        return lambda _: int8.product(a, b), 2.0 * m * n * n
     x = torch.randn(m, n).to(dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(torch.randn(n, n).to(dtype), m)
     return lambda _: packed_linear(x, packed), 2.0 * m * n * n

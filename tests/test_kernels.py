@@ -567,7 +567,7 @@ def test_sanitizers(tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer over all instruction sets, in buffers without spare room."""
     flags = ["-std=c++17", "-O0", "-g1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     exact = ["-ffp-contract=off"]
-    sources = {"driver": [], "sparse_ffn": [], "predict": [], "packed": [], "check": exact, "isa_portable": []}
+    sources = {"driver": [], "sparse_ffn": [], "predict": [], "packed": [], "product": [], "check": exact, "isa_portable": []}
     sources |= {"int8_portable": exact, "packed_portable": exact}
     if platform.machine() in ("x86_64", "AMD64"):
         avx512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
