@@ -86,7 +86,7 @@ def test_nothing_is_measured_where_the_user_says_what_runs_or_prompts_have_no_bo
         assert there.choices["expected_gain"] is None
 
 
-def test_it_is_remembered_for_the_same_layer_and_settings_alone(clock, tmp_path):
+def test_it_is_remembered_for_the_same_layer_settings_and_library_alone(clock, monkeypatch, tmp_path):
     with attached()[1] as there:
         first = there.choices
     assert len(clock.timed) == 1
@@ -104,6 +104,10 @@ def test_it_is_remembered_for_the_same_layer_and_settings_alone(clock, tmp_path)
             file.write_text(content)
         with attached()[1] as there:
             assert there.choices == first and len(clock.timed) == count + 1
+    count = len(clock.timed)
+    monkeypatch.setattr(kernels.cpu, "build", lambda: "another")
+    attached()[1].detach()
+    assert len(clock.timed) == count + 1
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(clock, monkeypatch, tmp_path):

@@ -126,5 +126,5 @@ def _key(ffn: SparseFFN, config: PrefillConfig, names: Sequence[str]) -> str:
     shapes = [(tensor.dtype, tuple(tensor.shape)) for tensor in (ffn.ffn.gate, *ffn.tensors)]
     biases = [bias is not None for bias in (ffn.ffn.gate_bias, ffn.ffn.up_bias, ffn.ffn.down_bias)]
     layer = (type(ffn.predictor), ffn.ffn.dtype, shapes, ffn.kept, ffn.ffn.activation, biases, ffn.ffn.gate.device.type)
-    here = (machine.describe(), kernels.available(), list(names), MARGIN, MOST)
+    here = (machine.describe(), kernels.available(), kernels.cpu.build(), list(names), MARGIN, MOST)
     return hashlib.sha256(repr((layer, here, to_dict(config))).encode()).hexdigest()[:32]

@@ -6,6 +6,7 @@ missing, `usable` is False and `status` says so, and importing this module never
 
 import ctypes
 import functools
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -170,6 +171,13 @@ def _load() -> ctypes.CDLL | str:
     except (OSError, AttributeError) as error:
         return f"the native library does not load: {error}"
     return lib
+
+
+@functools.cache
+def build() -> str:
+    """Differs between libraries: a digest of the file, empty without one."""
+    file = _library_file()
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file else ""
 
 
 @functools.cache
