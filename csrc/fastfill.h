@@ -73,8 +73,8 @@ struct fastfill_round_call {
   const char *isa;
 };
 
-// out (tokens, rows), fp32: sums over columns of a (tokens, columns) times b (rows, columns), exact and rounded once. Columns are
-// at most 2^16: more could leave 32 bits.
+// out (tokens, rows), fp32: sums over columns of a (tokens, columns) times b (rows, columns), exact and rounded once. a has no
+// -128 (csrc/int8_avx2.cpp); columns are at most 2^16: more could leave 32 bits.
 struct fastfill_product_call {
   const int8_t *a, *b;
   float *out;

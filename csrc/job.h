@@ -9,7 +9,7 @@ namespace fastfill {
 
 constexpr int kMaxBlock = 512;  // tokens; longer blocks are cut: bounds the packed x that a core holds
 
-constexpr int kAllTiles = 1 << 30;
+constexpr int kAllTiles = 1 << 30;  // no bound on a task's column tiles
 
 struct Block {           // tokens that share one selection; long blocks are cut into several of these
   int64_t row0;          // first token

@@ -27,9 +27,9 @@
 // - A down tile starts from zero and adds y at its end, so that y may arrive from L3 meanwhile: with the chunk asked
 //   for ahead, 4 to 20 % of pass 3.
 // - AVX2 has 32 KB of L1 and 16 registers. With 6 tokens x 2 vectors, panels of 32 KB and rows of h of 32 tokens (128 bytes:
-//   every other cache set) the second half ran at 55 % of a Zen 3's peak, fp32, half of 1536 x 8960. Tiles of 4 x 3, panels of
-//   16 KB and strips of 16 tokens of h: 85 to 95 %. Its tasks are wide, because a row of down costs a visit whatever is read of
-//   it: 2 tiles 0.64, 4 tiles 0.86, all tiles 1.1 of the speed of 8.
+//   every other cache set) the second half took 1.3 times as long (Zen 3, fp32, half of 1536 x 8960) as with tiles of 4 x 3,
+//   panels of 16 KB and strips of 16 tokens of h. Its tasks are wide, because a row of down costs a visit whatever is read of
+//   it: 2 tiles have 0.7 and 32 tiles 1.1 of the speed of 8.
 // - Scratch memory in huge pages: 7 to 16 % at 4096 x 14336, nothing on small layers.
 //
 // With int8 weights (kInt8) the same loops sum integers. x is rounded while it is packed; h leaves the first half in fp32 and is
