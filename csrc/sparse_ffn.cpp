@@ -64,6 +64,7 @@ void plan_down(Job &j, const Sizes &s, int threads) {
   double best = 1e30;
   int best_groups = 1;
   for (int c = tiles < s.most_tiles ? tiles : s.most_tiles; c >= 1; c--) {
+    if (c > 1 && ceil_div(tiles, c - 1) == ceil_div(tiles, c)) continue;  // as many tasks, each wider
     for (int groups = 1; groups <= j.n_blocks && groups <= 2 * threads; groups++) {
       const int tasks = ceil_div(tiles, c) * groups;
       const double cost = (double)ceil_div(tasks, threads) * c / groups * (1 + 0.02 * groups + s.narrow / c);

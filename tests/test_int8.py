@@ -378,6 +378,27 @@ def test_a_byte_that_the_native_product_cannot_take_goes_another_way(isa):
     assert torch.equal(int8._native(a, b), torch.full((4, 3), 128.0 * 7 * 40))
 
 
+@pytest.mark.parametrize("given", [{"size": (3, 64)}, {"dtype": torch.float32}, {"device": "meta"}], ids=str)
+def test_a_product_of_what_does_not_fit_is_refused(given):
+    a, b = torch.ones(2, 100, dtype=torch.int8), torch.zeros(**{"size": (3, 100), "dtype": torch.int8} | given)
+    for x, y in ((a, b), (b, a), (a[0], b)):
+        with pytest.raises(ValueError, match=r"must be int8 \(T, K\) and \(N, K\) on one device: they are torch"):
+            int8.product(x, y)
+
+
+def test_more_columns_than_32_bits_hold():
+    a = torch.full((1, 140_000), 127, dtype=torch.int8)
+    assert torch.equal(int8.product(a, a), torch.tensor([[127.0 * 127 * 140_000]]))
+
+
+def test_another_default_device_changes_nothing():
+    a = torch.full((3, 40), 7, dtype=torch.int8)
+    int8._fastest.cache_clear()
+    with torch.device("meta"):
+        got, (q, scale) = int8.product(a, a), kernels.rounded(a.float())
+    assert torch.equal(got, torch.full((3, 3), 49.0 * 40)) and q.device.type == scale.device.type == "cpu"
+
+
 RUNS = ["_by_torch", "_native", "_by_pieces"]
 
 

@@ -363,7 +363,8 @@ def top_k(scores: Tensor, kept: int) -> Tensor:
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `int8.rounded`, of x (T, K) in one of `DTYPES`."""
     x = _unit_rows(x)
-    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), dtype=torch.float32)
+    q = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    scale = torch.empty(len(x), dtype=torch.float32, device="cpu")
     call = _RoundCall(
         x=x.data_ptr(),
         q=q.data_ptr(),
@@ -380,9 +381,9 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """As `int8.product`."""
+    """As `int8.product`, of a's from -127 and at most `int8.WIDEST` columns, which the caller checks."""
     a, b = _unit_rows(a), _unit_rows(b)
-    out = torch.empty(len(a), len(b), dtype=torch.float32)
+    out = torch.empty(len(a), len(b), dtype=torch.float32, device="cpu")
     call = _ProductCall(
         a=a.data_ptr(),
         b=b.data_ptr(),
