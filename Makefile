@@ -22,9 +22,12 @@ PYTEST := -m pytest -n 2 --dist worksteal
 test: $(VENV)/.installed
 	$(BIN)/python $(PYTEST)
 
-# The same tests on the oldest supported torch and transformers, in an environment of its own. Triton of that time is not ours.
+# The same tests on the oldest supported torch and transformers, in an environment of its own. Triton of that time is not ours;
+# two slow tests that import neither are left out.
+NEITHER := --deselect=tests/test_kernels.py::test_sanitizers --deselect=tests/test_fuzz.py::test_a_worker_that_hangs_or_dies_is_replaced
+
 test-oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python $(PYTEST) --ignore=tests/test_kernels_gpu.py
+	$(VENV)-oldest/bin/python $(PYTEST) --ignore=tests/test_kernels_gpu.py $(NEITHER)
 
 # The plugin inside vLLM, in an environment of its own: 3.5 GB. Most engines run in the process of the tests.
 venv-vllm: $(VENV)-vllm/.installed
