@@ -23,7 +23,7 @@ test: $(VENV)/.installed
 	$(BIN)/python $(PYTEST)
 
 # The same tests on the oldest supported torch and transformers, in an environment of its own. Triton of that time is not ours;
-# two slow tests that import neither are left out.
+# two slow tests that depend on neither are left out.
 NEITHER := --deselect=tests/test_kernels.py::test_sanitizers --deselect=tests/test_fuzz.py::test_a_worker_that_hangs_or_dies_is_replaced
 
 test-oldest: $(VENV)-oldest/.installed
