@@ -41,7 +41,7 @@ struct Cuts {
   static constexpr int kStrip = kMaxBlock;  // tokens of h that lie together
   static constexpr int kPanel = 32 * 1024;  // bytes of a chunk of neurons in one tile of columns
   static constexpr int kMostTiles = 8;  // of columns in a task: of its y, [tile][token][column], L2 should hold much
-  static constexpr float kNarrow = 0.08f;
+  static constexpr float kNarrow = 0.08f;  // what a task of one tile costs more than its share of a wide one
 };
 
 // How elements lie in memory and in the packed chunks. Tensors and chunks in fp32:

@@ -57,8 +57,8 @@ void set_groups(Job &j, int groups) {
 }
 
 // Second half: how many column tiles make a task, and into how many groups the blocks are split. Few and large tasks
-// leave threads idle at the end; narrow ones visit each row of down more often, many groups pack more. 576 x 1536 on two threads:
-// 3 x 3 tasks keep one thread waiting for 10 % of the time, 6 x 2 do not.
+// leave threads idle at the end; narrow ones visit each row of down more often, many groups pack more.
+// 576 x 1536 on two threads: 3 x 3 tasks keep one thread waiting for 10 % of the time, 6 x 2 do not.
 void plan_down(Job &j, const Sizes &s, int threads) {
   const int tiles = ceil_div(j.hidden, s.tile_columns);
   double best = 1e30;
