@@ -1,4 +1,4 @@
-"""Eight bits (W8A8) in torch: what csrc/int8.h computes, bit for bit where the activation is; products in the fastest exact way.
+"""Eight bits (W8A8) in torch: what csrc/int8.h computes, bit for bit where the activation is; products by the fastest way.
 
 Weights are int8 with a scale per output channel, symmetric, as llm-compressor writes them. Activations are rounded on the way:
 a scale per token, and for h, between the halves, one per token and chunk of `H_CHUNK` neurons. A scale is the largest
