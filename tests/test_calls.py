@@ -12,7 +12,7 @@ from conftest import BLOCK, EXACT, FAMILIES, PREFILL, logits, tiny_artifact, tin
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
-from fastfill import attach, blocks, calls
+from fastfill import attach, blocks, calls, kv_cache
 from fastfill.calls import GenerateHook, generate_input, plain_mask
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
@@ -303,7 +303,7 @@ def odd_calls(model, ids):
         calls.PACKED: [{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}],
         calls.READY_MASK: [{"attention_mask": causal}],
         calls.HOLES: [{"attention_mask": holes}],
-        calls.STATIC_CACHE: [{"attention_mask": tree, "past_key_values": fixed}],
+        calls.STATIC_CACHE: [{"attention_mask": tree, **kv_cache.given(model.model, fixed)}],
     }
 
 
@@ -386,6 +386,27 @@ def test_a_cache_that_says_no_length(model):
 
     assert calls.cached(Odd()) is None and calls.cached(None) == 0
     assert calls.cached(DynamicCache()) == 0
+
+
+def test_the_cache_is_found_under_both_of_its_names(model):
+    new, old = DynamicCache(), DynamicCache()
+    assert kv_cache.find({"past_key_values": old}) is kv_cache.find({"past_key_values": old, "cache": None}) is old
+    assert kv_cache.find({"past_key_values": old, "cache": new}) is kv_cache.find({"cache": new}) is new
+    assert kv_cache.find({"past_key_values": old, "cache": new}, ["past_key_values"]) is old  # transformers before 5.24
+    assert kv_cache.find({}) is None
+    with torch.no_grad():
+        out = model(token_ids(1, 4), use_cache=True)
+    assert kv_cache.left(out) is out[kv_cache.name(model)] and kv_cache.left(out).get_seq_length() == 4
+
+
+def test_a_model_whose_cache_has_an_unknown_name_is_refused(model):
+    class Renamed(type(model.model)):
+        def forward(self, input_ids=None, attention_mask=None, keys_and_values=None, **kwargs):
+            return super().forward(input_ids, attention_mask)
+
+    model.model.__class__ = Renamed
+    with pytest.raises(UserError, match="its KV cache under a name that fastfill does not know"):
+        attach(model, tiny_artifact(model))
 
 
 # --- ready masks --------------------------------------------------------------------------------------------------------

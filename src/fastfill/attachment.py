@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastfill import artifact as artifacts
-from fastfill import attention, choice, families, partner, projections, upper
+from fastfill import attention, choice, families, kv_cache, partner, projections, upper
 from fastfill.artifact import Artifact
 from fastfill.attention import Attention
 from fastfill.blocks import Plan
@@ -68,6 +68,7 @@ class Attachment:
         thins = any(ffn.kept < anatomy.intermediate for ffn in self.ffns)  # False at sparsity 0: all of it is dense
         self._thins = thins and gains
         parameters = list(inspect.signature(anatomy.base.forward).parameters)
+        kv_cache.check(parameters)
         self._calls = Calls(config, parameters, len(anatomy.layers), thins, gains)
         self.stats = self._calls.stats
         like = torch.empty(0, dtype=self.ffns[0].ffn.dtype, device=self.ffns[0].ffn.gate.device)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fastfill import blocks, upper
+from fastfill import blocks, kv_cache, upper
 from fastfill.blocks import Plan
 from fastfill.config import PrefillConfig
 from fastfill.sparse_ffn import current_plan
@@ -159,6 +159,7 @@ class Calls:
         upper.current_upper.set(None)
         self._running().append(running)
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        named["cache"] = kv_cache.find(named, self.parameters)
         tokens = named.get("input_ids")
         tokens = named.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2:
@@ -215,7 +216,7 @@ class Calls:
         if width < 2:
             return  # a decode step: nothing is looked at
         prompt, least = self.said.prompt, self.config.min_tokens
-        past = cached(named.get("past_key_values"))
+        past = cached(named["cache"])
         mine = prompt is None or prompt.takes(past or 0, width)
         if prompt and (past or 0) >= prompt.end:
             return  # behind the prompt, drafts to be checked for instance
@@ -233,8 +234,7 @@ class Calls:
             if running.plan and read and not self.said.whole and running.plan.ends_before(read):
                 running.plan = replace(running.plan, unread=True)
             if running.plan and thin:
-                cache = named.get("past_key_values")
-                running.upper = upper.of_call(running.plan, self.config, self.layers, cache, rows, prompt is not None)
+                running.upper = upper.of_call(running.plan, self.config, self.layers, named["cache"], rows, prompt is not None)
         elif (prompt.size if prompt and mine else width) >= least:
             running.reason = rows if isinstance(rows, str) else OTHER_TEXT
 
@@ -252,14 +252,14 @@ def cached(cache: Any) -> int | None:
 def call_rows(shape: tuple[int, int], past: int, named: dict[str, Any]) -> list[Row] | str:
     """Which rows of a base-model call are tokens, and at which positions; or the reason why that cannot be told.
 
-    shape: (batch, T). past: columns in the cache. named: the call's arguments by name.
+    shape: (batch, T). past: columns in the cache. named: the call's arguments by name, `cache` among them.
     """
     batch, width = shape
     if any("cu_seq" in name and value is not None for name, value in named.items()):
         return PACKED
     mask = named.get("attention_mask")
     if isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.ndim == 4):
-        fixed = getattr(named.get("past_key_values"), "is_compileable", False)  # `generate` makes ready masks for these
+        fixed = getattr(named["cache"], "is_compileable", False)  # `generate` makes ready masks for these
         mask = plain_mask(mask, batch, past, width) if fixed else None
         if mask is None:
             return STATIC_CACHE if fixed else READY_MASK

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastfill import kv_cache
 from fastfill.blocks import Plan, make_plan
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
@@ -130,7 +131,7 @@ def _plain(cache: Any) -> bool:
 
 def run_layer(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One upper layer: of a prompt, on the tokens that go on; behind such a prompt, with the mask of what its cache holds."""
-    upper, cache = current_upper.get(), kwargs.get("past_key_values")
+    upper, cache = current_upper.get(), kv_cache.find(kwargs)
     if upper is None:
         kept = getattr(cache, MARK, None)
         return forward(*args, **(_behind(index, args[0].shape[1], cache, kept, kwargs) if kept else kwargs))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastfill import families
+from fastfill import families, kv_cache
 from fastfill.artifact import Artifact
 from fastfill.attachment import attach
 from fastfill.calibration.distill import kl_divergence
@@ -95,9 +95,10 @@ def _loss(model: Any, artifact: Artifact, readings: list[_Reading], sparsity: fl
     kl, lost, worth, tokens = 0.0, 0.0, 0.0, 0
     with attach(model, artifact, sparsity=sparsity, min_tokens=1) as attachment:
         for reading in readings:
-            cache = model.base_model(input_ids=reading.ids[:, :part], use_cache=True).past_key_values
+            read = model.base_model(input_ids=reading.ids[:, :part], use_cache=True)
+            cache = kv_cache.given(model.base_model, kv_cache.left(read))
             with attachment.dense():
-                follows = model.base_model(input_ids=reading.ids[:, part:], past_key_values=cache, use_cache=True)[0][0, :-1]
+                follows = model.base_model(input_ids=reading.ids[:, part:], **cache)[0][0, :-1]
             logits = head(follows)
             kl += float(kl_divergence(reading.logits, logits).sum())
             lost += float((_nll(logits, reading.targets) - reading.nll).sum())

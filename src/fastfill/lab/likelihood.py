@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastfill import calls
+from fastfill import calls, kv_cache
 from fastfill.engines import transformers as engine
 from fastfill.families import Head
 from fastfill.lab import intervals
@@ -67,7 +67,7 @@ def read(model: Any, ids: torch.Tensor) -> Prompt:
     """Prefill ids (1, T), in the mode that the attachment is in."""
     with calls.prompt(model, ids.shape[1], read=1):
         out = model.base_model(input_ids=ids.to(model.device), use_cache=True)
-    return Prompt(out.last_hidden_state[0, -1:].clone(), out.past_key_values)
+    return Prompt(out.last_hidden_state[0, -1:].clone(), kv_cache.left(out))
 
 
 @torch.no_grad()
@@ -77,7 +77,8 @@ def states(model: Any, prompt: Prompt, answer: torch.Tensor) -> torch.Tensor:
     if len(answer) == 1:
         return prompt.state
     inputs = answer[None, :-1].to(model.device)
-    out = model.base_model(input_ids=inputs, past_key_values=copy.deepcopy(prompt.cache), use_cache=True)
+    cache = kv_cache.given(model.base_model, copy.deepcopy(prompt.cache))
+    out = model.base_model(input_ids=inputs, **cache)
     return torch.cat([prompt.state, out.last_hidden_state[0]])
 
 
@@ -107,7 +108,7 @@ def write(model: Any, prompts: Sequence[Prompt], most: Sequence[int]) -> list[li
             mask = None if mask is None else mask[rows]
             cache.batch_select_indices(rows)
         mask = None if mask is None else F.pad(mask, (0, 1), value=1)
-        step = {"attention_mask": mask, "position_ids": places, "past_key_values": cache, "use_cache": True}
+        step = {"attention_mask": mask, "position_ids": places, **kv_cache.given(model.base_model, cache)}
         state = model.base_model(input_ids=tokens[:, None], **step).last_hidden_state[:, -1]
         places = places + 1
 

@@ -17,7 +17,7 @@ import torch
 
 from fastfill import artifact as artifacts
 from fastfill import config as cfg
-from fastfill import models
+from fastfill import kv_cache, models
 from fastfill.attachment import attach
 from fastfill.config import PREFILL_FIELDS
 from fastfill.engines import transformers as engine
@@ -121,8 +121,9 @@ class FastfillLM(HFLM):
         """Last hidden states (T, H) of ids behind what is in the cache, and the cache. Logits of a long context would take
         far more memory than the model, and only those of the continuation count."""
         rows = torch.tensor([ids], device=self.model.device)
-        out = self.model.base_model(input_ids=rows, past_key_values=cache, use_cache=True)
-        return out.last_hidden_state[0], out.past_key_values
+        base = self.model.base_model
+        out = base(input_ids=rows, **kv_cache.given(base, cache))
+        return out.last_hidden_state[0], kv_cache.left(out)
 
     @torch.no_grad()
     def _score(self, states: torch.Tensor, targets: list[int]) -> tuple[float, bool]:

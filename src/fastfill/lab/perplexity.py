@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastfill import kv_cache
 from fastfill.attachment import Attachment
 from fastfill.errors import UserError
 from fastfill.families import Head
@@ -198,10 +199,11 @@ def read_sparse(
     strict, after = _Sums(), _Sums()
     with sparse():
         hidden = model.base_model(input_ids=ids, use_cache=False)[0][0]
-        cache = model.base_model(input_ids=ids[:, : dense.part], use_cache=True).past_key_values
+        read = model.base_model(input_ids=ids[:, : dense.part], use_cache=True)
+        cache = kv_cache.given(model.base_model, kv_cache.left(read))
     with attachment.dense():
         # Each model's own last prompt token predicts the first, which is left out: all scored tokens are dense.
-        follows = model.base_model(input_ids=ids[:, dense.part :], past_key_values=cache, use_cache=True)[0][0, :-1]
+        follows = model.base_model(input_ids=ids[:, dense.part :], **cache)[0][0, :-1]
     counted = slice(dense.first, dense.stop)
     strict.add(model, dense.hidden[counted], hidden[counted], ids[0, dense.first + 1 : dense.stop + 1], dense.first)
     after.add(model, dense.hidden[dense.part : -1], follows, ids[0, dense.part + 1 :], dense.part)
