@@ -45,6 +45,8 @@ SPECIAL = {
     # Not SDPA, which some versions of transformers take, without the cap. No short window: eager gives padding NaN in fp64.
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 8.0, "attn_implementation": "eager"},
     "gemma3_text": {**_GEMMA, "sliding_window": 24, "sliding_window_pattern": 2},  # layer 1 sees all
+    "olmo3": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},  # ones are layers with positions
     "granite": {
         "embedding_multiplier": 3.0,
         "logits_scaling": 0.5,

@@ -14,7 +14,7 @@ from fastfill import attach, attention
 from fastfill.engines.transformers import TransformersEngine
 from fastfill.engines.transformers import generate as run_generate
 
-SDPA = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite")
+SDPA = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite")
 TOKENS = 61
 
 

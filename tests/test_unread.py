@@ -27,7 +27,7 @@ def read(model, ids, **kwargs):
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma2", "gemma3_text", "olmo2", "granite"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3", "granite"])
 def test_nothing_that_is_read_changes(family, kernel):
     model, ids = tiny_model(family), token_ids(2, TOKENS)
     with attach(model, tiny_artifact(model), TAIL, kernel=kernel) as attached:

@@ -12,7 +12,7 @@ from fastfill import attach, upper
 from fastfill.engines.transformers import TransformersEngine
 from fastfill.lab.tasks import TASKS
 
-SDPA = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite")
+SDPA = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite")
 HALF = PREFILL.with_(upper_share=0.5, dense_tail=BLOCK)
 SKIP = HALF.with_(sparsity=0.0)  # all neurons
 TOKENS = 61  # a head of one block, 5 blocks between, a tail of 13 tokens

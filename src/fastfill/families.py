@@ -110,7 +110,9 @@ FAMILIES = {
     "phi3": Family(gate_up="gate_up_proj", vllm="Phi3ForCausalLM"),  # Phi-3, Phi-3.5 and Phi-4-mini
     "gemma2": Family(activation="hidden_activation", cap="final_logit_softcapping", vllm="Gemma2ForCausalLM"),
     "gemma3_text": Family(activation="hidden_activation", cap="final_logit_softcapping", vllm="Gemma3ForCausalLM"),
-    "olmo2": Family(),  # vLLM runs it by way of transformers' modules
+    "olmo2": Family(),  # vLLM runs it, as the next two, by way of transformers' modules
+    "olmo3": Family(),
+    "smollm3": Family(),
     "granite": Family(scale="logits_scaling", vllm="GraniteForCausalLM"),
 }
 # An activation in a model's config -> its name in `ffn.ACTIVATIONS`.
