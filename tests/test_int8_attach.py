@@ -15,6 +15,7 @@ from conftest import (
     INTERMEDIATE,
     KERNELS,
     LAYERS,
+    RECURRENT,
     logits,
     tiny_artifact,
     tiny_model,
@@ -68,11 +69,14 @@ def by_hand(x, weight, bias=None):
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("family", ["llama", "granite", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "granite", "phi3", *(name for name in RECURRENT if name in FAMILIES)])
 def test_eight_bits_are_those_of_ffn_and_projections(family):
     """With all neurons kept, by Linears of rounded numbers in fp64. fp32 rounds at 6e-8, a few times; another step of one
     number would be 1 / 254 of it."""
-    model = tiny_model(family, dtype=torch.float64, num_hidden_layers=1)
+    changes = {"num_hidden_layers": 1}
+    if family in RECURRENT:  # layers without attention keep their projections
+        changes = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    model = tiny_model(family, dtype=torch.float64, **changes)
     hand = copy.deepcopy(model)
     for part in dissect(hand).ffns:
         ffn = part.read()
@@ -82,7 +86,7 @@ def test_eight_bits_are_those_of_ffn_and_projections(family):
             ffn.down_bias,
         )
     for attention in dissect(hand).attentions:
-        for linear in attention.children():
+        for linear in (child for child in attention.children() if type(child) is torch.nn.Linear):
             linear.forward = lambda x, linear=linear: by_hand(x, linear.weight, linear.bias)
     with eight(model, sparsity=0.0):
         torch.testing.assert_close(logits(model, IDS), logits(hand, IDS), rtol=0, atol=2e-6)

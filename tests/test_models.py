@@ -6,10 +6,20 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import one_sentence, tiny_model, tiny_tokenizer, user_error
+from conftest import (
+    FAMILIES,
+    logits,
+    one_sentence,
+    tiny_artifact,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+    token_ids,
+    user_error,
+)
 from safetensors.torch import load_file, save_file
 
-from fastfill import models
+from fastfill import attach, models
 from fastfill.engines import transformers as engine
 from fastfill.errors import UserError
 
@@ -34,6 +44,23 @@ def weights(folder, change):
 def config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.skipif("qwen3_5_text" not in FAMILIES, reason="this transformers does not know Qwen3.5")
+def test_a_checkpoint_with_vision_gives_its_text_model(tmp_path):
+    """As Qwen3.5's are."""
+    text = {name: value for name, value in tiny_config("qwen3_5_text").to_dict().items() if name != "model_type"}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": text["hidden_size"]}
+    config = transformers.AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, ids = models.load(str(tmp_path), "fp32").model, token_ids(1, 45)
+    assert model.config.model_type == "qwen3_5_text" and torch.equal(logits(model, ids), logits(whole, ids))
+    with attach(model, tiny_artifact(model)) as attached:
+        logits(model, ids)
+        assert attached.stats.sparse_tokens == 32
 
 
 def test_tensors_that_are_missing_are_named(folder):

@@ -318,10 +318,14 @@ def test_pairs_in_a_window():
     for tokens, window in itertools.product((1, 5, 9), (None, 1, 4, 5, 20)):
         seen = sum(1 for q in range(tokens) for k in range(q + 1) if window is None or q - k < window)
         assert flops.pairs(tokens, window) == seen
-    assert flops.windows(tiny_config("mistral", sliding_window=16)) == [16] * LAYERS
-    assert flops.windows(tiny_config("llama")) == [None] * LAYERS
+
+    def windows(config):
+        return [window for _, window in flops.layers_of(config)]
+
+    assert windows(tiny_config("mistral", sliding_window=16)) == [16] * LAYERS
+    assert windows(tiny_config("llama")) == [None] * LAYERS
     mixed = tiny_config("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
-    assert flops.windows(mixed) == [None, 16, 16]
+    assert windows(mixed) == [None, 16, 16]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -330,11 +334,24 @@ def test_flops_of_a_dense_prefill_are_those_that_torch_counts(family):
     with FlopCounterMode(display=False) as counter:
         logits(model, token_ids(1, tokens), logits_to_keep=1)
     parts = flops.prefill(model.config, tokens)
-    full = 4 * HIDDEN * tokens**2 * LAYERS  # eager attention also computes the masked pairs
+    linear = [kind == flops.RECURRENT for kind, _ in flops.layers_of(model.config)]
+    full = 4 * HIDDEN * tokens**2 * linear.count(False)  # eager attention also computes the masked pairs
     rotary = sum(
         v for name, module in counter.get_flop_counts().items() if name.endswith("rotary_emb") for v in module.values()
     )
-    assert counter.get_total_flops() - rotary == sum(parts.values()) - parts["attention"] + full
+    found = counter.get_total_flops() - rotary
+    for layer in (index for index, recurrent in enumerate(linear) if recurrent):  # it is computed by chunks; see below
+        of = {name: sum(v.values()) for name, v in counter.get_flop_counts().items() if f".{layer}.linear_attn" in name}
+        found -= sum(count if name.endswith("linear_attn") else -count for name, count in of.items())
+    assert found == sum(parts.values()) - parts["attention"] + full
+
+
+def test_flops_of_a_recurrent_layers_state():
+    """Token by token: S <- decay S; S += k (beta (v - S k))^T; q S; behind a convolution of all that is projected but gates."""
+    config = tiny_config("qwen3_5_text")  # two key heads, four value heads, 8 wide, a convolution of 4
+    layer = 2 * 4 * (2 * 16 + 32) + 4 * 3 * 2 * 8 * 8
+    attention = 4 * HIDDEN * 45 * 46 // 2
+    assert flops.prefill(config, 45)["attention"] == attention + 2 * 45 * layer
 
 
 def test_flops_of_the_sparse_ffns_are_those_that_torch_counts(model, monkeypatch):

@@ -5,7 +5,19 @@ import pickle
 
 import pytest
 import torch
-from conftest import BLOCK, EXACT, LAYERS, PREFILL, logits, tiny_artifact, tiny_model, token_ids, user_error
+from conftest import (
+    BLOCK,
+    EXACT,
+    FAMILIES,
+    LAYERS,
+    PREFILL,
+    RECURRENT,
+    logits,
+    tiny_artifact,
+    tiny_model,
+    token_ids,
+    user_error,
+)
 from transformers import DynamicCache
 
 from fastfill import attach, upper
@@ -273,6 +285,11 @@ def test_bad_shares_and_attention_that_cannot_be_watched_are_refused():
     with user_error("upper_share reads the attention of sdpa, and this model runs 'eager'"):
         attach(model, tiny_artifact(model), HALF)
     assert "forward" not in vars(model.model)  # nothing was left
+    for family in set(RECURRENT) & set(FAMILIES):
+        model = tiny_model(family)
+        with user_error("upper_share needs attention in every layer"):
+            attach(model, tiny_artifact(model), HALF)
+        assert "forward" not in vars(model.model)
 
 
 def test_tasks_that_score_every_token_refuse_it(model, tmp_path):

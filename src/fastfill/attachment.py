@@ -71,6 +71,8 @@ class Attachment:
         kv_cache.check(parameters)
         self._calls = Calls(config, parameters, len(anatomy.layers), thins, gains)
         self.stats = self._calls.stats
+        if config.upper_share < 1 and len(anatomy.attentions) < len(anatomy.layers):
+            raise UserError("upper_share needs attention in every layer, and this model has some without; leave it at 1.")
         like = torch.empty(0, dtype=self.ffns[0].ffn.dtype, device=self.ffns[0].ffn.gate.device)
         self._attention = Attention(anatomy.base.config, config.attention, config.upper_share < 1, like)
         self._readers = Readers(families.causal_of(model), anatomy)

@@ -29,6 +29,8 @@ class Family:
     layers: str = "layers"
     ffn: str = "mlp"
     attention: str = "self_attn"
+    recurrent: str | None = None  # in attention's place in some layers
+    gated: bool = False  # attention's q_proj makes a gate as well
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -52,7 +54,13 @@ class Family:
         return [getattr(layer, self.ffn) for layer in self.layers_of(base)]
 
     def attentions(self, base: Any) -> list[Any]:
-        return [getattr(layer, self.attention) for layer in self.layers_of(base)]
+        """Of the layers that have one."""
+        return [getattr(layer, self.attention) for layer in self.layers_of(base) if hasattr(layer, self.attention)]
+
+    def mixers(self, base: Any) -> list[Any]:
+        """What mixes tokens, one for each layer: its attention, or what is in its place."""
+        other = self.recurrent or self.attention
+        return [getattr(layer, self.attention if hasattr(layer, self.attention) else other) for layer in self.layers_of(base)]
 
     def linear(self, role: str) -> str:
         """The name of the Linear that holds 'gate', 'up' or 'down'."""
@@ -107,6 +115,7 @@ FAMILIES = {
     "mistral": Family(vllm="MistralForCausalLM"),
     "qwen2": Family(vllm="Qwen2ForCausalLM"),  # Qwen2, Qwen2.5
     "qwen3": Family(vllm="Qwen3ForCausalLM"),
+    "qwen3_5_text": Family(recurrent="linear_attn", gated=True),  # Qwen3.5, dense
     "phi3": Family(gate_up="gate_up_proj", vllm="Phi3ForCausalLM"),  # Phi-3, Phi-3.5 and Phi-4-mini
     "gemma2": Family(activation="hidden_activation", cap="final_logit_softcapping", vllm="Gemma2ForCausalLM"),
     "gemma3_text": Family(activation="hidden_activation", cap="final_logit_softcapping", vllm="Gemma3ForCausalLM"),
@@ -277,7 +286,8 @@ class Anatomy:
 
     base: nn.Module
     layers: list[nn.Module]
-    attentions: list[nn.Module]
+    attentions: list[nn.Module]  # of the layers that have one
+    mixers: list[nn.Module]  # what mixes tokens in each layer
     norms: list[nn.Module]
     ffns: list[ModuleFFN]
     hidden: int
@@ -377,7 +387,8 @@ def dissect(model: Any) -> Anatomy:
     if any(ffn.shape != shape for ffn in ffns):
         raise UserError("The layers' FFNs differ in width; only models with one intermediate size are supported.")
     norms = [module for name, module in base.named_modules() if family.norm in name.rpartition(".")[2]]
-    return Anatomy(base, layers, family.attentions(base), norms, ffns, shape[1], shape[0], model_type, Head(model))
+    attentions, mixers = family.attentions(base), family.mixers(base)
+    return Anatomy(base, layers, attentions, mixers, norms, ffns, shape[1], shape[0], model_type, Head(model))
 
 
 def _is_adapter(module: nn.Module) -> bool:

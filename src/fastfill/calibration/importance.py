@@ -47,7 +47,8 @@ def sensitivity(
 @torch.no_grad()
 def token_mixing(model: Any, anatomy: Anatomy, tokens: torch.Tensor, team: Team = ALONE) -> list[float]:
     """Mean attention mass that goes neither to the token itself nor to the first token (the sink), for each layer: how much
-    the layer mixes tokens. The paper names token-mixing importance; this formula is ours. tokens: (S, T)."""
+    the layer mixes tokens. The paper names token-mixing importance; this formula is ours. tokens: (S, T).
+    Every layer must have an attention."""
     before = model.config._attn_implementation
     sums = [0.0] * len(anatomy.attentions)
 

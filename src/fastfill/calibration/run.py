@@ -94,6 +94,10 @@ def calibrate(
     texts = [d if isinstance(d, data.Document) else data.Document(d, f"text#{i}") for i, d in enumerate(documents)]
     anatomy = families.dissect(model)
     check_detached(anatomy)
+    if config.schedule == "token-mixing" and len(anatomy.attentions) < len(anatomy.layers):
+        raise UserError(
+            "The schedule token-mixing needs attention in every layer, and this model has some without; leave it out."
+        )
     if anatomy.packed:
         raise UserError("Calibration needs weights in floating point; load the GGUF file without --packed.")
     if anatomy.ffns[0].scales:

@@ -186,8 +186,8 @@ class TransformersEngine:
             swaps.undo()
 
     def clocks(self) -> AbstractContextManager[dict[str, float]]:
-        attentions = families.dissect(self.model).attentions
-        return clocked(self.model.device, attentions, self.attachment.modules, self.attachment.ffns)
+        mixers = families.dissect(self.model).mixers
+        return clocked(self.model.device, mixers, self.attachment.modules, self.attachment.ffns)
 
 
 def engine_of(attached: Attachment | Engine, tokenizer: Any = None) -> Engine:
