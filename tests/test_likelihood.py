@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BLOCK, logits, tiny_artifact, tiny_model, token_ids
+from conftest import BLOCK, FAMILIES, RECURRENT, logits, tiny_artifact, tiny_model, token_ids
 
 from fastfill import attach
 from fastfill.engines import transformers as engine
@@ -118,9 +118,10 @@ def test_writing_ends_with_the_sequence(model):
     assert written(model, [T], [3]) == [whole[:3]]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", *(name for name in RECURRENT if name in FAMILIES)])
 def test_what_is_written_together_is_what_generate_writes(family):
-    """Shorter prompts are padded, and what ends leaves the batch: in the middle, first, last. gemma3_text has windows."""
+    """Shorter prompts are padded, and what ends leaves the batch: in the middle, first, last. gemma3_text has windows, the last
+    one states."""
     model, tokens = tiny_model(family, dtype=torch.float64), (45, 7, 30, 45, 64)
     alone = [engine.generate(model, example(tokens=each).ids, 12).tolist() for each in tokens]
     for most in ([12] * 5, [12, 3, 1, 7, 12], [1, 2, 3, 4, 5], [9, 9, 12, 1, 1]):

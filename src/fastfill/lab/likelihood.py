@@ -121,9 +121,11 @@ def _rotates_alike(config: Any) -> bool:
 
 
 def _whole(prompt: Prompt) -> bool:
-    """Whether every layer of its cache holds all of the prompt: no windows, and no upper layers that left tokens out."""
+    """Whether every layer of its cache holds all of the prompt: no windows, no states, no upper layers that left tokens out."""
+    from transformers.cache_utils import DynamicLayer
+
     tokens = prompt.cache.get_seq_length()
-    return all(not layer.is_sliding and layer.get_seq_length() == tokens for layer in prompt.cache.layers)
+    return all(type(layer) is DynamicLayer and layer.get_seq_length() == tokens for layer in prompt.cache.layers)
 
 
 def _joined(prompts: Sequence[Prompt], lengths: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
