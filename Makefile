@@ -18,7 +18,7 @@ SOURCES := $(shell find src csrc artifacts -type f -not -name '*.pyc' -not -name
 demo: $(VENV)/.installed
 	$(BIN)/fastfill demo $(if $(MODEL),"$$($(BIN)/python benchmarks/models.py $(MODEL))" --artifact $(MODEL))
 
-# Two workers, a file to one of them: half the time of `python -m pytest`, the same tests.
+# Two workers: half the time of `python -m pytest`, the same tests.
 PYTEST := -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/.installed

@@ -101,6 +101,8 @@ def quantise(name: str, out: Path, alpha: float | None = None, text: str | None 
     where = places(folder, name)
     linears = linears_of(folder, name)
     if missing := sorted(f"{linear}.weight" for linear in linears if f"{linear}.weight" not in where):
+        if config.get("text_config"):
+            raise UserError(f"{name} holds more than a text model; save that alone (models.load, save_pretrained) and name it.")
         raise UserError(f"The weights of {name} lack {listed(missing, 2)}.")
     folds = smoothing(name, alpha, text, tokens) if alpha is not None and text else Folds()
     shards = grouped(where, {f"{linear}.weight" for linear in linears})

@@ -35,7 +35,7 @@ from fastfill import attention, choice, families, kernels, partner
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
 
-FAMILIES = tuple(name for name in families.FAMILIES if name in transformers.CONFIG_MAPPING)  # of this transformers
+FAMILIES = tuple(name for name, family in families.FAMILIES.items() if families.runs(family))  # of this transformers
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ("torch", pytest.param("native", marks=pytest.mark.skipif(not kernels.cpu.usable(), reason=kernels.cpu.status())))
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, BLOCK = 128, 32, 96, 3, 8

@@ -73,6 +73,18 @@ def test_unknown_family_is_refused_with_the_list():
         families.dissect(nn.Linear(2, 2))
 
 
+def test_a_transformers_that_computes_a_family_wrongly_is_refused(monkeypatch):
+    model = tiny_model("qwen2")
+    for found, right in (("5.7.0", False), ("4.99.0", False), ("5.8.0", True), ("5.10.1", True), ("6.0.0.dev0", True)):
+        monkeypatch.setattr(families.importlib.metadata, "version", lambda _, found=found: found)
+        monkeypatch.setitem(families.FAMILIES, "qwen2", families.Family(since=(5, 8)))
+        if right:
+            families.dissect(model)
+        else:
+            with pytest.raises(UserError, match=r"'qwen2' need transformers 5\.8"):
+                families.dissect(model)
+
+
 def test_other_activation_is_refused():
     with pytest.raises(UserError, match=r"'tanh'.*supported are: silu"):
         families.dissect(tiny_model(hidden_act="tanh"))

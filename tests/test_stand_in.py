@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import LAYERS, one_sentence, tiny_artifact, token_ids
+import transformers
+from conftest import FAMILIES, LAYERS, one_sentence, tiny_artifact, tiny_config, token_ids
 
 from fastfill import attach, cli, families
 from fastfill.config import PrefillConfig
@@ -27,6 +28,18 @@ def test_a_folder_is_a_shape_and_layers_cut_it(model_folder):
         with pytest.raises(UserError) as error:
             stand_in.config(*arguments)
         one_sentence(error)
+
+
+@pytest.mark.skipif("qwen3_5_text" not in FAMILIES, reason="this transformers does not know Qwen3.5")
+def test_the_text_of_a_model_with_vision_is_a_shape(tmp_path):
+    text = tiny_config("qwen3_5_text", num_hidden_layers=8, layer_types=None).to_dict()
+    transformers.AutoConfig.for_model("qwen3_5", text_config=text).save_pretrained(tmp_path)
+    model = stand_in.model(str(tmp_path), "fp32", layers=5).model
+    anatomy = families.dissect(model)
+    assert len(anatomy.mixers) == 5 and anatomy.attentions == [model.model.layers[3].self_attn]
+    with pytest.raises(UserError, match="no attention") as error:
+        stand_in.config(str(tmp_path), 3)
+    one_sentence(error)
 
 
 def test_bench_of_a_shape(model_folder, capsys):

@@ -20,7 +20,7 @@ from conftest import (
 )
 from transformers import DynamicCache
 
-from fastfill import attach, upper
+from fastfill import attach, kv_cache, upper
 from fastfill.engines.transformers import TransformersEngine
 from fastfill.lab.tasks import TASKS
 
@@ -168,6 +168,34 @@ def test_generation_is_counted_and_equals_decoding_by_hand(model):
                 token = torch.tensor([new[-1:]])
                 hidden = model.model(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state
     assert out[0, TOKENS:].tolist() == new
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@torch.no_grad()
+def test_a_cache_that_the_model_makes_itself(window):
+    """With windows it is none that layers could leave tokens out of."""
+    model, ids = tiny_model("mistral", sliding_window=window), token_ids(1, TOKENS)
+    with attach(model, tiny_artifact(model), HALF) as attached:
+        with attached.prompt(TOKENS):
+            out = model(ids, use_cache=True, logits_to_keep=1)
+        found = model(token_ids(1, 1, seed=9), use_cache=True, **{kv_cache.name(model): kv_cache.left(out)}).logits
+        assert attached.stats.skipped_above == (3 * BLOCK if window is None else 0)
+        assert attached.stats.whole_because == ({} if window is None else {upper.CACHE: 1})
+        with attached.prompt(TOKENS):
+            model(ids, use_cache=False)  # windows alone are no reason
+        assert attached.stats.skipped_above == (6 * BLOCK if window is None else 3 * BLOCK)
+    assert bool(found.isfinite().all())
+
+
+@pytest.mark.skipif(kv_cache.name(tiny_model()) == kv_cache.NAME, reason="here it is the cache's name")
+@torch.no_grad()
+def test_a_word_that_means_nothing_is_no_cache(model):
+    ids, stray = token_ids(1, TOKENS), DynamicCache()
+    with attach(model, tiny_artifact(model), HALF) as attached:
+        with attached.prompt(TOKENS):
+            out = model(ids, use_cache=True, logits_to_keep=1, cache=stray)
+        assert attached.stats.skipped_above == 3 * BLOCK and not hasattr(stray, upper.MARK)
+        assert model(token_ids(1, 5), past_key_values=out.past_key_values).logits.isfinite().all()
 
 
 def test_a_draft_that_was_refused_is_cut_off_all_layers():

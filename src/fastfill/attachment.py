@@ -69,10 +69,11 @@ class Attachment:
         self._thins = thins and gains
         parameters = list(inspect.signature(anatomy.base.forward).parameters)
         kv_cache.check(parameters)
-        self._calls = Calls(config, parameters, len(anatomy.layers), thins, gains)
-        self.stats = self._calls.stats
         if config.upper_share < 1 and len(anatomy.attentions) < len(anatomy.layers):
             raise UserError("upper_share needs attention in every layer, and this model has some without; leave it at 1.")
+        own = upper.own_cache(anatomy.base.config) if config.upper_share < 1 else None
+        self._calls = Calls(config, parameters, len(anatomy.layers), thins, gains, own)
+        self.stats = self._calls.stats
         like = torch.empty(0, dtype=self.ffns[0].ffn.dtype, device=self.ffns[0].ffn.gate.device)
         self._attention = Attention(anatomy.base.config, config.attention, config.upper_share < 1, like)
         self._readers = Readers(families.causal_of(model), anatomy)

@@ -131,10 +131,14 @@ class Calls:
     """Reads and counts the calls of one attached model, from any number of threads.
 
     parameters: names of the base model's arguments, in order. layers: how many it has. thins: False if no layer skips a neuron.
-    gains: False if sparse was found to be no faster, and all stays dense.
+    gains: False if sparse was found to be no faster, and all stays dense. own: what the model makes where it is given no cache,
+    for `upper_share`.
     """
 
-    def __init__(self, config: PrefillConfig, parameters: list[str], layers: int, thins: bool, gains: bool = True):
+    def __init__(
+        self, config: PrefillConfig, parameters: list[str], layers: int, thins: bool, gains: bool = True, own: Any = None
+    ):
+        self.own = own
         self.config, self.parameters, self.layers, self.thins, self.gains = config, parameters, layers, thins, gains
         self.stats = Stats()
         self.said = _Said()
@@ -234,7 +238,9 @@ class Calls:
             if running.plan and read and not self.said.whole and running.plan.ends_before(read):
                 running.plan = replace(running.plan, unread=True)
             if running.plan and thin:
-                running.upper = upper.of_call(running.plan, self.config, self.layers, named["cache"], rows, prompt is not None)
+                makes = named["cache"] is None and named.get("use_cache") is not False
+                cache = self.own if makes else named["cache"]
+                running.upper = upper.of_call(running.plan, self.config, self.layers, cache, rows, prompt is not None)
         elif (prompt.size if prompt and mine else width) >= least:
             running.reason = rows if isinstance(rows, str) else OTHER_TEXT
 

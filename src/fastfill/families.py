@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ class Family:
     attention: str = "self_attn"
     recurrent: str | None = None  # in attention's place in some layers
     gated: bool = False  # attention's q_proj makes a gate as well
+    since: tuple[int, int] = (5, 0)  # the first transformers that computes it rightly
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -115,7 +117,7 @@ FAMILIES = {
     "mistral": Family(vllm="MistralForCausalLM"),
     "qwen2": Family(vllm="Qwen2ForCausalLM"),  # Qwen2, Qwen2.5
     "qwen3": Family(vllm="Qwen3ForCausalLM"),
-    "qwen3_5_text": Family(recurrent="linear_attn", gated=True),  # Qwen3.5, dense
+    "qwen3_5_text": Family(recurrent="linear_attn", gated=True, since=(5, 8)),  # Qwen3.5, dense; 5.6 loses states
     "phi3": Family(gate_up="gate_up_proj", vllm="Phi3ForCausalLM"),  # Phi-3, Phi-3.5 and Phi-4-mini
     "gemma2": Family(activation="hidden_activation", cap="final_logit_softcapping", vllm="Gemma2ForCausalLM"),
     "gemma3_text": Family(activation="hidden_activation", cap="final_logit_softcapping", vllm="Gemma3ForCausalLM"),
@@ -313,6 +315,12 @@ class Anatomy:
         return sorted({name.rpartition(".")[2] for name, part in named if _is_adapter(part)})
 
 
+def runs(family: Family) -> bool:
+    """Whether this transformers computes it rightly."""
+    major, minor, *_ = importlib.metadata.version("transformers").split(".")
+    return (int(major), int(minor)) >= family.since
+
+
 def supported() -> str:
     return ", ".join(FAMILIES)
 
@@ -376,6 +384,9 @@ def dissect(model: Any) -> Anatomy:
     family = FAMILIES.get(model_type)
     if config is None or family is None:
         raise UserError(f"Models of type {model_type!r} are not supported; supported are: {supported()}.")
+    if not runs(family):
+        first = ".".join(map(str, family.since))
+        raise UserError(f"Models of type {model_type!r} need transformers {first}; earlier ones compute them wrongly.")
     base = base_of(model)
     layers = family.layers_of(base)
     if not layers:

@@ -12,10 +12,9 @@ NAME, OLD_NAME = "cache", "past_key_values"
 
 
 def find(arguments: Mapping[str, Any], parameters: Container[str] = (NAME,)) -> Any:
-    """The cache that a call brings, under whichever name, or None. parameters: names that the callee has; since `cache` is one
-    of them, the old name is still taken."""
-    found = arguments.get(NAME) if NAME in parameters else None
-    return arguments.get(OLD_NAME) if found is None else found
+    """The cache that a call brings, or None. parameters: names that the callee has. Where `cache` is one of them, the old name
+    is taken if the new one is not there at all, as transformers does it; elsewhere `cache` means nothing."""
+    return arguments.get(NAME if NAME in parameters and NAME in arguments else OLD_NAME)
 
 
 def check(parameters: Container[str]) -> None:

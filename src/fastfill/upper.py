@@ -108,7 +108,7 @@ def of_call(
     plan: Plan, config: PrefillConfig, layers: int, cache: Any, rows: Sequence[tuple[int, int, int]], told: bool
 ) -> Upper | str:
     """What is left out of a call with this plan, or why nothing is. rows: as for `make_plan`. told: somebody said where its
-    prompt ends."""
+    prompt ends. cache: that of the call; None for a call without."""
     if not told:
         return UNTOLD
     if len(rows) != 1 or rows[0][0] or rows[0][1] != plan.tokens:
@@ -122,6 +122,13 @@ def of_call(
     return Upper(plan, config, first_upper(layers), layers - 1)
 
 
+def own_cache(config: Any) -> Any:
+    """What a transformers model makes where it is given no cache. config: the base model's."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
+
+
 def _plain(cache: Any) -> bool:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -131,7 +138,7 @@ def _plain(cache: Any) -> bool:
 
 def run_layer(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One upper layer: of a prompt, on the tokens that go on; behind such a prompt, with the mask of what its cache holds."""
-    upper, cache = current_upper.get(), kv_cache.find(kwargs)
+    upper, cache = current_upper.get(), kv_cache.find(kwargs, () if kv_cache.OLD_NAME in kwargs else (kv_cache.NAME,))
     if upper is None:
         kept = getattr(cache, MARK, None)
         return forward(*args, **(_behind(index, args[0].shape[1], cache, kept, kwargs) if kept else kwargs))

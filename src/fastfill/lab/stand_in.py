@@ -13,6 +13,7 @@ from fastfill import families, files, models
 from fastfill.artifact import Artifact
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
+from fastfill.lab import flops
 from fastfill.models import LoadedModel
 
 
@@ -54,7 +55,8 @@ def config(name: str, layers: int | None = None) -> Any:
     elif (Path(name) / "config.json").is_file():
         with files.reading(Path(name) / "config.json", "is not the configuration of a model", "give a model's folder"):
             found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-            values = {k: v for k, v in found.to_dict().items() if k not in ("layer_types", "transformers_version")}
+            values = found.get_text_config(decoder=True).to_dict()  # where there is vision as well
+            values = {k: v for k, v in values.items() if k not in ("layer_types", "transformers_version")}
     else:
         raise UserError(f"There is no shape {name!r}; use one of {', '.join(SHAPES)}, or a folder with a config.json.")
     if layers is not None:
@@ -63,7 +65,10 @@ def config(name: str, layers: int | None = None) -> Any:
             raise UserError(f"{name} has {values['num_hidden_layers']} layers; --layers {layers} asks for more.")
         values["num_hidden_layers"] = layers
     with files.reading(name, "is not a shape that a model can have", "mend its config.json"):
-        return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+        made = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    if (kinds := getattr(made, "layer_types", None)) and all(kind == flops.RECURRENT for kind in kinds):
+        raise UserError(f"The first {layers} layers of {name} have no attention, without which there is no cache; give more.")
+    return made
 
 
 def model(name: str, dtype: str = "auto", device: str = "cpu", layers: int | None = None, seed: int = 0) -> LoadedModel:
