@@ -17,6 +17,11 @@ def find(arguments: Mapping[str, Any], parameters: Container[str] = (NAME,)) -> 
     return arguments.get(NAME if NAME in parameters and NAME in arguments else OLD_NAME)
 
 
+def of_layer(arguments: Mapping[str, Any]) -> Any:
+    """The cache that a model hands to a layer, or None. Beside the old name `cache` is a word of the caller's."""
+    return arguments[OLD_NAME] if OLD_NAME in arguments else arguments.get(NAME)
+
+
 def check(parameters: Container[str]) -> None:
     """Raises UserError where a model's arguments have names, and none of them is the cache's: parts of a prompt would be taken
     for whole ones."""

@@ -138,7 +138,7 @@ def _plain(cache: Any) -> bool:
 
 def run_layer(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One upper layer: of a prompt, on the tokens that go on; behind such a prompt, with the mask of what its cache holds."""
-    upper, cache = current_upper.get(), kv_cache.find(kwargs, () if kv_cache.OLD_NAME in kwargs else (kv_cache.NAME,))
+    upper, cache = current_upper.get(), kv_cache.of_layer(kwargs)
     if upper is None:
         kept = getattr(cache, MARK, None)
         return forward(*args, **(_behind(index, args[0].shape[1], cache, kept, kwargs) if kept else kwargs))
