@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from conftest import BLOCK, EXACT, FAMILIES, LAYERS, PREFILL, logits, tiny_artifact, tiny_model, token_ids
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from fastfill import attach
@@ -20,10 +21,12 @@ TAIL = PREFILL.with_(dense_tail=BLOCK)  # one block less is sparse
 
 
 def read(model, ids, **kwargs):
-    """Logits, and the keys and values of all layers."""
+    """Logits, and what all layers keep: keys and values, or states."""
     cache = DynamicCache(config=model.config)
     found = logits(model, ids, past_key_values=cache, use_cache=True, **kwargs)
-    return found, [state for layer in cache.layers for state in vars(layer).values() if isinstance(state, torch.Tensor)]
+    kept = [[leaf for leaf in tree_leaves(vars(layer)) if isinstance(leaf, torch.Tensor)] for layer in cache.layers]
+    assert len(kept) == LAYERS and all(len(tensors) >= 2 for tensors in kept)
+    return found, [tensor for tensors in kept for tensor in tensors]
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])

@@ -93,6 +93,7 @@ def write(model: Any, prompts: Sequence[Prompt], most: Sequence[int]) -> list[li
     head, state = Head(model), torch.cat([prompt.state for prompt in prompts])
     places = torch.tensor([[prompt.cache.get_seq_length()] for prompt in prompts], device=model.device)
     cache, mask = (prompts[0].cache, None) if len(prompts) == 1 else _joined(prompts, places)
+    held = kv_cache.given(model.base_model, cache)
     new: list[list[int]] = [[] for _ in prompts]
     left = list(range(len(prompts)))  # prompts whose answers go on
     while True:
@@ -108,7 +109,7 @@ def write(model: Any, prompts: Sequence[Prompt], most: Sequence[int]) -> list[li
             mask = None if mask is None else mask[rows]
             cache.batch_select_indices(rows)
         mask = None if mask is None else F.pad(mask, (0, 1), value=1)
-        step = {"attention_mask": mask, "position_ids": places, **kv_cache.given(model.base_model, cache)}
+        step = {"attention_mask": mask, "position_ids": places, **held}
         state = model.base_model(input_ids=tokens[:, None], **step).last_hidden_state[:, -1]
         places = places + 1
 

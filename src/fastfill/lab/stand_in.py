@@ -67,7 +67,9 @@ def config(name: str, layers: int | None = None) -> Any:
     with files.reading(name, "is not a shape that a model can have", "mend its config.json"):
         made = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     if (kinds := getattr(made, "layer_types", None)) and all(kind == flops.RECURRENT for kind in kinds):
-        raise UserError(f"The first {layers} layers of {name} have no attention, without which there is no cache; give more.")
+        raise UserError(
+            f"The first {len(kinds)} layers of {name} have no attention, without which there is no cache; give more."
+        )
     return made
 
 
