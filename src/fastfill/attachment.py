@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastfill import artifact as artifacts
-from fastfill import attention, choice, families, kv_cache, partner, projections, upper
+from fastfill import attention, choice, compiling, families, kv_cache, partner, projections, upper
 from fastfill.artifact import Artifact
 from fastfill.attention import Attention
 from fastfill.blocks import Plan
@@ -158,8 +158,11 @@ class Attachment:
                 for projection in self.projections:
                     projection.on = True
                     self._swaps.put(projection.linear, "forward", projection)
+                compiling.ready()
                 base = self._anatomy.base
-                self._swaps.put(base, "forward", StandIn(base.forward, self._call))
+                # A decode step of which nothing is asked: of eight bits, of a cache that holds less in its upper layers.
+                plain = self.config.dense_weights != "int8" and self.config.upper_share == 1
+                self._swaps.put(base, "forward", StandIn(base.forward, self._call, decodes=plain))
                 self._swaps.put(base, MARK, self)
                 self._attention.put(self._swaps)
                 if self.config.upper_share < 1:
@@ -168,10 +171,12 @@ class Attachment:
                         self._swaps.put(layer, "forward", StandIn(layer.forward, functools.partial(upper.run_layer, index)))
                 causal = families.causal_of(self.model)
                 if is_transformers(causal.forward) and "logits_to_keep" in inspect.signature(causal.forward).parameters:
-                    self._swaps.put(causal, "forward", StandIn(causal.forward, self._call_causal))
+                    self._swaps.put(causal, "forward", StandIn(causal.forward, self._call_causal, decodes=True))
+                if hasattr(causal, "get_compiled_call"):
+                    self._swaps.put(causal, "get_compiled_call", StandIn(causal.get_compiled_call, self._compiled))
                 head = families.head_of(self.model)
                 if head is not None:
-                    self._swaps.put(head, "forward", StandIn(head.forward, _as_matrix))
+                    self._swaps.put(head, "forward", StandIn(head.forward, _as_matrix, decodes=True))
                 if hasattr(self.model, "generate"):
                     self._swaps.put(self.model, "generate", GenerateHook(self.model.generate, self._calls))
                 self._attached = True
@@ -232,6 +237,9 @@ class Attachment:
         """One call of the causal LM: it says how many logits are read of it (`generate` reads one)."""
         with self._calls.saying(read=self._readers.logits(kwargs)):
             return forward(*args, **kwargs)
+
+    def _compiled(self, get: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._calls.decoding(get(*args, **kwargs))
 
     def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the base model."""

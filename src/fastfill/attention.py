@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfill import cache, machine
+from fastfill import cache, compiling, machine
 from fastfill.errors import UserError, quoted
 from fastfill.sparse_ffn import current_plan
 from fastfill.swap import Swaps
@@ -141,6 +141,9 @@ def stand_in() -> Name:
     attend = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            plain = attend if query.shape[2] == 1 else None
+            return compiling.traced(attention, plain, (module, query, key, value, attention_mask), kwargs)
         upper = current_upper.get()
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fastfill import blocks, kv_cache, upper
+from fastfill import blocks, compiling, kv_cache, upper
 from fastfill.blocks import Plan
 from fastfill.config import PrefillConfig
 from fastfill.sparse_ffn import current_plan
@@ -125,6 +125,7 @@ class _Said(threading.local):
     whole = False  # somebody watches all that is computed
     read: int | None = None  # of a sequence nothing is read but the logits of so many last tokens
     prompt: Prompt | None = None
+    counted = False  # `after` has run, in a compiled call
 
 
 class Calls:
@@ -172,8 +173,24 @@ class Calls:
         current_plan.set(running.plan)
         upper.current_upper.set(running.upper if isinstance(running.upper, upper.Upper) else None)
 
+    def decoding(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """`compiled`, the causal LM as `generate` calls it for decode steps: they are counted, though they pass no code of ours
+        (`fastfill.compiling`)."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.saying(counted=False):
+                output = compiled(*args, **kwargs)
+                if not self.said.counted and compiling.one_token(args, kwargs):
+                    with self._lock:
+                        self.stats.dense_tokens += len(output.logits)
+                        self.stats.dense_calls += 1
+            return output
+
+        return call
+
     def after(self, done: bool) -> None:
         """Count the call that has run. done: False if it raised."""
+        self.said.counted = True
         stack = self._running()
         running = stack.pop() if stack else _Running(None, None)
         current_plan.set(running.outer)

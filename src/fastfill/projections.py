@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastfill import eight_bits, kernels, tensors
+from fastfill import compiling, eight_bits, kernels, tensors
 from fastfill.kernels import int8
 from fastfill.sparse_ffn import current_plan, dense_in_int8, without_gradient
 
@@ -62,6 +62,9 @@ class Projection:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., K) -> (..., N)."""
+        if torch.compiler.is_dynamo_compiling():
+            plain = x.shape[-2] == 1 and not self.dense_int8
+            return compiling.traced(self, self.dense if plain else None, (x,), {})
         eight = self.always or dense_in_int8(self.dense_int8) or current_plan.get() is not None
         if not self.on or not eight:
             return self.dense(x)

@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+
+from fastfill import compiling
 
 ABSENT = object()
 
@@ -49,14 +52,23 @@ def swapped(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[N
 
 
 class StandIn:
-    """Calls `run(original, args, kwargs)` in place of `original`, and has its name and signature."""
+    """Calls `run(original, args, kwargs)` in place of `original`, and has its name and signature. decodes: in a compiled decode
+    step `original` does, too."""
 
-    def __init__(self, original: Callable[..., Any], run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]):
-        self._original, self._run = original, run
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
+        decodes: bool = False,
+    ):
+        self._original, self._run, self._decodes = original, run, decodes
         if hasattr(original, "__name__"):
             functools.update_wrapper(self, original, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            plain = self._decodes and compiling.one_token(args, kwargs)
+            return compiling.traced(self, self._original if plain else None, args, kwargs)
         return self._run(self._original, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -1,0 +1,114 @@
+"""`torch.compile` of an attached model: decode steps are stock transformers' graph, prompts are sparse, and all is counted."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import SINGLE, tiny_artifact, tiny_model, token_ids
+from transformers import CompileConfig
+
+from fastfill import attach
+
+PROMPT, NEW, TAIL = 47, 6, 12
+
+
+class Graphs:
+    """A backend that runs each graph as it is. sizes: the nodes of each."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, graph, _example):
+        self.sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def generate(model, graphs=None):
+    """The answer; with a backend, each decode step is compiled."""
+    how = {"disable_compile": True}
+    if graphs:
+        compiled = CompileConfig(backend=graphs, mode=None)
+        compiled._compile_all_devices = True  # transformers compiles by itself on GPUs alone
+        how = {"compile_config": compiled}
+    ids = token_ids(2, PROMPT)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **how)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_decode_steps_of_generate_are_the_graph_of_stock_transformers(family):
+    model = tiny_model(family)
+    artifact, stock, ours = tiny_artifact(model), Graphs(), Graphs()
+    plain = generate(model, stock)
+    with attach(model, artifact, dense_tail=TAIL) as attached:
+        eager = generate(model)
+        once = asdict(attached.stats)
+        assert torch.equal(generate(model, ours), eager) and not torch.equal(eager, plain)
+        assert once["dense_calls"] == NEW - 1 and once["sparse_calls"] == 1
+        for name, value in asdict(attached.stats).items():
+            assert value == 2 * once[name] if isinstance(value, int) else not value
+        assert ours.sizes == stock.sizes
+    torch._dynamo.reset()
+    assert torch.equal(generate(model, ours), plain) and ours.sizes == 2 * stock.sizes
+
+
+@pytest.mark.parametrize("settings", [{"weights": "int8", "dense_weights": "int8"}, {"upper_share": 0.5}])
+def test_decode_steps_that_are_not_stock_run_as_they_do_uncompiled(settings):
+    model, graphs = tiny_model("qwen2"), Graphs()
+    with attach(model, tiny_artifact(model), dense_tail=TAIL, **settings) as attached:
+        eager = generate(model)
+        once = asdict(attached.stats)
+        assert torch.equal(generate(model, graphs), eager)
+        assert attached.stats.dense_calls == 2 * once["dense_calls"]
+        assert attached.stats.sparse_tokens == 2 * once["sparse_tokens"] > 0
+
+
+def whole(model, graphs):
+    return torch.compile(model, backend=graphs)
+
+
+def base(model, graphs):
+    model.model.compile(backend=graphs)
+    return model
+
+
+def layers(model, graphs):
+    for layer in model.model.layers:
+        layer.compile(backend=graphs)
+    return model
+
+
+@pytest.mark.parametrize("weights", ["model", "int8"])
+@pytest.mark.parametrize("compiled", [whole, base, layers])
+@torch.no_grad()
+def test_prompts_of_compiled_models_are_sparse(compiled, weights):
+    ids = token_ids(1, PROMPT)
+    results = []
+    for compile_it in (None, compiled):
+        model = tiny_model("qwen2")
+        with attach(model, tiny_artifact(model), dense_tail=TAIL, weights=weights) as attached:
+            run = compile_it(model, Graphs()) if compile_it else model
+            results.append([run(ids).logits, run(ids[:, :1]).logits])
+            assert attached.stats.sparse_tokens == 24
+    for eager, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, **SINGLE)
+
+
+def test_training_of_a_compiled_model_has_the_same_gradient():
+    ids, results = token_ids(1, PROMPT), []
+    for compile_it in (None, whole):
+        model = tiny_model("qwen2")
+        with attach(model, tiny_artifact(model), dense_tail=TAIL) as attached:
+            run = compile_it(model, Graphs()) if compile_it else model
+            run(ids, labels=ids).loss.backward()
+            assert attached.stats.sparse_tokens == 24
+        results.append([p.grad for p in model.parameters()])
+    for eager, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, **SINGLE)
