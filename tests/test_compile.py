@@ -22,6 +22,9 @@ class Graphs:
         self.sizes.append(len(graph.graph.nodes))
         return graph.forward
 
+    def __deepcopy__(self, _memo):  # `generate` copies its settings
+        return self
+
 
 @pytest.fixture(autouse=True)
 def forget():
@@ -54,20 +57,35 @@ def test_decode_steps_of_generate_are_the_graph_of_stock_transformers(family):
         assert once["dense_calls"] == NEW - 1 and once["sparse_calls"] == 1
         for name, value in asdict(attached.stats).items():
             assert value == 2 * once[name] if isinstance(value, int) else not value
-        assert ours.sizes == stock.sizes
+        assert ours.sizes == stock.sizes and stock.sizes
     torch._dynamo.reset()
     assert torch.equal(generate(model, ours), plain) and ours.sizes == 2 * stock.sizes
 
 
-@pytest.mark.parametrize("settings", [{"weights": "int8", "dense_weights": "int8"}, {"upper_share": 0.5}])
-def test_decode_steps_that_are_not_stock_run_as_they_do_uncompiled(settings):
+EIGHT_BITS = {"weights": "int8", "dense_weights": "int8"}
+
+
+def test_decode_steps_in_eight_bits_run_as_they_do_uncompiled():
     model, graphs = tiny_model("qwen2"), Graphs()
-    with attach(model, tiny_artifact(model), dense_tail=TAIL, **settings) as attached:
+    with attach(model, tiny_artifact(model), dense_tail=TAIL, **EIGHT_BITS) as attached:
         eager = generate(model)
         once = asdict(attached.stats)
         assert torch.equal(generate(model, graphs), eager)
         assert attached.stats.dense_calls == 2 * once["dense_calls"]
         assert attached.stats.sparse_tokens == 2 * once["sparse_tokens"] > 0
+
+
+@pytest.mark.parametrize("settings", [{}, EIGHT_BITS, {"upper_share": 0.5}])
+def test_a_model_that_is_compiled_in_place_gives_the_same_answer(settings):
+    answers, graphs, ids = [], Graphs(), token_ids(1, PROMPT)
+    for compiled in (False, True):
+        model = tiny_model("qwen2")
+        with attach(model, tiny_artifact(model), dense_tail=TAIL, **settings) as attached:
+            if compiled:
+                model.compile(backend=graphs)
+            answers.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False))
+            assert attached.stats.sparse_tokens == 24 and not attached.stats.whole_because
+    assert torch.equal(*answers) and graphs.sizes
 
 
 def whole(model, graphs):
