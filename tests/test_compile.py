@@ -63,6 +63,7 @@ def test_decode_steps_of_generate_are_the_graph_of_stock_transformers(family):
 
 
 EIGHT_BITS = {"weights": "int8", "dense_weights": "int8"}
+UPPER = {"upper_share": 0.5}
 
 
 def test_decode_steps_in_eight_bits_run_as_they_do_uncompiled():
@@ -75,7 +76,7 @@ def test_decode_steps_in_eight_bits_run_as_they_do_uncompiled():
         assert attached.stats.sparse_tokens == 2 * once["sparse_tokens"] > 0
 
 
-@pytest.mark.parametrize("settings", [{}, EIGHT_BITS, {"upper_share": 0.5}])
+@pytest.mark.parametrize("settings", [{}, EIGHT_BITS, UPPER])
 def test_a_model_that_is_compiled_in_place_gives_the_same_answer(settings):
     answers, graphs, ids = [], Graphs(), token_ids(1, PROMPT)
     for compiled in (False, True):
@@ -103,20 +104,25 @@ def layers(model, graphs):
     return model
 
 
-@pytest.mark.parametrize("weights", ["model", "int8"])
-@pytest.mark.parametrize("compiled", [whole, base, layers])
+@pytest.mark.parametrize(
+    ("compiled", "settings"),
+    [(whole, {}), (whole, EIGHT_BITS), (base, UPPER), (layers, {}), (layers, {"weights": "int8"}), (layers, UPPER)],
+)
 @torch.no_grad()
-def test_prompts_of_compiled_models_are_sparse(compiled, weights):
+def test_prompts_of_compiled_models_are_sparse(compiled, settings):
     ids = token_ids(1, PROMPT)
-    results = []
+    results, counts = [], []
     for compile_it in (None, compiled):
         model = tiny_model("qwen2")
-        with attach(model, tiny_artifact(model), dense_tail=TAIL, weights=weights) as attached:
+        with attach(model, tiny_artifact(model), dense_tail=TAIL, **settings) as attached:
             run = compile_it(model, Graphs()) if compile_it else model
-            results.append([run(ids).logits, run(ids[:, :1]).logits])
+            with attached.prompt(end=PROMPT):
+                results.append([run(ids, logits_to_keep=1).logits, run(ids[:, :1]).logits])
             assert attached.stats.sparse_tokens == 24
+            counts.append(attached.stats.skipped_above)
     for eager, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, eager, **SINGLE)
+    assert counts[0] == counts[1] and (counts[0] > 0) == (settings == UPPER)
 
 
 def test_training_of_a_compiled_model_has_the_same_gradient():

@@ -160,9 +160,7 @@ class Attachment:
                     self._swaps.put(projection.linear, "forward", projection)
                 compiling.ready()
                 base = self._anatomy.base
-                # A decode step of which nothing is asked: of eight bits, of a cache that holds less in its upper layers.
-                plain = self.config.dense_weights != "int8" and self.config.upper_share == 1
-                self._swaps.put(base, "forward", StandIn(base.forward, self._call, decodes=plain))
+                self._swaps.put(base, "forward", StandIn(base.forward, self._call, self.config.dense_weights != "int8"))
                 self._swaps.put(base, MARK, self)
                 self._attention.put(self._swaps)
                 if self.config.upper_share < 1:
