@@ -106,7 +106,7 @@ def layers(model, graphs):
 
 @pytest.mark.parametrize(
     ("compiled", "settings"),
-    [(whole, {}), (whole, EIGHT_BITS), (base, UPPER), (layers, {}), (layers, {"weights": "int8"}), (layers, UPPER)],
+    [(whole, {}), (whole, EIGHT_BITS), (base, UPPER), (layers, {}), (layers, EIGHT_BITS), (layers, UPPER)],
 )
 @torch.no_grad()
 def test_prompts_of_compiled_models_are_sparse(compiled, settings):
