@@ -14,6 +14,7 @@ from fastfill.calibration.team import ALONE, Team
 from fastfill.config import CalibrationConfig
 from fastfill.errors import UserError
 from fastfill.families import Anatomy
+from fastfill.progress import stage
 
 TRAINED = tuple(f"{part}.{name}" for part in ("predictor", "compensator") for name in ("w_in", "w_out", "bias"))
 
@@ -101,9 +102,13 @@ class Distiller:
     @torch.no_grad()
     def judge(self, ids: torch.Tensor) -> float:
         """The loss of ids (S, T) as `step` has it, without a step; the same positions are scored each time."""
-        mine = ids[self.team.share(len(ids))].to(self.anatomy.ffns[0].gate.device)
-        (loss,) = self.team.total(sum(float(self._loss(row[None], len(ids), 0)) for row in mine))
-        return loss
+        mine, loss = ids[self.team.share(len(ids))].to(self.anatomy.ffns[0].gate.device), 0.0
+        with stage("text set aside", len(mine)) as bar:
+            for row in mine:
+                loss += float(self._loss(row[None], len(ids), 0))
+                bar.step()
+        (total,) = self.team.total(loss)
+        return total
 
     def _backward(self, ids: torch.Tensor, batch: int) -> float:
         """Add the gradient of ids (1, T), one of a batch; their part of the loss."""
