@@ -160,7 +160,9 @@ class Attachment:
                     self._swaps.put(projection.linear, "forward", projection)
                 compiling.ready()
                 base = self._anatomy.base
-                self._swaps.put(base, "forward", StandIn(base.forward, self._call, self.config.dense_weights != "int8"))
+                # With upper_share some layers could not be traced, and what is left would be compiled in pieces.
+                decodes = self.config.dense_weights != "int8" and self.config.upper_share == 1
+                self._swaps.put(base, "forward", StandIn(base.forward, self._call, decodes))
                 self._swaps.put(base, MARK, self)
                 self._attention.put(self._swaps)
                 if self.config.upper_share < 1:
