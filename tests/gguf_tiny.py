@@ -40,7 +40,7 @@ def tensors_of(model):
             if theirs + end not in state or (ours == "output" and config.tie_word_embeddings):
                 continue
             values = state[theirs + end]
-            if config.model_type == "llama" and ours.endswith(("attn_q", "attn_k")):
+            if config.model_type in ("llama", "smollm3") and ours.endswith(("attn_q", "attn_k")):
                 values = permuted(values, config.num_attention_heads if ours.endswith("q") else config.num_key_value_heads)
             found[ours + end] = values
     return found

@@ -41,9 +41,10 @@ def same_logits(a, b):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3"])
 def test_a_float_file_is_the_model_it_was_made_from(tmp_path, family, tied):
-    source = write(tmp_path / "m.gguf", family, tie_word_embeddings=tied)
+    own = {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]} if family == "smollm3" else {}
+    source = write(tmp_path / "m.gguf", family, tie_word_embeddings=tied, **own)
     loaded = load(tmp_path / "m.gguf").model
     assert same_logits(loaded, source)
     assert loaded.config.tie_word_embeddings == tied

@@ -314,9 +314,9 @@ def _unpermute(values: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _value(name: str, tensor: Tensor, config: Any, architecture: str) -> torch.Tensor:
     values = tensor.read()
-    if architecture == "llama" and ".q_proj." in name:
+    if not architecture.startswith("qwen") and ".q_proj." in name:
         return _unpermute(values, config.num_attention_heads)
-    if architecture == "llama" and ".k_proj." in name:
+    if not architecture.startswith("qwen") and ".k_proj." in name:
         return _unpermute(values, config.num_key_value_heads)
     return values
 

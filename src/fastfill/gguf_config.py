@@ -13,7 +13,7 @@ from fastfill.gguf_tokenizer import special_ids
 if TYPE_CHECKING:
     from fastfill.gguf import Model
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # llama: also Mistral and SmolLM2; named alike by `transformers`
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")  # llama: also Mistral and SmolLM2; named alike by `transformers`
 
 # Keys that are converted below. All that follow "ARCHITECTURE." and are in neither list are refused, unless they are neutral.
 _CONVERTED = {
@@ -120,10 +120,12 @@ def config_of(model: Model, name: str) -> tuple[Any, Any]:
     }
     if heads % values["num_key_value_heads"]:
         raise meta.refuse("attention.head_count_kv", f"which does not divide the {heads} heads")
-    if meta.architecture in ("llama", "qwen3"):
+    if meta.architecture != "qwen2":
         values["attention_bias"] = any(".attn_" in tensor and tensor.endswith(".bias") for tensor in model.tensors)
-    if meta.architecture == "llama":
+    if meta.architecture in ("llama", "smollm3"):
         values["mlp_bias"] = any(".ffn_" in tensor and tensor.endswith(".bias") for tensor in model.tensors)
+    if meta.architecture == "smollm3":
+        values["no_rope_layer_interval"] = 4  # llama.cpp's constant
     special = _ends(special_ids(model.metadata, name))
     config = transformers.AutoConfig.for_model(str(meta.architecture), **values, **special)
     return config, transformers.GenerationConfig(**special)
