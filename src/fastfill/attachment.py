@@ -239,7 +239,13 @@ class Attachment:
             return forward(*args, **kwargs)
 
     def _compiled(self, get: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._calls.decoding(get(*args, **kwargs))
+        """What `generate` calls for decode steps, of which it compiles them."""
+        compiled = get(*args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._calls.decoding(compiled, args, kwargs) if self._attached else compiled(*args, **kwargs)
+
+        return call
 
     def _call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the base model."""

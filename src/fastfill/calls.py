@@ -173,20 +173,16 @@ class Calls:
         current_plan.set(running.plan)
         upper.current_upper.set(running.upper if isinstance(running.upper, upper.Upper) else None)
 
-    def decoding(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """`compiled`, the causal LM as `generate` calls it for decode steps: they are counted, though they pass no code of ours
-        (`fastfill.compiling`)."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.saying(counted=False):
-                output = compiled(*args, **kwargs)
-                if not self.said.counted and compiling.one_token(args, kwargs):
-                    with self._lock:
-                        self.stats.dense_tokens += len(output.logits)
-                        self.stats.dense_calls += 1
-            return output
-
-        return call
+    def decoding(self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of `compiled`, the causal LM as `generate` has it for decode steps: they are counted here, because they pass
+        no code of ours (`fastfill.compiling`)."""
+        with self.saying(counted=False):
+            output = compiled(*args, **kwargs)
+            tokens = 0 if self.said.counted else compiling.one_token(args, kwargs)
+        with self._lock:
+            self.stats.dense_tokens += tokens
+            self.stats.dense_calls += tokens > 0
+        return output
 
     def after(self, done: bool) -> None:
         """Count the call that has run. done: False if it raised."""

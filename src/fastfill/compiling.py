@@ -6,6 +6,7 @@ sequence, and `generate` compiles just these steps.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 def ready() -> None:
     """Before anything of ours is traced. Not at import: it loads dynamo, which takes seconds; transformers' models do too."""
     global _eagerly
-    _eagerly = torch.compiler.disable(_run)
+    why = {"reason": "fastfill plans a prompt by values, which cannot be traced; compile without fullgraph=True"}
+    _eagerly = torch.compiler.disable(_run, **(why if "reason" in inspect.signature(torch.compiler.disable).parameters else {}))
 
 
 def traced(run: Callable[..., Any], plain: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -23,11 +25,11 @@ def traced(run: Callable[..., Any], plain: Callable[..., Any] | None, args: tupl
     return _eagerly(run, args, kwargs) if plain is None else plain(*args, **kwargs)
 
 
-def one_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a module is called with one token a sequence, (batch, 1, ...)."""
+def one_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many sequences a module is called with, (batch, 1, ...), if each brings one token; else 0."""
     named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
     first = next((value for value in (*args[:1], *named) if value is not None), None)
-    return isinstance(first, torch.Tensor) and first.ndim >= 2 and first.shape[1] == 1
+    return first.shape[0] if isinstance(first, torch.Tensor) and first.ndim >= 2 and first.shape[1] == 1 else 0
 
 
 def _run(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
