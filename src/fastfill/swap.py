@@ -57,7 +57,7 @@ class StandIn:
     step `original` does, too."""
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> StandIn:
-        # A code object of its own: dynamo compiles one again for eight stand-ins, and runs the ninth attachment's uncompiled.
+        # A code object of its own: of one that all share dynamo would compile eight, and run the ninth attachment uncompiled.
         call = types.FunctionType(cls.__call__.__code__.replace(), globals(), "__call__")
         return object.__new__(type(cls.__name__, (cls,), {"__call__": call}))
 
