@@ -1,6 +1,10 @@
 """Sequences of numbered passages: every answer in them is right."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +80,18 @@ def test_what_asks_is_the_answers_share_and_little_more():
 
 def test_the_seed_alone_decides():
     assert texts(seed=1) == texts(seed=1) != texts(seed=2)
+
+
+def test_every_process_makes_the_same():
+    """A checkpoint is resumed by another process, and several share the work."""
+    code = "import sys, test_passages; sys.stdout.write(''.join(test_passages.texts(count=5)))"
+    found = []
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        here = Path(__file__).parent
+        done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True, check=True)
+        found.append(done.stdout)
+    assert found[0] == found[1] and "Which of them is about" in found[0]
 
 
 @pytest.mark.parametrize("documents", [[], DOCUMENTS[:1], ["a few words"] * 500], ids=["none", "one", "short"])

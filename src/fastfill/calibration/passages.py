@@ -68,7 +68,8 @@ def _question(passages: list[list[str]], mark: str, rng: random.Random) -> str:
     size = min(rng.randint(*QUOTE), len(found))
     begin = rng.randrange(len(found) - size + 1)
     quoted = " ".join(found[begin : begin + size])
-    keywords = sorted(set(found), key=len)[-KEYWORDS:]  # the longest words say most
+    # The longest words say most; of equal ones the order of a set differs from process to process.
+    keywords = sorted(set(found), key=lambda word: (len(word), word))[-KEYWORDS:]
     kind = rng.random()
     if kind < 0.5 and sum(f" {quoted} " in f" {' '.join(other)} " for other in passages) == 1:
         return f'Which of them has the words "{quoted}"?\nAnswer: {name}\n\n'
