@@ -25,7 +25,7 @@ test: $(VENV)/.installed
 	$(BIN)/python $(PYTEST)
 
 # The same tests on the oldest supported torch and transformers, in an environment of its own. Triton of that time is not ours;
-# tests that depend on neither are left out.
+# what hardly depends on either is left out: sanitizers, the fuzzer, the report, the page.
 NEITHER := --deselect=tests/test_kernels.py::test_sanitizers $(addprefix --ignore=,$(wildcard tests/test_fuzz.py tests/test_report*.py tests/test_web.py))
 
 test-oldest: $(VENV)-oldest/.installed

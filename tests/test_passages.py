@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -87,9 +86,8 @@ def test_every_process_makes_the_same():
     code = "import sys, test_passages; sys.stdout.write(''.join(test_passages.texts(count=5)))"
     found = []
     for seed in ("1", "2"):
-        env = {**os.environ, "PYTHONHASHSEED": seed}
-        here = Path(__file__).parent
-        done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True, check=True)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         found.append(done.stdout)
     assert found[0] == found[1] and "Which of them is about" in found[0]
 

@@ -1,4 +1,4 @@
-"""What `torch.compile` sees of an attached model: a decode step is the model's own code, all else runs as without it.
+"""What `torch.compile` sees of an attached model: a decode step is the model's own code, all else runs uncompiled.
 
 A plan depends on the values of masks and positions, so that a prompt cannot be traced; nothing is planned for one token a
 sequence, and `generate` compiles just these steps.
@@ -23,6 +23,12 @@ def ready() -> None:
 def traced(run: Callable[..., Any], plain: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of `run` that dynamo comes upon. plain: what can be traced in its place, in a decode step; None elsewhere."""
     return _eagerly(run, args, kwargs) if plain is None else plain(*args, **kwargs)
+
+
+def traced_states(run: Any, x: torch.Tensor) -> Any:
+    """As `traced`, of what stands in for an FFN or a Linear. x: (..., T, H)."""
+    plain = x.shape[-2] == 1 and not run.dense_int8
+    return traced(run, run.dense if plain else None, (x,), {})
 
 
 def one_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

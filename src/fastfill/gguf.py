@@ -34,6 +34,8 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _SHARD = 1 << 30  # bytes of unpacked weights that are held in memory before they are written
 _ROWS = 1 << 22  # elements that are unpacked at once
 
+_PAIRS = ("llama", "smollm3")  # their queries and keys are permuted (`_unpermute`)
+
 # Floats stay what they are; all else is unpacked to bf16.
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -314,9 +316,9 @@ def _unpermute(values: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _value(name: str, tensor: Tensor, config: Any, architecture: str) -> torch.Tensor:
     values = tensor.read()
-    if not architecture.startswith("qwen") and ".q_proj." in name:
+    if architecture in _PAIRS and ".q_proj." in name:
         return _unpermute(values, config.num_attention_heads)
-    if not architecture.startswith("qwen") and ".k_proj." in name:
+    if architecture in _PAIRS and ".k_proj." in name:
         return _unpermute(values, config.num_key_value_heads)
     return values
 

@@ -120,7 +120,7 @@ def config_of(model: Model, name: str) -> tuple[Any, Any]:
     }
     if heads % values["num_key_value_heads"]:
         raise meta.refuse("attention.head_count_kv", f"which does not divide the {heads} heads")
-    if meta.architecture != "qwen2":
+    if meta.architecture in ("llama", "qwen3", "smollm3"):
         values["attention_bias"] = any(".attn_" in tensor and tensor.endswith(".bias") for tensor in model.tensors)
     if meta.architecture in ("llama", "smollm3"):
         values["mlp_bias"] = any(".ffn_" in tensor and tensor.endswith(".bias") for tensor in model.tensors)

@@ -63,8 +63,7 @@ class Projection:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., K) -> (..., N)."""
         if torch.compiler.is_dynamo_compiling():
-            plain = x.shape[-2] == 1 and not self.dense_int8
-            return compiling.traced(self, self.dense if plain else None, (x,), {})
+            return compiling.traced_states(self, x)
         eight = self.always or dense_in_int8(self.dense_int8) or current_plan.get() is not None
         if not self.on or not eight:
             return self.dense(x)

@@ -79,8 +79,7 @@ class SparseFFN:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, T, H) -> (batch, T, H)."""
         if torch.compiler.is_dynamo_compiling():
-            plain = x.shape[-2] == 1 and not self.dense_int8
-            return compiling.traced(self, self.dense if plain else None, (x,), {})
+            return compiling.traced_states(self, x)
         plan = current_plan.get()
         eight, thin = self.all_neurons, self.kept < self.ffn.neurons
         if not self.on or not (thin or eight):
