@@ -35,7 +35,7 @@ def problem(linear: Any) -> str | None:
 def scale(linear: Any) -> Tensor | None:
     """Of the int8 rows that a Linear's weight stands for: (O,) fp32; None where it is not quantised."""
     scheme = getattr(linear, "quantization_scheme", None)
-    torchao = from_torchao(linear.weight)
+    torchao = from_torchao(getattr(linear, "weight", None))
     own = torchao or (scheme is not None and scheme.input_activations is not None)
     if not own or problem(linear):
         return None

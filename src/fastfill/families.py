@@ -100,8 +100,6 @@ class Family:
     def scales(self, module: Any) -> Scales | None:
         """Of the int8 rows that the weights of an FFN of torch's stand for; None where they stand for none."""
         parts: list[torch.Tensor] = []
-        if isinstance(getattr(module, self.down), PackedLinear):
-            return None
         for role in ROLES:
             whole = eight_bits.scale(getattr(module, self.linear(role)))
             if whole is None:
@@ -205,13 +203,13 @@ class ModuleFFN(FFN):
         return isinstance(self.linear_down, PackedLinear)
 
     def halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.read().halves(x) if self.packed else super().halves(x)
+        return self.read().halves(x)
 
     def output(self, h: torch.Tensor) -> torch.Tensor:
-        return self.read().output(h) if self.packed else super().output(h)
+        return self.read().output(h)
 
     def down_norm(self) -> torch.Tensor:
-        return self.read().down_norm() if self.packed else super().down_norm()
+        return self.read().down_norm()
 
     def read(self) -> FFN:
         """The weights as they are now, unchecked, as autograd does not know them."""
