@@ -1,14 +1,14 @@
 """Stock vLLM against vLLM with an artifact, on a CPU, in one run.
 
-    python benchmarks/serving.py [--steps smollm2,load] [--quick] [--again] [--out benchmarks/results/vllm.jsonl]
+    python benchmarks/serving.py [--steps smollm2,load] [--prompt-lengths 1024] [--quick] [--again] [--out FILE]
 
-Each step appends one JSON line to --out and is skipped when it is there, so a killed run goes on where it was. Steps of
-speed hold two engines side by side in this process, stock and with the artifact, and ask them in turn: a prompt of random
-tokens, one new token, until the noise is less than the gain, or four times as often as listed. "off" is the second engine
-with the request switched off; it should take what stock takes. Afterwards clocks in the second engine measure the FFN
-in runs of their own, dense and sparse, without torch.compile. The FFN's share is its part of such a dense run; the ceiling is
-what would be left if every skipped neuron took its part of that time with it. The models that are called shaped have random
-weights and a random artifact, which is enough for speed.
+Each step appends one JSON line to --out (benchmarks/results/vllm.jsonl) and is skipped when it is there, so a killed run goes
+on where it was. Steps of speed hold two engines side by side in this process, stock and with the artifact, and ask them in
+turn: a prompt of random tokens, one new token, until the noise is less than the gain, or four times as often as listed. "off"
+is the second engine with the request switched off; it should take what stock takes. Afterwards clocks in the second engine
+measure the FFN in runs of their own, dense and sparse, without torch.compile. The FFN's share is its part of such a dense
+run; the ceiling is what would be left if every skipped neuron took its part of that time with it. The models that are called
+shaped have random weights and a random artifact, which is enough for speed.
 
 The steps "load" run `fastfill serve` twice, with sparsity 0 (vLLM's own code) and with the artifact, and a real OpenAI client:
 32 prompts of 200 to 4,000 tokens at Poisson arrivals, then each of them alone; in bf16, and fewer and shorter ones in fp32, to
@@ -34,7 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Speed:
-    """One pair of engines. lengths: prompt tokens -> timed runs of each kind, at least."""
+    """One pair of engines, in bf16 where the processor has it. lengths: prompt tokens -> timed runs of each kind, at least."""
 
     model: str
     lengths: dict[int, int]
@@ -171,6 +171,10 @@ def made_or_real(name: str) -> tuple[str, str]:
         return random_model(name)
     command = [sys.executable, str(ROOT / "benchmarks" / "models.py"), name]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip(), name
+
+
+def dtype() -> str:
+    return str(models.default_dtype("cpu")).removeprefix("torch.")
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -260,7 +264,7 @@ def pair(step: Speed) -> Iterator[Pair]:
     model, artifact = model_and_artifact(step)
     engine.prepare()
     arguments = {
-        "dtype": "bfloat16",
+        "dtype": dtype(),
         "max_model_len": LONGEST + 1,  # the same for all steps, so that compiled models are found again
         "enforce_eager": step.eager,
         "kv_cache_memory_bytes": 2**29,
@@ -312,7 +316,7 @@ def speed(step: Speed) -> dict[str, Any]:
     name = models.DEFAULT_NAME if step.model == "default" else step.model
     found = {
         "model": name,
-        "dtype": "bfloat16",
+        "dtype": dtype(),
         **in_force(step.sparsity),
         "one_copy": step.one_copy,
     }
@@ -370,7 +374,7 @@ def decoding(step: Decode) -> dict[str, Any]:
             )
             bar.step(note=f"{rows[-1]['ratio']}x")
     shape = {"prompt_tokens": step.prompt, "new_tokens": step.tokens, "rounds": step.rounds}
-    return {"dtype": "bfloat16", **in_force(), **shape, "rows": rows}
+    return {"dtype": dtype(), **in_force(), **shape, "rows": rows}
 
 
 def in_force(sparsity: float = 0.5) -> dict[str, Any]:
@@ -540,6 +544,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one repeat, short prompts, nothing compiled: to see that it works"
     )
+    parser.add_argument("--prompt-lengths", help="of the steps of speed only these, as 1024 (default: all that the step has)")
     parser.add_argument("--again", action="store_true", help="measure steps again that are there")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}; with --quick build/vllm-quick.jsonl")
     arguments = parser.parse_args()
@@ -561,6 +566,9 @@ def main() -> None:
         else:
             if arguments.quick:
                 step = Speed(step.model, {64: 1, 512: 1}, step.sparsity, step.one_copy, eager=True)
+            elif arguments.prompt_lengths:
+                asked = {int(tokens) for tokens in arguments.prompt_lengths.split(",")}
+                step = replace(step, lengths={tokens: n for tokens, n in step.lengths.items() if tokens in asked})
             document = speed(step)
         import vllm
 
