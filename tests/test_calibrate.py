@@ -21,7 +21,7 @@ from conftest import (
 import fastfill
 from fastfill import artifact as artifacts
 from fastfill import data, families, kernels
-from fastfill.calibration import capture, checkpoint, distill, fit, importance, run, student
+from fastfill.calibration import capture, checkpoint, corpus, distill, fit, importance, limit, passages, run, student
 from fastfill.config import CalibrationConfig, PrefillConfig
 from fastfill.errors import UserError
 from fastfill.lab.baselines import named
@@ -134,12 +134,17 @@ def test_a_distillation_that_makes_it_worse_is_left_out_and_said(model, tokenize
     capsys.readouterr()
     wild = calibrate(model, tokenizer, tmp_path / "wild", change(steps=10, compensator_lr=20.0))
     before, after = wild.calibration["loss_aside"]
-    assert after > before and f"({before:.3f} -> {after:.3f} nats) and was left out" in capsys.readouterr().err
+    assert after > before and f"({before:.3f} -> {after:.3f} nats) and was left out" in (said := capsys.readouterr().err)
+    assert f"is in {tmp_path / 'wild.left-out'}." in said
     assert wild.calibration["config"]["steps"] == wild.calibration["tokens_distilled"] == 0
     assert all(torch.equal(wild.tensors[key], fitted.tensors[key]) for key in fitted.tensors)
+    lost = artifacts.load(tmp_path / "wild.left-out")  # hours of work, perhaps
+    assert lost.calibration["config"]["steps"] == 10 and lost.calibration["loss_aside"] == [before, after]
+    assert not torch.equal(lost.tensors["layers.0.compensator.w_out"], fitted.tensors["layers.0.compensator.w_out"])
     good = calibrate(model, tokenizer, tmp_path / "good", change(steps=30))
     before, after = good.calibration["loss_aside"]
     assert after < before and good.calibration["config"]["steps"] == 30 and not capsys.readouterr().err
+    assert not (tmp_path / "good.left-out").exists()
 
 
 @pytest.mark.parametrize("schedule", ["sensitivity", "token-mixing", "uniform"])
@@ -262,14 +267,38 @@ def learned(model, tokenizer, folder, **changes):
 
 def test_an_artifact_is_distilled_further(model, tokenizer, tmp_path):
     first = learned(model, tokenizer, tmp_path / "first")
-    more = fastfill.calibrate(model, tokenizer, TEXTS[:4], tmp_path / "more", config=FURTHER, start=tmp_path / "first")
+    texts = [data.Document(text, f"new#{i}") for i, text in enumerate(TEXTS[:4])]
+    more = fastfill.calibrate(model, tokenizer, texts, tmp_path / "more", config=FURTHER, start=tmp_path / "first")
     assert more.layer_importance == first.layer_importance and more.prefill == first.prefill and more.ranks == first.ranks
     assert not torch.equal(more.tensors["layers.0.compensator.w_out"], first.tensors["layers.0.compensator.w_out"])
     assert torch.equal(more.tensors["layers.0.stats.importance"], first.tensors["layers.0.stats.importance"])
     assert more.calibration["loss_aside"][1] < more.calibration["loss_aside"][0]
     before = {k: v for k, v in first.calibration.items() if k not in ("documents", "document_rows")}
     assert more.calibration["before"] == before and more.calibration["config"]["predictor_rank"] == 6
-    assert more.calibration["document_rows"] == sorted(first.calibration["document_rows"])  # text of the first run, too
+    both = [*first.calibration["document_rows"], *(text.source for text in texts)]
+    assert more.calibration["document_rows"] == sorted(both)
+
+
+def test_what_a_start_has_learned_from_is_not_set_aside(model, tokenizer, tmp_path, capsys):
+    """Half of the documents were in the first run: by these, anything that follows looks worse than it is."""
+    first = learned(model, tokenizer, tmp_path / "first", steps=1)
+    old = [data.Document(text, source) for text, source in zip(TEXTS, first.calibration["document_rows"], strict=True)]
+    new = [data.Document(tiny_text(400, seed=50 + i), f"new#{i}") for i in range(2)]
+    other = change(seed=5)  # an order in which old text would come last
+    rows = {tuple(row) for row in data.sequences(tokenizer, new, 64, 0)[0].tolist()}
+    plain, _ = data.sequences(tokenizer, [*old, *new], 64, 5)
+    found = corpus.read(tokenizer, [*old, *new], other, first)
+    assert found.aside == corpus.ASIDE and all(tuple(row) in rows for row in found.tokens[-corpus.ASIDE :].tolist())
+    assert not all(tuple(row) in rows for row in plain[-corpus.ASIDE :].tolist())  # the seed is one that shows it
+    assert sorted(found.tokens.tolist()) == sorted(plain.tolist())
+    assert corpus.read(tokenizer, [*old, data.Document(tiny_text(70, seed=60), "one#0")], other, first).aside == 1
+    same = corpus.read(tokenizer, old, CONFIG, first)  # its own text in its own order: set aside there too
+    assert same.aside == 24 // 8 and torch.equal(same.tokens, data.sequences(tokenizer, old, 64, 0)[0])
+    capsys.readouterr()
+    config = dataclasses.replace(FURTHER, seed=5)
+    none = fastfill.calibrate(model, tokenizer, old, tmp_path / "none", config=config, start=first)
+    assert none.calibration["loss_aside"] == [] and none.calibration["config"]["steps"] == 8
+    assert "nothing tells whether more steps help" in capsys.readouterr().err
 
 
 def test_no_steps_from_an_artifact_change_nothing(model, tokenizer, tmp_path):
@@ -316,14 +345,16 @@ def test_passages_are_a_share_of_the_sequences(tokenizer, monkeypatch):
         asked.append((texts, length, count, answer))
         return torch.full((count, length), 7)
 
-    monkeypatch.setattr(run.passages, "sequences", made)
+    monkeypatch.setattr(passages, "sequences", made)
     documents = [data.Document(text, "text") for text in TEXTS]
-    plain, none = run._sequences(tokenizer, documents, CONFIG)
-    for limit in (None, "1%"):
-        aside = run.ASIDE + (limit is not None) * run.limits.SEQUENCES
-        mixed, count = run._sequences(tokenizer, documents, change(passages=0.25, max_loss=limit))
+    none = corpus.read(tokenizer, documents, CONFIG)
+    plain = none.tokens
+    for most in (None, "1%"):
+        aside = corpus.ASIDE + (most is not None) * limit.SEQUENCES
+        found = corpus.read(tokenizer, documents, change(passages=0.25, max_loss=most))
+        mixed, count = torch.cat([found.tokens, found.held_out]), found.passages
         texts, *rest = asked[-1]
-        assert none == 0 and count == round(len(plain) / 3) and rest == [64, count, CONFIG.answer]
+        assert none.passages == 0 and count == round(len(plain) / 3) and rest == [64, count, CONFIG.answer]
         sevens = (mixed == 7).all(1)
         assert int(sevens.sum()) == count and sevens[: len(mixed) // 2].any() and not sevens[: len(plain) // 2].all()
         assert torch.equal(mixed[-aside:], plain[-aside:])  # set aside: as without passages, and of no passage
@@ -332,7 +363,7 @@ def test_passages_are_a_share_of_the_sequences(tokenizer, monkeypatch):
 
 
 def test_passages_are_recorded(model, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.passages, "WORDS", (4, 8))
+    monkeypatch.setattr(passages, "WORDS", (4, 8))
     made = calibrate(model, tokenizer, tmp_path / "a", change(passages=0.5, steps=2))
     assert made.calibration["passages"] == made.calibration["sequences"] / 2
 
@@ -532,7 +563,7 @@ def test_token_mixing_by_hand(model):
 
 
 def make_students(anatomy, artifact, kept, answer=0.0):
-    shape = (artifact.ranks["linear"], PREFILL.block_size, PREFILL.first_sparse, CONFIG.gate_temperature, answer)
+    shape = (artifact.ranks["linear"], PREFILL.block_size, PREFILL.first_sparse, answer)
     weights = [
         {k.removeprefix(f"layers.{i}."): v for k, v in artifact.tensors.items() if k.startswith(f"layers.{i}.")}
         for i in range(LAYERS)
@@ -543,7 +574,7 @@ def make_students(anatomy, artifact, kept, answer=0.0):
 def test_sensitivity_is_the_cost_of_each_layer_alone(model, tokenizer):
     artifact = tiny_artifact(model)
     anatomy = families.dissect(model)
-    tokens = data.sequences(tokenizer, [data.Document(t, "t") for t in TEXTS[:1]], 64, 0)[:2]
+    tokens = data.sequences(tokenizer, [data.Document(t, "t") for t in TEXTS[:1]], 64, 0)[0][:2]
     students = make_students(anatomy, artifact, [48] * LAYERS)
     found = importance.sensitivity(model, anatomy, students, tokens)
     assert [s.kept for s in students] == [48] * LAYERS
@@ -565,6 +596,33 @@ def a_trainer(model, artifact, answer, weight):
     nothing = torch.empty(0, 0, dtype=torch.long)
     teacher = distill.Teacher(model, anatomy, nothing, nothing)
     return distill.Distiller(model, anatomy, students, config, PREFILL.dense_head, teacher)
+
+
+def test_the_predictor_learns_the_shares_of_the_student_itself(model, tokenizer):
+    """Its gradient is that of the cross-entropy on the inputs and activations of the sparse run, layer by layer."""
+    trainer = a_trainer(model, tiny_artifact(model), 0.25, 3.0)
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"][:, :64]
+    rows, seen = slice(PREFILL.first_sparse, 48), []
+    masked = student._MaskedFFN.apply
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student._MaskedFFN, "apply", lambda x, *more: seen.append(x.detach().clone()) or masked(x, *more))
+        trainer._backward(ids, 1)
+    assert len(seen) == LAYERS
+    for layer, x in enumerate(seen):
+        ffn, weights = trainer.anatomy.ffns[layer], trainer.weights[layer]
+        copies = [weights[name].detach().double().requires_grad_() for name in distill.PREDICTOR]
+        w_in, w_out, bias = copies
+        h = ffn.hidden(x[rows]).double()
+        target = (h * ffn.down.double().norm(dim=0)).square()
+        target /= target.sum(-1, keepdim=True)
+        predicted = (x[rows].double() @ w_in.T @ w_out.T + bias).log_softmax(-1)
+        expected = torch.autograd.grad(-(target * predicted).sum(-1).mean(), copies)
+        for name, gradient in zip(distill.PREDICTOR, expected, strict=True):
+            # fp32 against fp64: sums of 40 tokens and 96 neurons, 1e-6 of the largest; ten times that as margin.
+            margin = 1e-5 * float(gradient.abs().max())
+            torch.testing.assert_close(weights[name].grad.double(), gradient, rtol=0, atol=margin)
+        weights["predictor.w_out"].grad = None
+    assert trainer.judge(ids) > 0 and all(layer["predictor.w_out"].grad is None for layer in trainer.weights)
 
 
 @pytest.mark.parametrize("answer, weight", [(0.25, 3.0), (0.3, 0.5), (0.0, 3.0)])

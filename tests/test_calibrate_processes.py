@@ -12,7 +12,7 @@ from test_calibrate import CONFIG, KILLS, Killed, change
 import fastfill
 from fastfill import artifact as artifacts
 from fastfill import cli
-from fastfill.calibration import run
+from fastfill.calibration import corpus, run
 from fastfill.calibration.team import Team
 from fastfill.errors import UserError
 
@@ -77,7 +77,7 @@ def test_two_processes_equal_one_also_when_resumed(words, tmp_path, monkeypatch)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "text.jsonl", "three", "two"]
 
     words[words.index("--batch") + 1] = "1"  # half of the text of each step is another result
-    monkeypatch.setattr(run, "ASIDE", 0)  # whether so few steps help on text set aside is chance
+    monkeypatch.setattr(corpus, "ASIDE", 0)  # whether so few steps help on text set aside is chance
     assert cli.main([*words, "--out", str(tmp_path / "half")]) == 0
     half = artifacts.load(tmp_path / "half")
     assert distance(one, half) > 0.03 and half.calibration["tokens_distilled"] == 6 * 64
@@ -99,7 +99,7 @@ def test_one_sentence_where_processes_cannot_share(words, tmp_path, model, token
 def test_bf16_products(model, tokenizer, tmp_path, monkeypatch):
     """As on CUDA, on an fp32 model: close to fp32, and not the same."""
     texts = [tiny_text(256, seed=s) for s in range(4)]
-    monkeypatch.setattr(run, "ASIDE", 0)
+    monkeypatch.setattr(corpus, "ASIDE", 0)
     found = {}
     for on in (False, True):
         precision = torch.autocast("cpu", torch.bfloat16, enabled=on, cache_enabled=False)

@@ -62,7 +62,6 @@ def test_prefill_integers(field, value):
         ("fit_lr", 0.0),
         ("compensator_lr", -1e-3),
         ("predictor_lr", float("nan")),
-        ("gate_temperature", 0.0),
         ("answer", 1.0),
         ("answer", -0.1),
         ("answer_weight", float("inf")),

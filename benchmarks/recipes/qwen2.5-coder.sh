@@ -4,7 +4,8 @@
 # squad_v2_dev_part.json (SQuAD 2.0). Text and held-out documents are those of that recipe, too. A killed calibration goes on
 # when the script is run again; the measurements then begin anew.
 # GPU=1: calibrate and write answers on a GPU, as the shipped artifacts were made. Without one, the default recipe (300 steps
-# of 1,024 tokens) gives the earlier artifacts, and the answers of the 1.5B take long.
+# of 1,024 tokens) gives the earlier artifacts, and the answers of the 1.5B take long. The shipped ones were distilled before
+# predictors learned from the student itself (docs/log.md, 2026-11-27): this makes others.
 set -euo pipefail
 : "${DATA:?set DATA to the folder with the text files}"
 SIZE=${1:?give the size, 0.5b or 1.5b}

@@ -5,7 +5,8 @@
 # An eighth of the calibration text is program text: Python's standard library, modules a to c.
 # Calibration text and evaluation text are disjoint documents: the first 20 news rows, the last 21 speeches, the end of
 # WikiText and the modules behind c are never calibrated on. About 70 minutes on two cores. A killed calibration goes on when the
-# script is run again; the measurements then begin anew.
+# script is run again; the measurements then begin anew. The shipped artifact was distilled before predictors learned from the
+# student itself (docs/log.md, 2026-11-27): this makes another.
 set -euo pipefail
 : "${DATA:?set DATA to the folder with the text files}"
 OUT=${OUT:-artifacts/smollm2-135m-instruct}

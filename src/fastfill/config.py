@@ -130,7 +130,6 @@ class CalibrationConfig:
     loss_stride: of the tokens before the answer every n-th is scored against the dense model, others at each step; of the
         tokens on which the schedule is measured too.
     compensator_lr, predictor_lr: peak rates of AdamW, cosine to a tenth, times the standard deviation of each tensor.
-    gate_temperature: width of the soft gate through which the predictor gets its gradient (in nats of score).
     """
 
     minutes: float | None = None
@@ -153,7 +152,6 @@ class CalibrationConfig:
     loss_stride: int = 4
     compensator_lr: float = 5e-3
     predictor_lr: float = 3e-3
-    gate_temperature: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -164,7 +162,7 @@ class CalibrationConfig:
         check_integer("steps", self.steps, 0)
         check_integer("sequence_length", self.sequence_length, 2)
         check_integer("seed", self.seed, 0, MAX_SEED)
-        for name in ("minutes", "fit_lr", "compensator_lr", "predictor_lr", "gate_temperature"):
+        for name in ("minutes", "fit_lr", "compensator_lr", "predictor_lr"):
             value = getattr(self, name)
             if name == "minutes" and value is None:
                 continue

@@ -169,19 +169,21 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def sequences(tokenizer: Any, documents: Sequence[Document], length: int, seed: int) -> torch.Tensor:
-    """Cut documents into sequences of exactly `length` tokens, shuffled by seed -> (S, length).
+def sequences(tokenizer: Any, documents: Sequence[Document], length: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    """Cut documents into sequences of exactly `length` tokens, shuffled by seed -> (S, length), and the source of each.
 
     Raises UserError if there is no whole sequence.
     """
-    rows = []
+    rows, sources = [], []
     for document in documents:
         ids = encode(tokenizer, document)
-        rows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        cut = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        rows += cut
+        sources += [document.source] * len(cut)
     if not rows:
         raise UserError(f"The data is too short: no document has {length} tokens; give longer text or a smaller length.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return torch.tensor(rows, dtype=torch.long)[order]
+    return torch.tensor(rows, dtype=torch.long)[order], [sources[i] for i in order]
 
 
 def first_tokens(

@@ -16,7 +16,9 @@ from fastfill.errors import UserError
 from fastfill.families import Anatomy
 from fastfill.progress import stage
 
-TRAINED = tuple(f"{part}.{name}" for part in ("predictor", "compensator") for name in ("w_in", "w_out", "bias"))
+PARTS = "w_in", "w_out", "bias"
+PREDICTOR, COMPENSATOR = (tuple(f"{network}.{part}" for part in PARTS) for network in ("predictor", "compensator"))
+TRAINED = PREDICTOR + COMPENSATOR
 
 
 class Teacher:
@@ -87,7 +89,7 @@ class Distiller:
                 f"The distillation diverged at step {self.step_done + 1} (its loss is {loss}); nothing was written. Delete the "
                 "checkpoint and use lower rates (--compensator-lr, --predictor-lr)."
             )
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_((layer[name] for layer in self.weights for name in COMPENSATOR), 1.0)
         self.optimizer.step()
         self.step_done += 1
         self.losses.append(loss)

@@ -62,6 +62,7 @@ def fit_predictor(
     w_out = torch.randn(intermediate, rank, generator=generator).to(x.device) * 0.1
     bias = mean.clamp_min(1e-9).log()
     parameters = [w_in.requires_grad_(), w_out.requires_grad_(), bias.requires_grad_()]
+    weights = dict(zip(("w_in", "w_out", "bias"), parameters, strict=True))
     # W_in lives on the scale 1 / (sqrt(H) rms): Adam's step must too.
     rates = [config.fit_lr / float(rms), config.fit_lr * 5, config.fit_lr * 5]
     optimizer = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)])
@@ -73,21 +74,29 @@ def fit_predictor(
             order = torch.randperm(tokens, generator=generator)
             for rows in order.split(config.fit_batch):
                 mine = (rows[(rows >= first) & (rows < first + len(x))] - first).to(x.device)
-                part, target = x[mine], shares(h[mine], norm).to(x.dtype)
-                logits = F.linear(F.linear(part, w_in.to(part.dtype)), w_out.to(part.dtype), bias.to(part.dtype))
-                loss = -(target * logits.log_softmax(-1)).sum(-1, dtype=torch.float32).sum() / len(rows)
+                loss = cross_entropy(x[mine], h[mine], norm, weights).sum() / len(rows)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 team.sum(*(p.grad for p in parameters if p.grad is not None))
                 optimizer.step()
                 schedule.step()
                 tick()
-    return {"w_in": w_in.detach(), "w_out": w_out.detach(), "bias": bias.detach()}
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def cross_entropy(x: torch.Tensor, h: torch.Tensor, norm: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(T,) nats: of softmax(W_out W_in x_t + b) to the `shares` of the token's neurons. x: (T, H). h: (T, F). norm: (F,)."""
+    target = shares(h, norm).to(x.dtype)
+    return -(target * _logits(x, weights).log_softmax(-1)).sum(-1, dtype=torch.float32)
+
+
+def _logits(x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    return F.linear(F.linear(x, weights["w_in"].to(x.dtype)), weights["w_out"].to(x.dtype), weights["bias"].to(x.dtype))
 
 
 def block_scores(x: torch.Tensor, weights: dict[str, torch.Tensor], block_size: int) -> torch.Tensor:
     """Learned scores of x (N * B, H) -> (N, F), as `LearnedPredictor` has them, in fp32; differentiable in the weights."""
-    logits = F.linear(F.linear(x, weights["w_in"].to(x.dtype)), weights["w_out"].to(x.dtype), weights["bias"].to(x.dtype))
+    logits = _logits(x, weights)
     return logits.softmax(-1).view(-1, block_size, logits.shape[-1]).sum(1, dtype=torch.float32)
 
 

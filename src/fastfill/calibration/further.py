@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fastfill import artifact as artifacts
+from fastfill import data
 from fastfill import tensors as stored
 from fastfill.artifact import Artifact
 from fastfill.calibration.student import Weights
@@ -31,6 +34,14 @@ def settings(start: Artifact, asked: PrefillConfig | None, config: CalibrationCo
 def identity(start: Artifact) -> list[Any]:
     """What a checkpoint must share with the artifact that its run started from."""
     return [artifacts.digest(start), start.layer_importance]
+
+
+def known(start: Artifact, tokens: torch.Tensor) -> set[str]:
+    """Sources of the documents that `start` has learned from: they cannot tell whether a run from there helps. None where all
+    text, tokens (S, T), is that of its own run, which set the same sequences aside."""
+    if start.calibration.get("text") == data.digest(tokens):
+        return set()
+    return set(start.calibration.get("document_rows", []))
 
 
 def weights(start: Artifact) -> list[Weights]:

@@ -20,7 +20,7 @@ from fastfill import context, data, eight_bits, families, machine, partner
 from fastfill import tensors as stored
 from fastfill.artifact import Artifact
 from fastfill.attachment import check_detached
-from fastfill.calibration import capture, fit, further, passages
+from fastfill.calibration import capture, corpus, fit, further
 from fastfill.calibration import limit as limits
 from fastfill.calibration.checkpoint import Checkpoint
 from fastfill.calibration.distill import TRAINED, Distiller, Teacher
@@ -34,18 +34,19 @@ from fastfill.schedule import allocate
 
 SAVE_EVERY_S = 60.0
 FIT_SHARE = 0.3  # of a budget in minutes; a guess, not measured
-ASIDE = 4  # sequences that tell whether the distillation helped; at most an eighth of all
+LEFT_OUT = ".left-out"  # behind the name of an artifact: the folder of a distillation that did not help
 CLOSED_FORM_TOKENS = 32768  # more does not move a solution with H + 1 unknowns an output
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every stage needs. tokens: (S, T) sequences, all of them in every process of a team. ranks: inner widths of
-    predictor and compensator."""
+    """What every stage needs. tokens: (S, T) sequences, all of them in every process of a team. aside: how many of the last
+    tell whether the distillation helped. ranks: inner widths of predictor and compensator."""
 
     model: Any
     anatomy: families.Anatomy
     tokens: torch.Tensor
+    aside: int
     prefill: PrefillConfig
     config: CalibrationConfig
     ranks: dict[str, int]
@@ -110,13 +111,14 @@ def calibrate(
         raise UserError(f"sequence_length {config.sequence_length} is more than the {limit} tokens that the model holds.")
     for note in start.check_partner(anatomy, allow_finetuned) if start else ():
         warnings.warn(note, stacklevel=2)
-    tokens, made = _sequences(tokenizer, texts, config)
-    aside = tokens[:0]
-    if config.max_loss is not None:
-        limits.Limit.parse(config.max_loss)
-        tokens, aside = tokens[: -limits.SEQUENCES], tokens[-limits.SEQUENCES :]
-        if not len(tokens):
-            raise UserError(f"--max-loss sets {limits.SEQUENCES} sequences aside, and there are no more; give more text.")
+    text = corpus.read(tokenizer, texts, config, start)
+    tokens = text.tokens
+    if start is not None and not text.aside and not team.rank:
+        print(
+            "fastfill: warning: nothing tells whether more steps help: that takes eight sequences, some of them of documents "
+            "that the artifact has not learned from.",
+            file=sys.stderr,
+        )
     name = name or getattr(model.config, "_name_or_path", "") or anatomy.model_type
     base_model = artifacts.describe_model(anatomy, name)
     ranks = start.ranks if start else _ranks(config, anatomy)
@@ -134,7 +136,7 @@ def calibrate(
     checkpoint = Checkpoint(out, settings, resume, write=team.rank == 0)
     if not team.rank:
         team.total(0)
-    job = Job(model, anatomy, tokens, prefill, config, ranks, checkpoint, team)
+    job = Job(model, anatomy, tokens, text.aside, prefill, config, ranks, checkpoint, team)
     begin = time.monotonic() - (checkpoint.json("seconds") or 0.0)
 
     with _precision(anatomy.ffns[0].gate.device), eight_bits.unrounded(model):
@@ -148,55 +150,66 @@ def calibrate(
             teacher = Teacher(model, anatomy, tokens[:0], tokens[:0])
         checkpoint.put_json("seconds", time.monotonic() - begin)
         kept = allocate(importances, prefill.sparsity, anatomy.intermediate)
-        losses, judged = _distill(job, weights, kept, teacher, begin)
+        learned, losses, judged = _distill(job, weights, kept, teacher, begin)
 
     record = {
-        "config": {**cfg.to_dict(config), "fit_tokens": job.config.fit_tokens, "steps": len(losses)},
+        "config": {**cfg.to_dict(config), "fit_tokens": job.config.fit_tokens},
         "documents": sorted({d.source.split("#")[0] for d in texts}),
         "document_rows": [d.source for d in texts],
         "sequences": len(tokens),
-        "passages": made,
-        "tokens_distilled": len(losses) * config.batch * config.sequence_length,
+        "passages": text.passages,
         "text": settings["text"],
         "seconds": round(time.monotonic() - begin, 1),
-        "loss_first": _mean(losses[:20]),
-        "loss_last": _mean(losses[-20:]),
         "loss_aside": judged,
         "importance_held": shares,
         "processes": team.size,
         "machine": machine.describe(),
     }
-    if start is not None:
-        record = further.record(start.calibration, record)
-    # Vectors are stored in bf16, matrices in eight bits, rounded once, below.
-    tensors = {
-        f"layers.{i}.{key}": value.detach().to("cpu", torch.float32 if value.dim() == 2 else torch.bfloat16)
-        for i, layer in enumerate(weights)
-        for key, value in layer.items()
-    }
-    result = Artifact(base_model, prefill, ranks, importances, tensors, record, samples=partner.samples(anatomy))
+    result = Artifact(base_model, prefill, ranks, importances, {}, record, samples=partner.samples(anatomy))
+    if judged and not judged[1] < judged[0]:
+        if team.rank == 0:
+            left = out.with_name(out.name + LEFT_OUT)
+            lost = _narrow(_filled(result, learned, losses, start))
+            artifacts.save(lost, left, readme=lost.card())
+            print(
+                "fastfill: warning: the distillation made the loss of text set aside worse "
+                f"({judged[0]:.3f} -> {judged[1]:.3f} nats) and was left out; use lower rates "
+                f"(--compensator-lr, --predictor-lr). What it has learned is in {left}.",
+                file=sys.stderr,
+            )
+        learned, losses = weights, []
+    result = _filled(result, learned, losses, start)
     if config.max_loss is not None and team.rank == 0:
-        result = _within(model, result, aside, config)
-    result = dataclasses.replace(result, tensors=stored.narrow(result.tensors))
+        result = _within(model, result, text.held_out, config)
+    result = _narrow(result)
     if team.rank == 0:
         artifacts.save(result, out, readme=result.card())
     checkpoint.remove()
     return result
 
 
-def _sequences(tokenizer: Any, texts: list[data.Document], config: CalibrationConfig) -> tuple[torch.Tensor, int]:
-    """(S, T): the text as it runs, and among it, as their share, sequences of numbered passages (`passages`); how many of them.
-    The last sequences, which are set aside, are running text that no passage is made of."""
-    plain = data.sequences(tokenizer, texts, config.sequence_length, config.seed)
-    count = round(len(plain) * config.passages / (1 - config.passages))
-    if not count:
-        return plain, 0
-    aside = min(len(plain) - 1, ASIDE + (limits.SEQUENCES if config.max_loss is not None else 0))
-    seen, aside_rows = plain[: len(plain) - aside], plain[len(plain) - aside :]
-    words = [tokenizer.decode(row, skip_special_tokens=True) for row in seen.tolist()]
-    made = passages.sequences(tokenizer, words, config.sequence_length, count, config.answer, config.seed)
-    order = torch.randperm(len(seen) + count, generator=torch.Generator().manual_seed(config.seed + 1))
-    return torch.cat([torch.cat([seen, made])[order], aside_rows]), count
+def _filled(result: Artifact, weights: list[Weights], losses: list[float], start: Artifact | None) -> Artifact:
+    """With what was learned, and the steps that it took."""
+    config = result.calibration["config"] | {"steps": len(losses)}
+    record = result.calibration | {
+        "config": config,
+        "tokens_distilled": len(losses) * config["batch"] * config["sequence_length"],
+        "loss_first": _mean(losses[:20]),
+        "loss_last": _mean(losses[-20:]),
+    }
+    if start is not None:
+        record = further.record(start.calibration, record)
+    tensors = {
+        f"layers.{i}.{key}": value.detach().to("cpu", torch.float32 if value.dim() == 2 else torch.bfloat16)
+        for i, layer in enumerate(weights)
+        for key, value in layer.items()
+    }
+    return dataclasses.replace(result, tensors=tensors, calibration=record)
+
+
+def _narrow(artifact: Artifact) -> Artifact:
+    """As it is stored: vectors in bf16, matrices in eight bits, rounded once."""
+    return dataclasses.replace(artifact, tensors=stored.narrow(artifact.tensors))
 
 
 def _within(model: Any, artifact: Artifact, aside: torch.Tensor, config: CalibrationConfig) -> Artifact:
@@ -335,23 +348,23 @@ def _students(job: Job, weights: list[Weights], kept: list[int], answer: float =
     device = job.anatomy.ffns[0].gate.device
     for layer in weights:
         layer.update({key: value.to(device) for key, value in layer.items() if not value.requires_grad})
-    block, head, temperature = job.prefill.block_size, job.prefill.first_sparse, job.config.gate_temperature
+    block, head = job.prefill.block_size, job.prefill.first_sparse
     return [
-        StudentFFN(ffn, w, k, job.ranks["linear"], block, head, temperature, answer)
+        StudentFFN(ffn, w, k, job.ranks["linear"], block, head, answer)
         for ffn, w, k in zip(job.anatomy.ffns, weights, kept, strict=True)
     ]
 
 
 def _distill(
     job: Job, weights: list[Weights], kept: list[int], teacher: Teacher, begin: float
-) -> tuple[list[float], list[float]]:
+) -> tuple[list[Weights], list[float], list[float]]:
     """The end-to-end stage. Sequences come in their shuffled order, and repeat when they run out; the last ones are set aside
-    (the schedule was measured on some of them, and the fits may have seen them). Returns the losses of its steps, and those of
-    the text set aside before and after. Where it made them worse, the weights stay those of the fits, and no step counts."""
+    (the schedule was measured on some of them, and the fits may have seen them). Returns what was learned, the losses of its
+    steps, and those of the text set aside before and after."""
     config, checkpoint = job.config, job.checkpoint
     if config.steps == 0 or min(kept) == job.anatomy.intermediate:  # nothing to train, or nothing skipped
-        return [], []
-    training = len(job.tokens) - min(ASIDE, len(job.tokens) // 8)
+        return weights, [], []
+    training = len(job.tokens) - job.aside
     tokens, aside = job.tokens[:training], job.tokens[training:]
     students = _students(job, weights, kept, config.answer)
     trainer = Distiller(job.model, job.anatomy, students, config, job.prefill.first_sparse, teacher, job.team)
@@ -373,18 +386,11 @@ def _distill(
                 last_save = time.monotonic()
     checkpoint.put_tensors("distill", trainer.state())
     judged += [round(trainer.judge(aside), 4)] if len(aside) else []
-    if judged and not judged[1] < judged[0]:
-        if not job.team.rank:
-            print(
-                "fastfill: warning: the distillation made the loss of text set aside worse "
-                f"({judged[0]:.3f} -> {judged[1]:.3f} nats) and was left out; use lower rates "
-                "(--compensator-lr, --predictor-lr).",
-                file=sys.stderr,
-            )
-        return [], judged
-    for layer, student in zip(weights, trainer.students, strict=True):
-        layer.update({name: student.weights[name].detach() for name in TRAINED})
-    return trainer.losses, judged
+    learned = [
+        layer | {name: student.weights[name].detach() for name in TRAINED}
+        for layer, student in zip(weights, trainer.students, strict=True)
+    ]
+    return learned, trainer.losses, judged
 
 
 def _mean(values: list[float]) -> float | None:

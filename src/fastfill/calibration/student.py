@@ -5,6 +5,8 @@ Equal to `sparse_ffn.SparseFFN` to rounding (a test holds them together); only t
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from fastfill import kernels
-from fastfill.calibration.fit import block_scores
+from fastfill.calibration.fit import block_scores, cross_entropy
 from fastfill.families import Anatomy
 from fastfill.ffn import FFN
 from fastfill.swap import swapped
@@ -24,9 +26,9 @@ class StudentFFN:
     """Stands in for one FFN's forward during distillation.
 
     The first `head` tokens of the sequence, whole blocks (`PrefillConfig.first_sparse`), and what does not fill a block stay
-    dense, and so does the share `answer` at the sequence's end, teacher-forced after a sparse prompt. The predictor
-    gets its gradient through a soft gate (straight-through, ours): forward 1 for kept and 0 for skipped neurons, backward the
-    slope of sigmoid((log score - log score of the K-th) / temperature).
+    dense, and so does the share `answer` at the sequence's end, teacher-forced after a sparse prompt. Where gradients are
+    made, the predictor gets that of its fit (`fit.cross_entropy`), on the inputs and activations of this run (ours): what
+    it selects has none.
     """
 
     def __init__(
@@ -37,11 +39,11 @@ class StudentFFN:
         linear_rank: int,
         block: int,
         head: int,
-        temperature: float,
         answer: float = 0.0,
     ):
         self.ffn, self.weights, self.kept, self.linear_rank = ffn, weights, kept, linear_rank
-        self.block, self.head, self.temperature, self.answer = block, head, temperature, answer
+        self.block, self.head, self.answer = block, head, answer
+        self.norm = ffn.down_norm()
 
     def stop(self, tokens: int) -> int:
         """Where the sparse part of a sequence of so many tokens ends. One block is sparse if any can be."""
@@ -53,21 +55,20 @@ class StudentFFN:
         stop = self.stop(x.shape[1])
         if self.kept == self.ffn.neurons or stop <= self.head:
             return self.ffn(x)
-        rows = x[0, self.head : stop]
-        y = _MaskedFFN.apply(x[0], self.gate(rows), self.ffn, slice(self.head, stop))
-        correction = F.pad(self.compensate(rows), (0, 0, self.head, x.shape[1] - stop))
+        rows = slice(self.head, stop)
+        select = functools.partial(self.select, learning=torch.is_grad_enabled())
+        y = _MaskedFFN.apply(x[0], self.ffn, rows, select)
+        correction = F.pad(self.compensate(x[0, rows]), (0, 0, self.head, x.shape[1] - stop))
         return (y + correction)[None]
 
-    def gate(self, rows: torch.Tensor) -> torch.Tensor:
+    def select(self, x: torch.Tensor, h: torch.Tensor, learning: bool) -> torch.Tensor:
+        """x: (N * B, H). h: (N * B, F), its activations, none left out. Returns (N, F): 1 for kept neurons, 0 for others."""
         weights = {name: self.weights[f"predictor.{name}"] for name in ("w_in", "w_out", "bias")}
-        scores = block_scores(rows, weights, self.block).clamp_min(1e-12).log()
-        ids = kernels.top_k(scores.detach(), self.kept).long()
-        hard = torch.zeros_like(scores).scatter_(1, ids, 1.0)
-        if not scores.requires_grad:
-            return hard
-        threshold = scores.detach().gather(1, ids).amin(1, keepdim=True)
-        soft = torch.sigmoid((scores - threshold) / self.temperature)
-        return hard + soft - soft.detach()
+        if learning:
+            with torch.enable_grad():
+                cross_entropy(x, h, self.norm, weights).mean().backward()
+        scores = block_scores(x, weights, self.block)
+        return torch.zeros_like(scores).scatter_(1, kernels.top_k(scores, self.kept).long(), 1.0)
 
     def compensate(self, rows: torch.Tensor) -> torch.Tensor:
         w_in, w_out, bias = (self.weights[f"compensator.{n}"].to(rows.dtype) for n in ("w_in", "w_out", "bias"))
@@ -79,33 +80,31 @@ class StudentFFN:
 
 
 class _MaskedFFN(torch.autograd.Function):
-    """`FFN` with h * mask in place of h; gradients for x and mask, none for the weights. By hand: autograd
-    keeps eight (T, F) tensors where two do.
+    """`FFN` with h * mask in place of h; a gradient for x, none for the weights. By hand: autograd keeps eight (T, F) tensors
+    where two do.
 
-    x: (T, H). mask: (N, F), over the blocks of the tokens `rows`; all others are not masked.
+    x: (T, H). select: of the tokens `rows` of x, and of h, makes the mask (N, F) over their blocks; others are not masked.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor, ffn: FFN, rows: slice) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, ffn: FFN, rows: slice, select: Callable[..., torch.Tensor]) -> torch.Tensor:
         gate, up = ffn.halves(x)
+        h = ffn.act.run(gate).mul_(up)
+        mask = select(x[rows], h[rows])
         ctx.save_for_backward(gate, up, mask)
         ctx.ffn, ctx.rows = ffn, rows
         ctx.precision = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
-        return ffn.output(_masked(ffn.act.run(gate).mul_(up), mask, rows))
+        return ffn.output(_masked(h, mask, rows))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         gate, up, mask = ctx.saved_tensors
         dtype, enabled = ctx.precision
         with torch.autocast(gate.device.type, dtype, enabled=enabled):
-            dh = F.linear(grads[0], ctx.ffn.down.T)
-            bent = ctx.ffn.act.run(gate)
-            slope = (dh[ctx.rows] * bent[ctx.rows]).mul_(up[ctx.rows])
-            dmask = slope.view(len(mask), -1, mask.shape[1]).sum(1, dtype=mask.dtype)
-            dh = _masked(dh, mask, ctx.rows)
-            dup = dh * bent
+            dh = _masked(F.linear(grads[0], ctx.ffn.down.T), mask, ctx.rows)
+            dup = dh * ctx.ffn.act.run(gate)
             dgate = ctx.ffn.act.backward(dh.mul_(up), gate)
-            return F.linear(dgate, ctx.ffn.gate.T) + F.linear(dup, ctx.ffn.up.T), dmask, None, None
+            return F.linear(dgate, ctx.ffn.gate.T) + F.linear(dup, ctx.ffn.up.T), None, None, None
 
 
 def _masked(h: torch.Tensor, mask: torch.Tensor, rows: slice) -> torch.Tensor:

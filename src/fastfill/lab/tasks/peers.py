@@ -53,7 +53,7 @@ class Peers(ReadingTask):
         more = {"continuation": self.continuation, "calibration": thresholds, "seed": self.seed}
         store = self.store(engine, out, self.identity(texts), **more)
         length = min(published.SEQUENCE_LENGTH, self.tokens)
-        sequences = data.sequences(tokenizer, others, length, self.seed)[: published.SEQUENCES]
+        sequences = data.sequences(tokenizer, others, length, self.seed)[0][: published.SEQUENCES]
         found = published.evaluate(
             engine.attachment, engine.artifact, texts, sequences, continuation=self.continuation, store=store, seed=self.seed
         )
