@@ -2,12 +2,12 @@
 
     python benchmarks/report_tables.py [--check]
 
-NAME is claim, speed, quality-short, real, avx2, bench, split, quality, tasks or vllm. Read are results/bench-*.json (each the
-JSON document of `fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per `fastfill evaluate --json`), the
-long tasks in results/ruler-1024.json and in results/eval (by eval.py), and results/vllm.jsonl (one line per step of
-serving.py). The real models have a folder each in results, by recipes/qwen2.5-coder.sh, and in results/avx2, by
-recipes/avx2.sh; claim is of the first that was measured. Where a result is missing a {{placeholder}} stays. --check changes
-nothing and exits 1 if a page is not what the results say.
+NAME is claim, speed, quality-short, real, avx2, bench, split, quality, tasks, vllm or vllm-avx2. Read are
+results/bench-*.json (each the JSON document of `fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per
+`fastfill evaluate --json`), the long tasks in results/ruler-1024.json and in results/eval (by eval.py), and
+results/vllm.jsonl and avx2/vllm.jsonl (one line per step of serving.py). The real models have a folder each in results, by
+recipes/qwen2.5-coder.sh, and in results/avx2, by recipes/avx2.sh; claim is of the first that was measured. Where a result is
+missing a {{placeholder}} stays. --check changes nothing and exits 1 if a page is not what the results say.
 """
 
 import argparse
@@ -701,15 +701,16 @@ def load_lines(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
-def vllm_tables(steps: list[Row]) -> str:
+def vllm_tables(steps: list[Row], file: str = "vllm.jsonl") -> str:
     """Stock vLLM beside vLLM with an artifact: speed, then what a server did under load."""
     speed, load = [s for s in steps if "one_copy" in s], [s for s in steps if "requests" in s]
     if not speed:
-        return "{{vllm: from benchmarks/results/vllm.jsonl}}"
+        return f"{{{{vllm: from benchmarks/results/{file}}}}}"
     machine = speed[0]["machine"]
+    shaped = any("shaped" in step["model"] for step in speed)
     lines = [
         f"vLLM {speed[0]['vllm']}, {speed[0]['dtype']}, blocks of {speed[0]['block_size']}; {_where(machine)}, torch "
-        f"{machine['torch']}; medians. The models called *shaped* have random weights.",
+        f"{machine['torch']}; medians.{' The models called *shaped* have random weights.' * shaped}",
         "",
         "| model | sparsity | prompt tokens | stock vLLM | with fastfill | speed-up | ceiling | FFN share of dense |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -788,6 +789,7 @@ def render(readme: str, folder: Path = RESULTS) -> str:
         "quality": "\n\n".join([quality_tables(quality), *([seeds(seeded)] if len(seeded) > 1 else [])]),
         "tasks": tasks_tables(folder),
         "vllm": vllm_tables(load_lines(folder / "vllm.jsonl")),
+        "vllm-avx2": vllm_tables(load_lines(folder / "avx2" / "vllm.jsonl"), "avx2/vllm.jsonl"),
     }
 
     def replace(match: re.Match[str]) -> str:

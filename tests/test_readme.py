@@ -234,6 +234,7 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     (tmp_path / "vllm.jsonl").write_text(json.dumps(VLLM) + "\n")
     write_real(tmp_path / "qwen2.5-coder-0.5b")
     write_avx2(tmp_path / "avx2" / "qwen2.5-coder-1.5b")
+    (tmp_path / "avx2" / "vllm.jsonl").write_text(json.dumps({**VLLM, "dtype": "float32"}) + "\n")
     page = "\n".join(report.render(text.read_text(encoding="utf-8"), tmp_path) for text in report.PAGES)
     assert "{{" not in page
     assert "\nQwen2.5-Coder-0.5B-Instruct, a prompt of" in page
@@ -252,6 +253,7 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     assert "-1.5B-Instruct | 1,024 | 2.00 s | 1.80 s | 1.60 s | 1.25x | 1.12x | 2.40 s, Q4_0 | 1.50x |" in page
     assert "-1.5B-Instruct, int8 | 1,024 | 2.00 s | 1.80 s | 1.00 s | 2.00x | 1.80x | 2.40 s, Q4_0 | 2.40x |" in page
     assert "0.97x (slower)" in page
+    assert page.count("vLLM 0.32.0, bfloat16") == page.count("vLLM 0.32.0, float32") == 1
     assert "; 9 held-out documents, 17,847 tokens" in page and "; 9 held-out Python modules, 17,847 tokens" in page
     assert "| **learned** | yes | 19.50 | 1.50x |" in page and "| **learned** | yes | 19.50 | 1.70x |" in page
     assert "| **learned** | yes | 19.50 | 1.80x (1.60 to 2.00) |" in page and "different seeds" not in page
