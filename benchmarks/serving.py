@@ -538,19 +538,30 @@ def write(file: Path, results: dict[str, dict[str, Any]]) -> None:
     beside.replace(file)
 
 
+def lengths(text: str) -> list[int]:
+    return [int(tokens) for tokens in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)} (default: all)")
     parser.add_argument(
         "--quick", action="store_true", help="one repeat, short prompts, nothing compiled: to see that it works"
     )
-    parser.add_argument("--prompt-lengths", help="of the steps of speed only these, as 1024 (default: all that the step has)")
+    parser.add_argument(
+        "--prompt-lengths",
+        type=lengths,
+        help="of the steps of speed only these, as 1024,4096 (all of them later with --again)",
+    )
     parser.add_argument("--again", action="store_true", help="measure steps again that are there")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}; with --quick build/vllm-quick.jsonl")
     arguments = parser.parse_args()
     names = arguments.steps.split(",")
     if unknown := [name for name in names if name not in STEPS]:
         parser.error(f"unknown step {unknown[0]!r}; there are {', '.join(STEPS)}")
+    for name in names:
+        if isinstance(found := STEPS[name], Speed) and (odd := set(arguments.prompt_lengths or ()) - set(found.lengths)):
+            parser.error(f"{name} has no prompts of {min(odd)} tokens, but of {', '.join(map(str, found.lengths))}")
     out = arguments.out or (Path("build") / "vllm-quick.jsonl" if arguments.quick else RESULTS)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for name in names:
@@ -567,8 +578,7 @@ def main() -> None:
             if arguments.quick:
                 step = Speed(step.model, {64: 1, 512: 1}, step.sparsity, step.one_copy, eager=True)
             elif arguments.prompt_lengths:
-                asked = {int(tokens) for tokens in arguments.prompt_lengths.split(",")}
-                step = replace(step, lengths={tokens: n for tokens, n in step.lengths.items() if tokens in asked})
+                step = replace(step, lengths={tokens: step.lengths[tokens] for tokens in arguments.prompt_lengths})
             document = speed(step)
         import vllm
 

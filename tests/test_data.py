@@ -73,7 +73,7 @@ def documents_of(*counts):
 
 def test_sequences_cover_whole_documents_and_shuffle_by_seed(tokenizer):
     documents = documents_of(100, 64, 31)
-    found, sources = data.sequences(tokenizer, documents, 32, seed=0)
+    found, owners = data.sequences(tokenizer, documents, 32, seed=0)
     expected = [
         tokenizer(d.text)["input_ids"][i : i + 32]
         for d, starts in zip(documents, ((0, 32, 64), (0, 32), ()), strict=True)
@@ -82,9 +82,8 @@ def test_sequences_cover_whole_documents_and_shuffle_by_seed(tokenizer):
     assert found.dtype == torch.long and sorted(found.tolist()) == sorted(expected)
     assert torch.equal(found, data.sequences(tokenizer, documents, 32, seed=0)[0])
     assert found.tolist() != data.sequences(tokenizer, documents, 32, seed=1)[0].tolist()
-    texts = {d.source: tokenizer(d.text)["input_ids"] for d in documents}
-    for row, source in zip(found.tolist(), sources, strict=True):
-        assert any(texts[source][i : i + 32] == row for i in (0, 32, 64))
+    for row, document in zip(found.tolist(), owners, strict=True):
+        assert any(tokenizer(document.text)["input_ids"][i : i + 32] == row for i in (0, 32, 64))
 
 
 def test_data_too_short_for_calibration(tokenizer):

@@ -29,6 +29,10 @@ class Document:
     source: str
     messages: tuple[tuple[str, str], ...] = ()
 
+    def digest(self) -> str:
+        """Names the text, wherever it came from."""
+        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
 
 def load_documents(sources: Sequence[str]) -> list[Document]:
     """Documents from files of text or JSON (`reading` says in which forms), or from Hugging Face datasets.
@@ -169,21 +173,21 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def sequences(tokenizer: Any, documents: Sequence[Document], length: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """Cut documents into sequences of exactly `length` tokens, shuffled by seed -> (S, length), and the source of each.
+def sequences(tokenizer: Any, documents: Sequence[Document], length: int, seed: int) -> tuple[torch.Tensor, list[Document]]:
+    """Cut documents into sequences of exactly `length` tokens, shuffled by seed -> (S, length), and the document of each.
 
     Raises UserError if there is no whole sequence.
     """
-    rows, sources = [], []
+    rows, owners = [], []
     for document in documents:
         ids = encode(tokenizer, document)
         cut = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
         rows += cut
-        sources += [document.source] * len(cut)
+        owners += [document] * len(cut)
     if not rows:
         raise UserError(f"The data is too short: no document has {length} tokens; give longer text or a smaller length.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return torch.tensor(rows, dtype=torch.long)[order], [sources[i] for i in order]
+    return torch.tensor(rows, dtype=torch.long)[order], [owners[i] for i in order]
 
 
 def first_tokens(

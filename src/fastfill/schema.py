@@ -143,6 +143,7 @@ CALIBRATION: dict[str, Check] = {
     "config": mapping,
     "documents": texts,
     "document_rows": texts,
+    "document_digests": texts,
     "sequences": count,
     "tokens_distilled": count,
     "text": word,

@@ -38,9 +38,9 @@ def read(
     if config.max_loss is not None:
         limits.Limit.parse(config.max_loss)
         held_out = limits.SEQUENCES
-    plain, sources = data.sequences(tokenizer, documents, config.sequence_length, config.seed)
-    known = further.known(start, plain) if start else set()
-    new = [i for i, source in enumerate(sources) if source not in known]
+    plain, owners = data.sequences(tokenizer, documents, config.sequence_length, config.seed)
+    known = further.known(start, documents) if start else ()
+    new = [i for i, document in enumerate(owners) if document not in known]
     last = new[max(0, len(new) - min(len(plain) - 1, ASIDE + held_out)) :]
     rest, apart = plain[[i for i in range(len(plain)) if i not in last]], plain[last]
     count = round(len(plain) * config.passages / (1 - config.passages))
@@ -53,4 +53,4 @@ def read(
     learned = len(tokens) - held_out
     if learned < 1:
         raise UserError(f"--max-loss sets {held_out} sequences aside, and there are no more; give more text.")
-    return Corpus(tokens[:learned], min(ASIDE, len(last), learned // 8), count, tokens[learned:])
+    return Corpus(tokens[:learned], min(ASIDE, max(0, len(last) - held_out), learned // 8), count, tokens[learned:])

@@ -84,12 +84,16 @@ class Distiller:
         (loss,) = self.team.total(sum(self._backward(row[None], len(ids)) for row in mine))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.team.sum(*(p.grad for p in parameters if p.grad is not None))
-        if not math.isfinite(loss):
+        norms = [
+            float(torch.nn.utils.clip_grad_norm_([layer[name] for layer in self.weights for name in network], 1.0))
+            for network in (PREDICTOR, COMPENSATOR)
+        ]
+        if not all(map(math.isfinite, (loss, *norms))):
             raise UserError(
-                f"The distillation diverged at step {self.step_done + 1} (its loss is {loss}); nothing was written. Delete the "
-                "checkpoint and use lower rates (--compensator-lr, --predictor-lr)."
+                f"The distillation diverged at step {self.step_done + 1} (its loss is {loss:.3g}, its gradients {norms[0]:.3g} "
+                f"and {norms[1]:.3g}); nothing was written. Delete the checkpoint and use lower rates (--compensator-lr, "
+                "--predictor-lr)."
             )
-        torch.nn.utils.clip_grad_norm_((layer[name] for layer in self.weights for name in COMPENSATOR), 1.0)
         self.optimizer.step()
         self.step_done += 1
         self.losses.append(loss)

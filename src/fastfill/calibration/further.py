@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from fastfill import artifact as artifacts
 from fastfill import data
@@ -36,12 +35,12 @@ def identity(start: Artifact) -> list[Any]:
     return [artifacts.digest(start), start.layer_importance]
 
 
-def known(start: Artifact, tokens: torch.Tensor) -> set[str]:
-    """Sources of the documents that `start` has learned from: they cannot tell whether a run from there helps. None where all
-    text, tokens (S, T), is that of its own run, which set the same sequences aside."""
-    if start.calibration.get("text") == data.digest(tokens):
-        return set()
-    return set(start.calibration.get("document_rows", []))
+def known(start: Artifact, documents: Sequence[data.Document]) -> set[data.Document]:
+    """Those of the documents that `start` has learned from, which cannot tell whether a run from there helps: by their text,
+    or by their names where the record of an older version has no more."""
+    digests, names = (set(start.calibration.get(key) or ()) for key in ("document_digests", "document_rows"))
+    names = names if len(digests) < len(names) else set()
+    return {document for document in documents if document.digest() in digests or document.source in names}
 
 
 def weights(start: Artifact) -> list[Weights]:
@@ -55,9 +54,9 @@ def weights(start: Artifact) -> list[Weights]:
 
 def record(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """The record of both runs: all text that either has seen, and what it went on from."""
-    texts = ("documents", "document_rows")
+    texts = ("documents", "document_rows", "document_digests")
     had = before.get("config", {})
     config = now["config"] | {name: had[name] for name in FIXED if name in had}
-    both = {key: sorted({*before.get(key, []), *now[key]}) for key in texts}
+    both = {key: sorted({*(before.get(key) or ()), *now[key]}) for key in texts}
     rest = {key: value for key, value in before.items() if key not in texts}
     return {**now, **both, "config": config, "before": rest}

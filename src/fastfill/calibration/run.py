@@ -81,12 +81,15 @@ def calibrate(
     Raises UserError if the model is not supported, the text is too short, or `out` cannot be written.
     """
     config = config or CalibrationConfig()
+    out = Path(os.path.abspath(out))
+    left_out = Path(f"{out}{LEFT_OUT}")
+    if isinstance(start, (str, Path)) and Path(os.path.abspath(start)) == left_out:
+        raise UserError(f"{left_out} is where a distillation that does not help is kept, this one too; rename it first.")
     if start is not None:
         start = start if isinstance(start, Artifact) else artifacts.load(start)
         prefill = further.settings(start, prefill, config)
     prefill = prefill or PrefillConfig()
     cfg.check_integer("sequence_length", config.sequence_length, prefill.first_sparse + prefill.block_size)
-    out = Path(os.path.abspath(out))
     if out in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"{out} holds the folder you are in and cannot be replaced; name a folder of its own.")
     team = join(next(model.parameters()).device)
@@ -113,7 +116,7 @@ def calibrate(
         warnings.warn(note, stacklevel=2)
     text = corpus.read(tokenizer, texts, config, start)
     tokens = text.tokens
-    if start is not None and not text.aside and not team.rank:
+    if start is not None and config.steps and not text.aside and not team.rank:
         print(
             "fastfill: warning: nothing tells whether more steps help: that takes eight sequences, some of them of documents "
             "that the artifact has not learned from.",
@@ -156,6 +159,7 @@ def calibrate(
         "config": {**cfg.to_dict(config), "fit_tokens": job.config.fit_tokens},
         "documents": sorted({d.source.split("#")[0] for d in texts}),
         "document_rows": [d.source for d in texts],
+        "document_digests": sorted({d.digest() for d in texts}),
         "sequences": len(tokens),
         "passages": text.passages,
         "text": settings["text"],
@@ -168,13 +172,16 @@ def calibrate(
     result = Artifact(base_model, prefill, ranks, importances, {}, record, samples=partner.samples(anatomy))
     if judged and not judged[1] < judged[0]:
         if team.rank == 0:
-            left = out.with_name(out.name + LEFT_OUT)
             lost = _narrow(_filled(result, learned, losses, start))
-            artifacts.save(lost, left, readme=lost.card())
+            try:
+                artifacts.save(lost, left_out, readme=lost.card())
+                kept_in = f"What it has learned is in {left_out}."
+            except UserError as error:
+                kept_in = f"What it has learned is lost: {error}"
             print(
                 "fastfill: warning: the distillation made the loss of text set aside worse "
                 f"({judged[0]:.3f} -> {judged[1]:.3f} nats) and was left out; use lower rates "
-                f"(--compensator-lr, --predictor-lr). What it has learned is in {left}.",
+                f"(--compensator-lr, --predictor-lr). {kept_in}",
                 file=sys.stderr,
             )
         learned, losses = weights, []

@@ -56,7 +56,8 @@ class StudentFFN:
         if self.kept == self.ffn.neurons or stop <= self.head:
             return self.ffn(x)
         rows = slice(self.head, stop)
-        select = functools.partial(self.select, learning=torch.is_grad_enabled())
+        learning = torch.is_grad_enabled() and self.weights["predictor.w_in"].requires_grad
+        select = functools.partial(self.select, learning=learning)
         y = _MaskedFFN.apply(x[0], self.ffn, rows, select)
         correction = F.pad(self.compensate(x[0, rows]), (0, 0, self.head, x.shape[1] - stop))
         return (y + correction)[None]

@@ -106,7 +106,7 @@ def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
         config=config,
         name=loaded.name,
         resume=arguments.resume,
-        start=start,
+        start=arguments.start,
         allow_finetuned=arguments.allow_finetuned,
     )
     team.leave()
