@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastfill.calibration import capture
+from fastfill.calibration.fit import TENSORS
 from fastfill.calibration.student import StudentFFN, Weights, stand_ins
 from fastfill.calibration.team import ALONE, Team
 from fastfill.config import CalibrationConfig
@@ -16,8 +17,7 @@ from fastfill.errors import UserError
 from fastfill.families import Anatomy
 from fastfill.progress import stage
 
-PARTS = "w_in", "w_out", "bias"
-PREDICTOR, COMPENSATOR = (tuple(f"{network}.{part}" for part in PARTS) for network in ("predictor", "compensator"))
+PREDICTOR, COMPENSATOR = (tuple(f"{network}.{part}" for part in TENSORS) for network in ("predictor", "compensator"))
 TRAINED = PREDICTOR + COMPENSATOR
 
 

@@ -12,6 +12,7 @@ from fastfill.calibration.team import ALONE, Team
 from fastfill.config import CalibrationConfig
 from fastfill.ffn import FFN, energy
 
+TENSORS = "w_in", "w_out", "bias"  # of a predictor, and of a compensator
 CHUNK = 4096  # tokens whose (T, F) activations are in memory at a time
 
 
@@ -62,7 +63,7 @@ def fit_predictor(
     w_out = torch.randn(intermediate, rank, generator=generator).to(x.device) * 0.1
     bias = mean.clamp_min(1e-9).log()
     parameters = [w_in.requires_grad_(), w_out.requires_grad_(), bias.requires_grad_()]
-    weights = dict(zip(("w_in", "w_out", "bias"), parameters, strict=True))
+    weights = dict(zip(TENSORS, parameters, strict=True))
     # W_in lives on the scale 1 / (sqrt(H) rms): Adam's step must too.
     rates = [config.fit_lr / float(rms), config.fit_lr * 5, config.fit_lr * 5]
     optimizer = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)])
@@ -74,7 +75,7 @@ def fit_predictor(
             order = torch.randperm(tokens, generator=generator)
             for rows in order.split(config.fit_batch):
                 mine = (rows[(rows >= first) & (rows < first + len(x))] - first).to(x.device)
-                loss = cross_entropy(x[mine], h[mine], norm, weights).sum() / len(rows)
+                loss = cross_entropy(logits(x[mine], weights), h[mine], norm).sum() / len(rows)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 team.sum(*(p.grad for p in parameters if p.grad is not None))
@@ -84,20 +85,20 @@ def fit_predictor(
     return {name: weight.detach() for name, weight in weights.items()}
 
 
-def cross_entropy(x: torch.Tensor, h: torch.Tensor, norm: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(T,) nats: of softmax(W_out W_in x_t + b) to the `shares` of the token's neurons. x: (T, H). h: (T, F). norm: (F,)."""
-    target = shares(h, norm).to(x.dtype)
-    return -(target * _logits(x, weights).log_softmax(-1)).sum(-1, dtype=torch.float32)
-
-
-def _logits(x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+def logits(x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The predictor's W_out W_in x_t + b of x (T, H) -> (T, F)."""
     return F.linear(F.linear(x, weights["w_in"].to(x.dtype)), weights["w_out"].to(x.dtype), weights["bias"].to(x.dtype))
 
 
-def block_scores(x: torch.Tensor, weights: dict[str, torch.Tensor], block_size: int) -> torch.Tensor:
-    """Learned scores of x (N * B, H) -> (N, F), as `LearnedPredictor` has them, in fp32; differentiable in the weights."""
-    logits = _logits(x, weights)
-    return logits.softmax(-1).view(-1, block_size, logits.shape[-1]).sum(1, dtype=torch.float32)
+def cross_entropy(predicted: torch.Tensor, h: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """(T,) nats: of the predictor's logits (T, F) to the `shares` of each token's neurons. h: (T, F). norm: (F,)."""
+    target = shares(h, norm).to(predicted.dtype)
+    return -(target * predicted.log_softmax(-1)).sum(-1, dtype=torch.float32)
+
+
+def block_sums(predicted: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Learned scores, as `LearnedPredictor` has them, of its logits (N * B, F) -> (N, F), in fp32."""
+    return predicted.softmax(-1).view(-1, block_size, predicted.shape[-1]).sum(1, dtype=torch.float32)
 
 
 def captured_share(
@@ -114,7 +115,7 @@ def captured_share(
     learned, best, norm = 0.0, 0.0, ffn.down_norm()
     for part, activations in _chunks(x, h, block_size):
         truth = shares(activations, norm).view(-1, block_size, h.shape[1]).sum(1)
-        ids = kernels.top_k(block_scores(part, weights, block_size), kept).long()
+        ids = kernels.top_k(block_sums(logits(part, weights), block_size), kept).long()
         learned += float(truth.gather(1, ids).sum())
         best += float(truth.topk(kept, dim=1).values.sum())
     learned, best, tokens = team.total(learned, best, len(x))
@@ -144,7 +145,7 @@ def fit_compensator(
     gram = torch.zeros(hidden + 1, hidden + 1, dtype=torch.float64, device=x.device)
     cross = torch.zeros(hidden + 1, hidden, dtype=torch.float64, device=x.device)
     for part, activations in _chunks(x, h, block_size):
-        ids = kernels.top_k(block_scores(part, weights, block_size), kept).long()
+        ids = kernels.top_k(block_sums(logits(part, weights), block_size), kept).long()
         skip = h.new_ones(len(ids), 1, h.shape[1]).scatter_(2, ids[:, None], 0)
         missing = F.linear((activations.view(-1, block_size, h.shape[1]) * skip).view_as(activations), ffn.down)
         inputs = torch.cat([part.float(), torch.ones(len(part), 1, device=x.device)], 1)

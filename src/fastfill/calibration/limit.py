@@ -118,3 +118,12 @@ def _loss(model: Any, artifact: Artifact, readings: list[_Reading], sparsity: fl
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def within(model: Any, artifact: Artifact, aside: torch.Tensor, answer: float, max_loss: str) -> Artifact:
+    """The artifact at the highest sparsity within the limit, and what was tried; 0, which is dense, if there is none."""
+    limit = Limit.parse(max_loss)
+    losses = highest_sparsity(model, artifact, aside, answer, limit)
+    chosen = max((loss["sparsity"] for loss in losses if limit.holds(loss)), default=0.0)
+    record = {**artifact.calibration, "max_loss": {"limit": max_loss, "chosen": chosen, "tried": losses}}
+    return dataclasses.replace(at_sparsity(artifact, chosen), calibration=record)

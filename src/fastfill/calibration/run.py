@@ -81,10 +81,7 @@ def calibrate(
     Raises UserError if the model is not supported, the text is too short, or `out` cannot be written.
     """
     config = config or CalibrationConfig()
-    out = Path(os.path.abspath(out))
-    left_out = Path(f"{out}{LEFT_OUT}")
-    if isinstance(start, (str, Path)) and Path(os.path.abspath(start)) == left_out:
-        raise UserError(f"{left_out} is where a distillation that does not help is kept, this one too; rename it first.")
+    out, left_out = Path(os.path.abspath(out)), left_out_of(out, start)
     if start is not None:
         start = start if isinstance(start, Artifact) else artifacts.load(start)
         prefill = further.settings(start, prefill, config)
@@ -187,12 +184,20 @@ def calibrate(
         learned, losses = weights, []
     result = _filled(result, learned, losses, start)
     if config.max_loss is not None and team.rank == 0:
-        result = _within(model, result, text.held_out, config)
+        result = limits.within(model, result, text.held_out, config.answer, config.max_loss)
     result = _narrow(result)
     if team.rank == 0:
         artifacts.save(result, out, readme=result.card())
     checkpoint.remove()
     return result
+
+
+def left_out_of(out: str | Path, start: Artifact | str | Path | None) -> Path:
+    """Where a distillation that does not help is kept. Raises UserError if that is the folder to start from."""
+    folder = Path(os.path.abspath(out) + LEFT_OUT)
+    if isinstance(start, (str, Path)) and Path(os.path.abspath(start)) == folder:
+        raise UserError(f"{folder} is where a distillation that does not help is kept, this one too; rename it first.")
+    return folder
 
 
 def _filled(result: Artifact, weights: list[Weights], losses: list[float], start: Artifact | None) -> Artifact:
@@ -217,15 +222,6 @@ def _filled(result: Artifact, weights: list[Weights], losses: list[float], start
 def _narrow(artifact: Artifact) -> Artifact:
     """As it is stored: vectors in bf16, matrices in eight bits, rounded once."""
     return dataclasses.replace(artifact, tensors=stored.narrow(artifact.tensors))
-
-
-def _within(model: Any, artifact: Artifact, aside: torch.Tensor, config: CalibrationConfig) -> Artifact:
-    """The artifact at the highest sparsity within the limit; 0, which is dense, if there is none."""
-    limit = limits.Limit.parse(config.max_loss or "")
-    losses = limits.highest_sparsity(model, artifact, aside, config.answer, limit)
-    chosen = max((loss["sparsity"] for loss in losses if limit.holds(loss)), default=0.0)
-    record = {**artifact.calibration, "max_loss": {"limit": config.max_loss, "chosen": chosen, "tried": losses}}
-    return dataclasses.replace(limits.at_sparsity(artifact, chosen), calibration=record)
 
 
 def _precision(device: torch.device) -> torch.autocast:

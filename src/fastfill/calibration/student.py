@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from fastfill import kernels
-from fastfill.calibration.fit import block_scores, cross_entropy
+from fastfill.calibration.fit import TENSORS, block_sums, cross_entropy, logits
 from fastfill.families import Anatomy
 from fastfill.ffn import FFN
 from fastfill.swap import swapped
@@ -64,15 +64,16 @@ class StudentFFN:
 
     def select(self, x: torch.Tensor, h: torch.Tensor, learning: bool) -> torch.Tensor:
         """x: (N * B, H). h: (N * B, F), its activations, none left out. Returns (N, F): 1 for kept neurons, 0 for others."""
-        weights = {name: self.weights[f"predictor.{name}"] for name in ("w_in", "w_out", "bias")}
-        if learning:
-            with torch.enable_grad():
-                cross_entropy(x, h, self.norm, weights).mean().backward()
-        scores = block_scores(x, weights, self.block)
+        weights = {name: self.weights[f"predictor.{name}"] for name in TENSORS}
+        with torch.set_grad_enabled(learning):
+            predicted = logits(x, weights)
+            if learning:
+                cross_entropy(predicted, h, self.norm).mean().backward()
+        scores = block_sums(predicted.detach(), self.block)
         return torch.zeros_like(scores).scatter_(1, kernels.top_k(scores, self.kept).long(), 1.0)
 
     def compensate(self, rows: torch.Tensor) -> torch.Tensor:
-        w_in, w_out, bias = (self.weights[f"compensator.{n}"].to(rows.dtype) for n in ("w_in", "w_out", "bias"))
+        w_in, w_out, bias = (self.weights[f"compensator.{n}"].to(rows.dtype) for n in TENSORS)
         if not len(w_in):  # as in `Artifact.compensator`: without any rank there is none, bias included
             return torch.zeros_like(rows)
         inner = F.linear(rows, w_in)

@@ -77,10 +77,11 @@ def _configs(arguments: argparse.Namespace) -> tuple[Any, Any]:
 def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastfill import artifact as artifacts
     from fastfill import data, files
-    from fastfill.calibration import calibrate, team
+    from fastfill.calibration import calibrate, run, team
     from fastfill.cli import show
 
     prefill, config = _configs(arguments)
+    run.left_out_of(arguments.out, arguments.start)
     start = artifacts.load(arguments.start) if arguments.start else None
     if start is not None:
         prefill = start.prefill.with_(**settings_of(arguments))
@@ -106,7 +107,7 @@ def run_calibrate(arguments: argparse.Namespace) -> dict[str, Any]:
         config=config,
         name=loaded.name,
         resume=arguments.resume,
-        start=arguments.start,
+        start=start,
         allow_finetuned=arguments.allow_finetuned,
     )
     team.leave()
