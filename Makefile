@@ -25,8 +25,8 @@ test: $(VENV)/.installed
 	$(BIN)/python $(PYTEST)
 
 # The same tests on the oldest supported torch and transformers, in an environment of its own. Triton of that time is not ours;
-# what hardly depends on either is left out: sanitizers, the fuzzer, the report, the page.
-NEITHER := --deselect=tests/test_kernels.py::test_sanitizers $(addprefix --ignore=,$(wildcard tests/test_fuzz.py tests/test_report*.py tests/test_web.py))
+# what hardly depends on either is left out: sanitizers, the fuzzer, the report, the page, README's commands, processes' ends.
+NEITHER := --deselect=tests/test_kernels.py::test_sanitizers $(addprefix --ignore=,$(wildcard tests/test_fuzz.py tests/test_report*.py tests/test_web.py tests/test_readme.py tests/test_process.py))
 
 test-oldest: $(VENV)-oldest/.installed
 	$(VENV)-oldest/bin/python $(PYTEST) --ignore=tests/test_kernels_gpu.py $(NEITHER)
