@@ -14,7 +14,7 @@ from fastfill.lab.tasks import TASKS, Task
 from fastfill.lab.tasks.base import option
 
 HEAD = {"task", "engine", "model", "dtype", "predictor", "compensator", "sparsity", "block_size", "dense_head", "min_tokens"}
-PREFILL = {"dense_tail", "weights", "dense_weights", "upper_share", "attention"}
+PREFILL = {"dense_tail", "weights", "dense_weights", "upper_share", "reread", "attention"}
 HEAD |= {*PREFILL, "attention_by", "packed", "kernel", "kernel_reason", "expected_gain", "machine"}
 READ, DOCUMENTS = {"sparse_tokens", "dense_tokens"}, {"documents", "resumed", "calibrated_on", "sources"}
 READING = {f"{prefix}{key}" for prefix in ("", "cont_") for key in ("ppl_dense", "ppl_sparse", "ppl_ratio", "kl", "tokens")}

@@ -20,7 +20,7 @@ from conftest import (
 )
 from transformers import DynamicCache
 
-from fastfill import attach, kv_cache, upper
+from fastfill import attach, attended, kv_cache, upper
 from fastfill.engines.transformers import TransformersEngine
 from fastfill.lab.tasks import TASKS
 
@@ -180,7 +180,7 @@ def test_a_cache_that_the_model_makes_itself(window):
             out = model(ids, use_cache=True, logits_to_keep=1)
         found = model(token_ids(1, 1, seed=9), use_cache=True, **{kv_cache.name(model): kv_cache.left(out)}).logits
         assert attached.stats.skipped_above == (3 * BLOCK if window is None else 0)
-        assert attached.stats.whole_because == ({} if window is None else {upper.CACHE: 1})
+        assert attached.stats.whole_because == ({} if window is None else {attended.CACHE: 1})
         with attached.prompt(TOKENS):
             model(ids, use_cache=False)  # windows alone are no reason
         assert attached.stats.skipped_above == (6 * BLOCK if window is None else 3 * BLOCK)
@@ -279,12 +279,12 @@ def test_where_all_tokens_go_on(model, case):
             with attached.prompt(TOKENS):
                 out = model.model(input_ids=ids).last_hidden_state
         want = {
-            "untold": upper.UNTOLD,
-            "several": upper.SEVERAL,
-            "padded": upper.SEVERAL,
-            "gradients": upper.GRADIENT,
-            "other cache": upper.CACHE,
-        }.get(case, upper.PIECES)
+            "untold": attended.UNTOLD,
+            "several": attended.SEVERAL,
+            "padded": attended.SEVERAL,
+            "gradients": attended.GRADIENT,
+            "other cache": attended.CACHE,
+        }.get(case, attended.PIECES)
         assert not out.isnan().any() and attached.stats.skipped_above == 0 and attached.stats.sparse_tokens
         assert set(attached.stats.whole_because) == {want}
 

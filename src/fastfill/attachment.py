@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastfill import artifact as artifacts
-from fastfill import attention, choice, compiling, families, kv_cache, partner, projections, upper
+from fastfill import attended, attention, choice, compiling, families, kv_cache, partner, projections, upper
 from fastfill.artifact import Artifact
 from fastfill.attention import Attention
 from fastfill.blocks import Plan
@@ -69,13 +69,17 @@ class Attachment:
         self._thins = thins and gains
         parameters = list(inspect.signature(anatomy.base.forward).parameters)
         kv_cache.check(parameters)
-        if config.upper_share < 1 and len(anatomy.attentions) < len(anatomy.layers):
-            raise UserError("upper_share needs attention in every layer, and this model has some without; leave it at 1.")
-        own = upper.own_cache(anatomy.base.config) if config.upper_share < 1 else None
+        # The setting that reads what a prompt's end attends to, and the value that leaves it out.
+        asks = ("upper_share", "it at 1") if config.upper_share < 1 else ("reread", "it at 0") if config.reread else None
+        if asks and len(anatomy.attentions) < len(anatomy.layers):
+            raise UserError(f"{asks[0]} needs attention in every layer, and this model has some without; leave {asks[1]}.")
+        own = attended.own_cache(anatomy.base.config) if asks else None
+        if config.reread and not attended.is_plain(own):
+            raise UserError("reread needs full attention in every layer, and this model has windows; leave it at 0.")
         self._calls = Calls(config, parameters, len(anatomy.layers), thins, gains, own)
         self.stats = self._calls.stats
         like = torch.empty(0, dtype=self.ffns[0].ffn.dtype, device=self.ffns[0].ffn.gate.device)
-        self._attention = Attention(anatomy.base.config, config.attention, config.upper_share < 1, like)
+        self._attention = Attention(anatomy.base.config, config.attention, asks, like)
         self._readers = Readers(families.causal_of(model), anatomy)
         self._lock = threading.RLock()
         self._swaps = Swaps()
@@ -259,6 +263,7 @@ class Attachment:
                 if torch.is_grad_enabled():
                     self._carry_plans()
                 output = forward(*args, **kwargs)
+                self._calls.reread(forward, output)
                 return output
             finally:  # also after Ctrl-C, where torch runs no hooks
                 self._calls.after(output is not None)

@@ -1,5 +1,5 @@
-"""The attention of a transformers model while an artifact is on it: watched for the upper layers (`fastfill.upper`), and
-computed by chunks of queries where that is faster.
+"""The attention of a transformers model while an artifact is on it: watched for what a prompt's end attends to
+(`fastfill.attended`), and computed by chunks of queries where that is faster.
 
 torch's attention multiplies more slowly than its own matrix products do where the processor has no AMX: by chunks the heads of
 Qwen2.5-1.5B are 2.6 times as fast at 1,024 tokens (torch 2.13, bf16, Zen 5, two threads).
@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfill import cache, compiling, machine
+from fastfill import attended, cache, compiling, machine
 from fastfill.errors import UserError, quoted
 from fastfill.sparse_ffn import current_plan
 from fastfill.swap import Swaps
-from fastfill.upper import current_upper
 
 IMPLEMENTATION = "sdpa"  # the name of the attention whose queries and keys are read
 ROWS = 384  # of a product: queries of a chunk, times the heads that share a key head; 192 to 768 are within a tenth
@@ -102,13 +101,14 @@ def _is_sdpa(name: Any) -> bool:
 class Attention:
     """The attention of the prompts of one attachment. chunks: whether sparse ones' is computed by `causal`.
 
-    config: the base model's. asked: `PrefillConfig.attention`. watched: whether upper layers need it told (`upper_share`).
+    config: the base model's. asked: `PrefillConfig.attention`. watched: the setting that is to be told of it, and the value
+    that leaves it out; None if there is none.
     like: the type and the device of the weights. Raises UserError for a model whose attention cannot be read.
     """
 
-    def __init__(self, config: Any, asked: str, watched: bool, like: Tensor):
+    def __init__(self, config: Any, asked: str, watched: tuple[str, str] | None, like: Tensor):
         if watched:
-            check(config, "upper_share", "it at 1")
+            check(config, *watched)
         self.chunks, self._reason = by_chunks(config, asked, like)
         self._config, self._watched, self._name = config, watched, Name()
 
@@ -144,11 +144,11 @@ def stand_in() -> Name:
         if torch.compiler.is_dynamo_compiling():
             plain = attend if query.shape[2] == 1 else None
             return compiling.traced(attention, plain, (module, query, key, value, attention_mask), kwargs)
-        upper = current_upper.get()
+        watcher = attended.watcher.get()
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if upper is not None:
-            upper.watch(module.layer_idx, query, key, attention_mask, scale)
+        if watcher is not None:
+            watcher.watch(module.layer_idx, query, key, attention_mask, scale)
         ours = wanted.get() and (current_plan.get() is not None or always.get())
         if ours and _plain(module, query, key, value, attention_mask, kwargs):
             return causal(query, key, value, scale), None

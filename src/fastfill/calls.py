@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 
-from fastfill import blocks, compiling, kv_cache, upper
+from fastfill import attended, blocks, compiling, kv_cache, reread, upper
 from fastfill.blocks import Plan
 from fastfill.config import PrefillConfig
+from fastfill.reread import Reread
 from fastfill.sparse_ffn import current_plan
 from fastfill.swap import StandIn
+from fastfill.upper import Upper
 
 Row = tuple[int, int, int]  # of one sequence: its first and last row in the call, and the position of the first; see blocks
 
@@ -54,6 +56,8 @@ class Stats:
     unread_tokens: sparse tokens that the last layer's FFN left out, because nobody reads what it gives for them.
     skipped_above: tokens that the upper layers did not read (`upper_share`). whole_because: reason -> sparse calls of which
     they read all nevertheless.
+    reread_tokens: tokens that were read again (`reread`), dense ones; the other counts have each token once. once_because:
+    reason -> sparse calls of which none was nevertheless.
     """
 
     sparse_tokens: int = 0
@@ -64,6 +68,8 @@ class Stats:
     unread_tokens: int = 0
     skipped_above: int = 0
     whole_because: dict[str, int] = field(default_factory=dict)
+    reread_tokens: int = 0
+    once_because: dict[str, int] = field(default_factory=dict)
 
     @property
     def sparse_share(self) -> float:
@@ -108,14 +114,17 @@ class Prompt:
 @dataclass
 class _Running:
     """A call between its two hooks. outer: the plan of a model that is running around it. tokens: those of the call that are
-    not padding; None for a call that could not be read at all. upper: what its upper layers leave out, or why nothing."""
+    not padding; None for a call that could not be read at all. asked: what is done with what its end attends to, or why
+    nothing. arguments: of the call, by name. again: how many of its tokens were read again, or why none."""
 
     outer: Plan | None
-    outer_upper: upper.Upper | None
+    outer_watcher: attended.Watcher | None
     plan: Plan | None = None
     tokens: int | None = None
     reason: str | None = None
-    upper: upper.Upper | str | None = None
+    asked: Upper | Reread | str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    again: int | str = 0
 
 
 class _Said(threading.local):
@@ -133,7 +142,7 @@ class Calls:
 
     parameters: names of the base model's arguments, in order. layers: how many it has. thins: False if no layer skips a neuron.
     gains: False if sparse was found to be no faster, and all stays dense. own: what the model makes where it is given no cache,
-    for `upper_share`.
+    for `upper_share` and `reread`.
     """
 
     def __init__(
@@ -158,20 +167,29 @@ class Calls:
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the call that is about to run, and put its plan where the FFNs find it."""
-        running = _Running(current_plan.get(), upper.current_upper.get())
+        running = _Running(current_plan.get(), attended.watcher.get())
         read, self.said.read = self.said.read, None  # of this call; a hook may call the base model inside it
         current_plan.set(None)
-        upper.current_upper.set(None)
+        attended.watcher.set(None)
         self._running().append(running)
-        named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        named["cache"] = kv_cache.find(named, self.parameters)
+        running.arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        named = {**running.arguments, "cache": kv_cache.find(running.arguments, self.parameters)}
         tokens = named.get("input_ids")
         tokens = named.get("inputs_embeds") if tokens is None else tokens
         if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2:
             return  # the model will say what is wrong
         self._read(running, (tokens.shape[0], tokens.shape[1]), named, read)
         current_plan.set(running.plan)
-        upper.current_upper.set(running.upper if isinstance(running.upper, upper.Upper) else None)
+        attended.watcher.set(running.asked if isinstance(running.asked, Upper | Reread) else None)
+
+    def reread(self, forward: Callable[..., Any], output: Any) -> None:
+        """Read some tokens of the call that has given `output` again, where that is asked for. forward: the base model's."""
+        running = self._running()[-1]
+        again = running.asked
+        if isinstance(again, Reread) and again.plan.runs:
+            attended.watcher.set(None)
+            name = kv_cache.NAME if kv_cache.NAME in self.parameters else kv_cache.OLD_NAME
+            running.again = again.run(forward, running.arguments, output, name)
 
     def decoding(self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of `compiled`, the causal LM as `generate` has it for decode steps: they are counted here, because they pass
@@ -190,15 +208,16 @@ class Calls:
         stack = self._running()
         running = stack.pop() if stack else _Running(None, None)
         current_plan.set(running.outer)
-        upper.current_upper.set(running.outer_upper)
+        attended.watcher.set(running.outer_watcher)
         if not done or running.tokens is None:
             return
         plan, reason = running.plan, running.reason
         sparse = plan.sparse_tokens if plan and plan.runs and self.thins else 0
         if plan and not plan.runs and self.thins:
             reason = NOT_RUN
-        above = running.upper
-        skipped = above.skipped if isinstance(above, upper.Upper) else 0
+        asked, again = running.asked, running.again
+        skipped = asked.skipped if isinstance(asked, Upper) else 0
+        unused = asked if isinstance(asked, str) else again if isinstance(again, str) else None
         unread = sparse - skipped if plan and False in plan.runs else 0
         with self._lock:
             stats = self.stats
@@ -210,9 +229,11 @@ class Calls:
             known = reason in (None, SLOWER) or reason in stats.dense_because
             if reason:
                 stats.dense_because[reason] = stats.dense_because.get(reason, 0) + 1
-            if isinstance(above, str):
-                stats.whole_because[above] = stats.whole_because.get(above, 0) + 1
+            if unused:
+                counts = stats.once_because if self.config.reread else stats.whole_because
+                counts[unused] = counts.get(unused, 0) + 1
             stats.skipped_above += skipped
+            stats.reread_tokens += again if isinstance(again, int) else 0
         if not known:
             warnings.warn(
                 f"fastfill: a call of {running.tokens} tokens stayed dense: {reason}. Further ones are counted in "
@@ -250,10 +271,14 @@ class Calls:
                 running.plan, running.reason = None, SLOWER
             if running.plan and read and not self.said.whole and running.plan.ends_before(read):
                 running.plan = replace(running.plan, unread=True)
-            if running.plan and thin:
+            again = self.thins and self.config.reread > 0
+            if running.plan and (thin or again):
                 makes = named["cache"] is None and named.get("use_cache") is not False
-                cache = self.own if makes else named["cache"]
-                running.upper = upper.of_call(running.plan, self.config, self.layers, cache, rows, prompt is not None)
+                cache, told = self.own if makes else named["cache"], prompt is not None
+                if thin:
+                    running.asked = upper.of_call(running.plan, self.config, self.layers, cache, rows, told)
+                else:
+                    running.asked = reread.of_call(running.plan, self.config, cache, rows, told)
         elif (prompt.size if prompt and mine else width) >= least:
             running.reason = rows if isinstance(rows, str) else OTHER_TEXT
 

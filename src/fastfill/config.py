@@ -53,6 +53,9 @@ class PrefillConfig:
     upper_share: share of a prompt's blocks that the upper third of the layers reads, those that its last tokens attend to; 1
         reads all (`fastfill.upper`). For prompts that end with their question, one at a time: what the cache holds then was
         chosen for that question. In transformers, with its sdpa attention.
+    reread: share of a prompt's sparse tokens that are read again with all neurons, those that its last token attends to, and
+        the tail with them; 0 reads none (`fastfill.reread`). For prompts one at a time. In transformers, with its sdpa
+        attention.
     """
 
     sparsity: float = _setting(0.5, f"share of FFN neurons skipped, 0 to {MAX_SPARSITY}")
@@ -64,11 +67,16 @@ class PrefillConfig:
     dense_weights: str = _choice("what decode and short prompts are computed with", "model", "int8")
     attention: str = _choice("attention of sparse prompts, by chunks where that is faster", "auto", "model", "chunks")
     upper_share: float = _setting(1.0, "share of a prompt's blocks that the upper third of the layers reads")
+    reread: float = _setting(0.0, "share of a prompt's tokens that are read again, with all neurons")
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
-        if isinstance(self.upper_share, bool) or not isinstance(self.upper_share, int | float) or not 0 < self.upper_share <= 1:
+        if not is_number(self.upper_share) or not 0 < self.upper_share <= 1:
             raise UserError(f"upper_share must be more than 0 and at most 1, not {quoted(self.upper_share)}.")
+        if not is_number(self.reread) or not 0 <= self.reread <= 1:
+            raise UserError(f"reread must lie in [0, 1], not {quoted(self.reread)}.")
+        if self.reread and self.upper_share < 1:
+            raise UserError("reread needs all tokens in all layers, which upper_share below 1 leaves out; give one of the two.")
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if type(item.default) is int:

@@ -101,7 +101,7 @@ class SparseFFN:
 
     def _sparse(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         """x: (batch * T, H) -> (batch * T, H)."""
-        if plan.unread and self.last:
+        if not plan.spans or (plan.unread and self.last):
             return self._dense_rows(x, plan)
         ffn, kernel = self.ffn, self.kernel
         self._tell("input", plan, x)
@@ -116,8 +116,8 @@ class SparseFFN:
         return self._tell("output", plan, y)
 
     def _dense_rows(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """x: (batch * T, H) -> (batch * T, H). Nobody reads the sparse rows: their blocks keep no neuron, and nothing is
-        predicted or corrected."""
+        """x: (batch * T, H) -> (batch * T, H). There are no sparse rows, or nobody reads them: their blocks keep no neuron, and
+        nothing is predicted or corrected."""
         none = torch.empty(plan.blocks, 0, dtype=torch.int32, device=x.device)
         ids, bounds = plan.with_dense(none, self.ffn.neurons)
         weights = self.ffn.unpacked()

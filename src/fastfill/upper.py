@@ -12,13 +12,12 @@ What a cache holds then was chosen for this question. It says so itself (`MARK`)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from fastfill import kv_cache
+from fastfill import attended, kv_cache
 from fastfill.blocks import Plan, make_plan
 from fastfill.config import PrefillConfig
 from fastfill.errors import UserError
@@ -28,13 +27,6 @@ FROM = 2 / 3  # of the layers
 WATCHED = 6  # layers below whose attention is averaged
 QUESTION = 64  # last tokens of a prompt whose attention counts, as many as the dense tail has by default
 MARK = "fastfill_upper"  # attribute of a cache whose upper layers hold fewer tokens
-
-# Why the upper layers read all tokens of a prompt nevertheless: the keys of `Stats.whole_because`.
-UNTOLD = "nobody said where the prompt ends"
-SEVERAL = "several sequences, or padding"
-PIECES = "a prompt that is not one call"
-CACHE = "another cache than a DynamicCache of full attention"
-GRADIENT = "gradients are recorded"
 
 
 @dataclass(frozen=True)
@@ -62,22 +54,9 @@ class Upper:
         """Tokens that the upper layers did not read."""
         return 0 if self.columns is None else self.plan.tokens - len(self.columns)
 
-    @torch.no_grad()
     def watch(self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
-        """One layer's attention. query: (1, heads, T, d). key: (1, key heads, T, d). mask: (1, 1, T, T), None if causal."""
-        if not self.first - WATCHED <= layer < self.first:
-            return
-        tokens = query.shape[2]
-        asking = torch.arange(max(0, tokens - QUESTION), tokens, device=key.device)
-        asks, keys = query[0, :, asking[0] :], key[0]
-        logits = (asks.reshape(len(keys), -1, asks.shape[-1]) @ keys.transpose(1, 2)).float() * scale
-        logits = logits.view(len(asks), -1, tokens)  # (heads, question, T)
-        if mask is None:
-            logits = logits.masked_fill(torch.arange(tokens, device=key.device) > asking[:, None], -torch.inf)
-        else:
-            part = mask[0, :, asking[0] :]
-            logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part
-        self.seen.append(logits.softmax(-1).mean((0, 1)))
+        if self.first - WATCHED <= layer < self.first:
+            self.seen.append(attended.shares(query, key, mask, scale, QUESTION))
 
     def choose(self) -> Plan | None:
         """Choose the tokens that go on. Gives their plan."""
@@ -95,10 +74,6 @@ class Upper:
         return plan and replace(plan, unread=self.plan.unread, blank=self.plan.blank, runs=self.plan.runs)
 
 
-# The prompt whose upper layers read less, while its call runs.
-current_upper: ContextVar[Upper | None] = ContextVar("fastfill_upper", default=None)
-
-
 def first_upper(layers: int) -> int:
     """The first of the upper layers."""
     return int(FROM * layers)
@@ -109,37 +84,14 @@ def of_call(
 ) -> Upper | str:
     """What is left out of a call with this plan, or why nothing is. rows: as for `make_plan`. told: somebody said where its
     prompt ends. cache: that of the call; None for a call without."""
-    if not told:
-        return UNTOLD
-    if len(rows) != 1 or rows[0][0] or rows[0][1] != plan.tokens:
-        return SEVERAL
-    if rows[0][2] or plan.spans[0].stop != config.sparse_end(plan.tokens):
-        return PIECES
-    if torch.is_grad_enabled():
-        return GRADIENT
-    if cache is not None and not _plain(cache):
-        return CACHE
-    return Upper(plan, config, first_upper(layers), layers - 1)
-
-
-def own_cache(config: Any) -> Any:
-    """What a transformers model makes where it is given no cache. config: the base model's."""
-    from transformers import DynamicCache
-
-    return DynamicCache(config=config)
-
-
-def _plain(cache: Any) -> bool:
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    return type(cache) is DynamicCache and not cache.offloading and all(type(layer) is DynamicLayer for layer in cache.layers)
+    why = attended.refusal(plan, config, cache, rows, told)
+    return why or Upper(plan, config, first_upper(layers), layers - 1)
 
 
 def run_layer(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One upper layer: of a prompt, on the tokens that go on; behind such a prompt, with the mask of what its cache holds."""
-    upper, cache = current_upper.get(), kv_cache.of_layer(kwargs)
-    if upper is None:
+    upper, cache = attended.watcher.get(), kv_cache.of_layer(kwargs)
+    if not isinstance(upper, Upper):
         kept = getattr(cache, MARK, None)
         return forward(*args, **(_behind(index, args[0].shape[1], cache, kept, kwargs) if kept else kwargs))
     hidden, *others = args
@@ -149,8 +101,8 @@ def run_layer(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kw
     assert columns is not None
     if index == upper.first:
         hidden = hidden[:, columns]
-    others = [_of(value, columns, tokens) for value in others]
-    output = forward(hidden, *others, **{name: _of(value, columns, tokens) for name, value in kwargs.items()})
+    others = [attended.of_tokens(value, columns, tokens) for value in others]
+    output = forward(hidden, *others, **{name: attended.of_tokens(value, columns, tokens) for name, value in kwargs.items()})
     if index < upper.last:
         return output
     if cache is not None:
@@ -159,18 +111,6 @@ def run_layer(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kw
     whole = states.new_full((1, tokens, states.shape[2]), torch.nan)  # what was not read has no state, and says so
     whole[:, columns] = states
     return (whole, *more) if isinstance(output, tuple) else whole
-
-
-def _of(value: Any, columns: torch.Tensor, tokens: int) -> Any:
-    """The part of a layer's argument that belongs to some tokens of T: of positions, their embeddings, masks (1, 1, T, T)."""
-    if isinstance(value, tuple):
-        return tuple(_of(one, columns, tokens) for one in value)
-    if not isinstance(value, torch.Tensor):
-        return value
-    if value.ndim == 4:
-        return value.index_select(2, columns).index_select(3, columns)
-    dim = min(1, value.ndim - 1)
-    return value.index_select(dim, columns) if value.shape[dim] == tokens else value
 
 
 def _behind(index: int, width: int, cache: Any, kept: Kept, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -48,8 +48,10 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
     say(text)
     above = f", {stats.skipped_above:,} not read by the upper layers" if attachment.config.upper_share < 1 else ""
     above += "".join(f"; all were read ({reason})" for reason in stats.whole_because)
+    again = f", {stats.reread_tokens:,} read again" if attachment.config.reread else ""
+    again += "".join(f" ({reason})" for reason in stats.once_because)
     counts = f"{stats.sparse_tokens:,} tokens prefilled sparsely, {stats.dense_tokens:,} computed densely"
-    print(f"({counts}{above})", file=sys.stderr)
+    print(f"({counts}{above}{again})", file=sys.stderr)
     return {
         "text": text,
         "prompt_tokens": ids.shape[1],
@@ -57,6 +59,7 @@ def run_generate(arguments: argparse.Namespace) -> dict[str, Any]:
         "sparse_tokens": stats.sparse_tokens,
         "dense_tokens": stats.dense_tokens,
         **({"skipped_above": stats.skipped_above} if above else {}),
+        **({"reread_tokens": stats.reread_tokens} if again else {}),
     }
 
 

@@ -32,12 +32,14 @@ NAMES = ("transformers", "vllm")
 @dataclass(frozen=True)
 class Prefill:
     """One prompt's prefill. seconds: its TTFT. sparse_tokens: how many of its tokens were computed sparsely. skipped_above: how
-    many the upper layers did not read. unread_tokens: how many the last layer's FFN left out."""
+    many the upper layers did not read. unread_tokens: how many the last layer's FFN left out. reread_tokens: how many were read
+    again."""
 
     seconds: float
     sparse_tokens: int
     skipped_above: int = 0
     unread_tokens: int = 0
+    reread_tokens: int = 0
 
 
 class Engine(Protocol):

@@ -155,7 +155,7 @@ class TransformersEngine:
 
     def _counted(self, run: Callable[[], Any]) -> Prefill:
         """What a prefill gives, its seconds, and how its tokens were computed."""
-        kinds = ("sparse_tokens", "skipped_above", "unread_tokens")
+        kinds = ("sparse_tokens", "skipped_above", "unread_tokens", "reread_tokens")
         before = [getattr(self.stats, kind) for kind in kinds]
         seconds = run()
         return Prefill(seconds, *(getattr(self.stats, kind) - was for kind, was in zip(kinds, before, strict=True)))

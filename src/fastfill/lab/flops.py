@@ -12,12 +12,13 @@ RECURRENT = "linear_attention"  # in `layer_types`
 
 
 def prefill(
-    config: Any, tokens: int, sparse_tokens: int = 0, cost: Cost | None = None, skipped_above: int = 0
+    config: Any, tokens: int, sparse_tokens: int = 0, cost: Cost | None = None, skipped_above: int = 0, reread_tokens: int = 0
 ) -> dict[str, int]:
     """FLOPs of one prompt of T = `tokens`, by part, two for each multiply-add.
 
     config: the model's Hugging Face config. sparse_tokens: those that ran sparsely; head, tail and the rest of the prompt
     count as dense. cost: of these (`Engine.cost`). skipped_above: sparse tokens that the upper layers do not read.
+    reread_tokens: tokens that are read again, densely; each counts as one that sees the whole prompt.
 
     projections: q, k, v and o, and what a recurrent layer has instead. attention: scores and values, causal: only the
     T (T + 1) / 2 pairs of a query and a key that it sees (fewer in a sliding window); a kernel that computes the masked half
@@ -42,9 +43,9 @@ def prefill(
     skipped = sum(sparse[index] * neurons for index, neurons in thin)
     attention = 2 * hidden * (2 * queries + 2 * keys + gates)
     return {
-        "projections": sum(own for own, _ in attended) * attention + recurrent * tokens * projected,
-        "attention": 4 * queries * sum(pairs(*each) for each in attended) + recurrent * tokens * mixed,
-        "ffn": 6 * hidden * (sum(read) * intermediate - skipped),
+        "projections": sum(own + reread_tokens for own, _ in attended) * attention + recurrent * tokens * projected,
+        "attention": 4 * queries * sum(pairs(*each) + reread_tokens * tokens for each in attended) + recurrent * tokens * mixed,
+        "ffn": 6 * hidden * ((sum(read) + layers * reread_tokens) * intermediate - skipped),
         "predictor": 2 * sum(sparse[index] for index in helped) * predictor,
         "compensator": 2 * sum(read[index] for index in helped) * compensator if sparse_tokens else 0,
         "head": 2 * hidden * config.vocab_size,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastfill import kv_cache
+from fastfill import calls, kv_cache
 from fastfill.attachment import Attachment
 from fastfill.errors import UserError
 from fastfill.families import Head
@@ -199,7 +199,8 @@ def read_sparse(
     strict, after = _Sums(), _Sums()
     with sparse():
         hidden = model.base_model(input_ids=ids, use_cache=False)[0][0]
-        read = model.base_model(input_ids=ids[:, : dense.part], use_cache=True)
+        with calls.prompt(model, dense.part):
+            read = model.base_model(input_ids=ids[:, : dense.part], use_cache=True)
         cache = kv_cache.given(model.base_model, kv_cache.left(read))
     with attachment.dense():
         # Each model's own last prompt token predicts the first, which is left out: all scored tokens are dense.

@@ -6,6 +6,7 @@ The dense run is dense throughout; the sparse run prefills sparsely and decodes 
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -38,6 +39,7 @@ __all__ = [
     "summarize",
 ]
 
+ALSO = ("skipped_above", "reread_tokens")  # counts of `Stats` that a row has where they are not 0
 SCORES = ("both", "likelihood", "answers")  # what is measured of each example
 
 Row = dict[str, Any]
@@ -156,12 +158,13 @@ def _counted(engine: Engine, example: Example) -> Iterator[Row]:
     row: Row = {"dataset": example.dataset, "answers": list(example.answers)}
     row |= {"prompt_tokens": example.ids.shape[1], "cut": example.cut}
     stats = engine.stats
-    before = stats.sparse_tokens, stats.dense_tokens, stats.skipped_above
+    before = dataclasses.replace(stats)
     yield row
     stats = engine.stats
-    row |= {"sparse_tokens": stats.sparse_tokens - before[0], "dense_tokens": stats.dense_tokens - before[1]}
-    if stats.skipped_above > before[2]:
-        row["skipped_above"] = stats.skipped_above - before[2]
+    for name in ("sparse_tokens", "dense_tokens", *ALSO):
+        count = getattr(stats, name) - getattr(before, name)
+        if count or name not in ALSO:
+            row[name] = count
 
 
 # --- what all of it says ------------------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ def _counts(rows: Sequence[Row]) -> dict[str, Any]:
         **({"same_answers": sum(row["dense"] == row["sparse"] for row in rows)} if rows and "dense" in rows[0] else {}),
         "cut_prompts": sum(row["cut"] for row in rows),
         **{key: sum(row[key] for row in rows) for key in ("prompt_tokens", "sparse_tokens", "dense_tokens")},
-        **({"skipped_above": above} if (above := sum(row.get("skipped_above", 0) for row in rows)) else {}),
+        **{name: count for name in ALSO if (count := sum(row.get(name, 0) for row in rows))},
     }
 
 

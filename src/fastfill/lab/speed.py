@@ -27,6 +27,7 @@ from fastfill.upper import first_upper
 SPLITS = 5  # at most so many profiled runs of each mode
 PATIENCE = 4  # at most so many times the rounds asked for, while the noise is as large as the gain
 PAIR = ("dense", "sparse")
+KINDS = ("skipped_above", "unread_tokens", "reread_tokens")  # counts of a prefill that its row has where they are not 0
 MODES = ("dense", "all_neurons", "sparse")
 
 Tick = Callable[[int], Any]
@@ -65,7 +66,7 @@ def ttft(
                 times[mode].append(read.seconds)
             if tick:
                 tick(int(rounds <= repeats))
-        sparse_tokens, above, unread = read.sparse_tokens, read.skipped_above, read.unread_tokens  # of the last, the sparse one
+        sparse_tokens = read.sparse_tokens  # of the last, the sparse one
         ratios = [dense / sparse for dense, sparse in zip(times["dense"], times["sparse"], strict=True)]
         if enough(ratios, repeats) or (rounds >= repeats and not sparse_tokens):
             break
@@ -80,8 +81,7 @@ def ttft(
         "rounds": rounds,
         "sparse_tokens": sparse_tokens,
         "dense_tokens": ids.shape[1] - sparse_tokens,
-        **({"skipped_above": above} if above else {}),
-        **({"unread_tokens": unread} if unread else {}),
+        **{name: count for name in KINDS if (count := getattr(read, name))},
     }
 
 
@@ -124,7 +124,8 @@ def split(
     share = statistics.median(_ffn(parts) / _total(parts) for parts in found["dense"])
     tokens, layers, sparse_tokens = ids.shape[1], len(engine.cost.kept), row["sparse_tokens"]
     above = row.get("skipped_above", 0) / tokens * (1 - first_upper(layers) / layers)
-    most = ceiling(share, _cost_of(engine, row).skipped, sparse_tokens / tokens, above)
+    again = row.get("reread_tokens", 0) / tokens
+    most = ceiling(share, _cost_of(engine, row).skipped, sparse_tokens / tokens, above, again)
     return {
         **{f"split_{mode}": {part: round(seconds, 5) for part, seconds in parts.items()} for mode, parts in median.items()},
         **{f"ffn_{mode}_s": round(seconds, 5) for mode, seconds in ffn.items()},
@@ -134,14 +135,15 @@ def split(
     }
 
 
-def ceiling(ffn_share: float, skipped: float, sparse_share: float, above: float = 0.0) -> float:
+def ceiling(ffn_share: float, skipped: float, sparse_share: float, above: float = 0.0, again: float = 0.0) -> float:
     """The speed-up if every skipped neuron took its share of the FFN's time with it, and nothing were added.
 
     ffn_share: of the FFN in the dense TTFT. skipped: share of neurons that a sparse token skips. sparse_share: of the tokens;
     the dense head and tail of a prompt, and what is left of a block, skip nothing. above: share of all layers' tokens that the
-    upper layers do not read, which takes its share of everything (attention grows faster, so more may be gained).
+    upper layers do not read, which takes its share of everything (attention grows faster, so more may be gained). again: share
+    of the tokens that are read again, which adds its share of everything.
     """
-    return 1 / (1 - (sparse_share - above) * skipped * ffn_share - above)
+    return 1 / (1 - (sparse_share - above) * skipped * ffn_share - above + again)
 
 
 def _total(parts: dict[str, float]) -> float:
@@ -160,8 +162,9 @@ def _cost_of(engine: Engine, row: dict[str, Any]) -> Cost:
 def cost(engine: Engine, row: dict[str, Any]) -> dict[str, Any]:
     """FLOPs of the whole prefill that a row of `ttft` is of, dense and sparse; see `flops.prefill`. ffn_flops_ratio: of the
     FFNs alone, predictor and compensator counted."""
-    tokens, counts = row["prompt_tokens"], (row["sparse_tokens"], _cost_of(engine, row), row.get("skipped_above", 0))
-    dense, sparse = flops.prefill(engine.shape, tokens), flops.prefill(engine.shape, tokens, *counts)
+    tokens, above, again = (row.get(name, 0) for name in ("prompt_tokens", "skipped_above", "reread_tokens"))
+    dense = flops.prefill(engine.shape, tokens)
+    sparse = flops.prefill(engine.shape, tokens, row["sparse_tokens"], _cost_of(engine, row), above, again)
     return {
         "flops_dense": sum(dense.values()),
         "flops_sparse": sum(sparse.values()),

@@ -105,6 +105,8 @@ def configure(vllm_config: Any) -> None:
         raise UserError('weights="int8" rounds a transformers model; for vLLM the checkpoint itself must be in eight bits.')
     if prefill.attention == "chunks":
         raise UserError('attention="chunks" is for transformers: vLLM has its own; leave it at "auto".')
+    if prefill.reread:
+        raise UserError("reread is for transformers: vLLM's pages are not written twice; leave it at 0.")
     if prefill.upper_share < 1:
         raise UserError("upper_share is for transformers: what vLLM keeps of a prefix serves any question; leave it at 1.")
     say_later_start(prefill, artifact, settings.fields)

@@ -163,5 +163,6 @@ def show_counts(result: dict[str, Any]) -> None:
     from fastfill.tables import console
 
     counts = (result.get(f"{kind}_tokens", "-") for kind in ("sparse", "dense"))
-    above = f", {result['skipped_above']} not read by the upper layers" if "skipped_above" in result else ""
-    console().print("{} tokens prefilled sparsely, {} densely".format(*counts) + above)
+    kinds = {"skipped_above": "not read by the upper layers", "reread_tokens": "read again"}
+    more = "".join(f", {result[name]} {words}" for name, words in kinds.items() if name in result)
+    console().print("{} tokens prefilled sparsely, {} densely".format(*counts) + more)

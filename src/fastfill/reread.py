@@ -1,0 +1,105 @@
+"""Tokens that are read a second time: `reread`. That a cache of rough keys and values is mended by computing a few of them anew
+is known (CacheBlend: arXiv 2405.16444, for prompts joined of cached pieces); ours is which ones, and that the rough reading is
+the sparse one.
+
+    first    the prompt, sparsely; in each layer the last token's attention to every token is remembered
+    again    those of the sparse tokens that got most of it, and all behind the last sparse block, with all neurons; each
+             attends to all tokens before it, and its keys and values take the place of those that the cache holds
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfill import attended, kv_cache
+from fastfill.blocks import Plan
+from fastfill.config import PrefillConfig
+from fastfill.sparse_ffn import current_plan
+
+# Why a sparse prompt is read once nevertheless, beside what `attended` has: the keys of `Stats.once_because`.
+NO_CACHE = "a call that gives no cache"
+STATES = "hidden states or attentions of all layers are asked for"
+
+
+@dataclass(eq=False)
+class Reread:
+    """One prompt that is read again. plan: of its sparse reading. count: of the sparse tokens that are read again."""
+
+    plan: Plan
+    count: int
+    seen: list[Tensor] = field(default_factory=list)
+
+    def watch(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
+        self.seen.append(attended.shares(query, key, mask, scale, 1))
+
+    def choose(self) -> Tensor:
+        """The columns that are read again, in their order."""
+        (span,) = self.plan.spans
+        got = torch.stack(self.seen).mean(0)[span.start : span.stop]
+        best = got.nan_to_num().topk(self.count).indices.sort().values + span.start
+        return torch.cat([best, torch.arange(span.stop, self.plan.tokens, device=best.device)])
+
+    @torch.no_grad()
+    def run(self, forward: Callable[..., Any], arguments: dict[str, Any], output: Any, cache_name: str) -> int | str:
+        """Read again. Afterwards `output` has the new states of these tokens, and its cache their keys and values. Gives how
+        many they were, or why it was not done.
+
+        forward: the base model's. arguments: its call's, by name. output: what it gave. cache_name: the cache's among them.
+        """
+        cache = getattr(output, kv_cache.NAME, None) or getattr(output, kv_cache.OLD_NAME, None)
+        if cache is None:
+            return NO_CACHE
+        if not attended.is_plain(cache):
+            return attended.CACHE
+        if any(getattr(output, name, None) is not None for name in ("hidden_states", "attentions")):
+            return STATES
+        columns, tokens = self.choose(), self.plan.tokens
+        seen = torch.arange(tokens, device=columns.device) <= columns[:, None]
+        part = {name: attended.of_tokens(value, columns, tokens) for name, value in arguments.items()}
+        for name in (kv_cache.NAME, kv_cache.OLD_NAME):
+            part.pop(name, None)
+        part |= {"attention_mask": seen[None, None], cache_name: _in_place(cache, columns), "use_cache": True}
+        if part.get("position_ids") is None:
+            part["position_ids"] = columns[None]
+        current_plan.set(Plan(1, len(columns), len(columns), self.plan.block_size, ()))  # no sparse block
+        output.last_hidden_state[:, columns] = forward(**part).last_hidden_state
+        return len(columns)
+
+
+def of_call(plan: Plan, config: PrefillConfig, cache: Any, rows: Sequence[tuple[int, int, int]], told: bool) -> Reread | str:
+    """What is read again of a call with this plan, or why nothing is. Arguments as for `attended.refusal`."""
+    why = attended.refusal(plan, config, cache, rows, told)
+    return why or Reread(plan, max(1, round(config.reread * plan.sparse_tokens)))
+
+
+def _in_place(cache: Any, columns: Tensor) -> Any:
+    """A cache that puts what it is given into these columns of another one's layers, and has no more tokens than that."""
+    writer = copy.copy(cache)
+    writer.__class__ = _writer()
+    writer.columns = columns
+    return writer
+
+
+@functools.cache
+def _writer() -> type:
+    from transformers import DynamicCache
+
+    class InPlace(DynamicCache):
+        columns: Tensor
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            layer: Any = self.layers[layer_idx]
+            layer.keys[:, :, self.columns] = key_states
+            layer.values[:, :, self.columns] = value_states
+            return layer.keys, layer.values
+
+    return InPlace

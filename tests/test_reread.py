@@ -1,0 +1,213 @@
+"""Tokens that are read again: which ones, what they and the cache are then, and where none is."""
+
+import copy
+
+import pytest
+import torch
+from conftest import BLOCK, EXACT, FAMILIES, PREFILL, RECURRENT, logits, tiny_artifact, tiny_model, token_ids, user_error
+from transformers import DynamicCache
+
+from fastfill import attach, attended, kv_cache, reread
+
+SDPA = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "granite")
+AGAIN = PREFILL.with_(reread=0.25, dense_tail=BLOCK)
+TOKENS = 61  # a head of one block, 5 blocks between, a tail of 13 tokens
+SPARSE = 5 * BLOCK
+TAIL = TOKENS - 6 * BLOCK
+
+
+def fp64(family="llama", **changes):
+    changes |= {"sliding_window": None} if family in ("mistral", "phi3") else {}
+    return tiny_model(family, dtype=torch.float64, **changes)
+
+
+@torch.no_grad()
+def read(model, attached, ids, cache=None, end=None, **more):
+    with attached.prompt(end or ids.shape[1]):
+        return model.model(input_ids=ids, past_key_values=DynamicCache() if cache is None else cache, **more)
+
+
+def tensors(cache):
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("family", SDPA)
+def test_a_prompt_that_is_read_again_whole_is_dense(family):
+    """The head is dense from the start."""
+    model, ids = fp64(family), token_ids(1, TOKENS)
+    with torch.no_grad():
+        dense = model.model(input_ids=ids, use_cache=True)
+    with attach(model, tiny_artifact(model), AGAIN.with_(reread=1.0), kernel="torch") as attached:
+        again = read(model, attached, ids)
+        assert attached.stats.reread_tokens == SPARSE + TAIL and attached.stats.once_because == {}
+        assert (attached.stats.sparse_tokens, attached.stats.dense_tokens) == (SPARSE, TOKENS - SPARSE)
+        assert attached.stats.sparse_calls == 1 and attached.stats.dense_calls == 0
+    torch.testing.assert_close(again.last_hidden_state, dense.last_hidden_state, **EXACT)
+    torch.testing.assert_close(tensors(kv_cache.left(again)), tensors(kv_cache.left(dense)), **EXACT)
+
+
+@pytest.mark.parametrize("family", SDPA)
+def test_a_part_is_what_dense_layers_give_on_the_sparse_ones_cache(family):
+    """By hand: token by token, each behind a copy of what was before it, with what was read again before in its place."""
+    model, ids = fp64(family), token_ids(1, TOKENS)
+    artifact = tiny_artifact(model)
+    with attach(model, artifact, AGAIN.with_(reread=0.0), kernel="torch") as attached:
+        once = read(model, attached, ids)
+    with attach(model, artifact, AGAIN, kernel="torch") as attached:
+        again = read(model, attached, ids)
+        assert attached.stats.reread_tokens == SPARSE // 4 + TAIL
+    changed = (again.last_hidden_state != once.last_hidden_state)[0].any(1).nonzero()[:, 0].tolist()
+    assert len(changed) == SPARSE // 4 + TAIL and changed[-TAIL:] == list(range(6 * BLOCK, TOKENS))
+    held = copy.deepcopy(kv_cache.left(once))
+    for column in changed:
+        before = copy.deepcopy(held)
+        for layer in before.layers:
+            layer.keys, layer.values = layer.keys[:, :, :column], layer.values[:, :, :column]
+        with torch.no_grad():
+            out = model.model(input_ids=ids[:, column : column + 1], **kv_cache.given(model.model, before))
+        torch.testing.assert_close(out.last_hidden_state[0, 0], again.last_hidden_state[0, column], **EXACT)
+        for mine, theirs in zip(held.layers, before.layers, strict=True):
+            mine.keys[:, :, column], mine.values[:, :, column] = theirs.keys[:, :, -1], theirs.values[:, :, -1]
+    torch.testing.assert_close(tensors(kv_cache.left(again)), tensors(held), **EXACT)
+
+
+@pytest.mark.parametrize("family", SDPA)
+def test_the_tokens_are_those_that_the_last_one_attends_to(family):
+    model, ids, plain = fp64(family), token_ids(1, TOKENS), PREFILL.with_(sparsity=0.9, dense_tail=BLOCK)
+    eager = fp64(family, attn_implementation="eager")
+    artifact = tiny_artifact(model)
+    with attach(eager, artifact, plain, kernel="torch") as attached, torch.no_grad(), attached.prompt(TOKENS):
+        seen = eager.model(input_ids=ids, output_attentions=True).attentions
+    shares = torch.stack([one[0, :, -1].mean(0) for one in seen]).mean(0)[BLOCK : 6 * BLOCK]
+    want = (shares.topk(SPARSE // 4).indices + BLOCK).sort().values.tolist()
+    with attach(model, artifact, plain, kernel="torch") as attached:
+        once = read(model, attached, ids).last_hidden_state
+    with attach(model, artifact, plain.with_(reread=0.25), kernel="torch") as attached:
+        again = read(model, attached, ids).last_hidden_state
+    assert (again != once)[0].any(1).nonzero()[:, 0].tolist() == want + list(range(6 * BLOCK, TOKENS))
+
+
+@pytest.mark.parametrize("share, tokens", [(1e-9, 1), (0.1, 4), (0.5, 20)])
+def test_a_share_is_of_tokens_and_at_least_one(model, share, tokens):
+    with attach(model, tiny_artifact(model), AGAIN.with_(reread=share)) as attached:
+        read(model, attached, token_ids(1, TOKENS))
+        assert attached.stats.reread_tokens == tokens + TAIL
+
+
+def test_generation_goes_on_from_it(model):
+    ids, cache = token_ids(1, TOKENS), DynamicCache()
+    with attach(model, tiny_artifact(model), AGAIN) as attached:
+        out = model.generate(ids, max_new_tokens=6, do_sample=False)
+        assert attached.stats.reread_tokens == SPARSE // 4 + TAIL
+        hidden, new = read(model, attached, ids, cache).last_hidden_state[:, -1:], []
+        with torch.no_grad():
+            for _ in range(6):
+                new.append(int(model.lm_head(hidden).argmax()))
+                token = torch.tensor([new[-1:]])
+                hidden = model.model(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state
+    assert out[0, TOKENS:].tolist() == new
+
+
+def test_what_nobody_reads_is_left_out_of_the_first_reading_alone(model):
+    """The states of the tokens that are read again are there."""
+    ids = token_ids(1, TOKENS)
+    with attach(model, tiny_artifact(model), AGAIN, kernel="torch") as attached, attached.prompt(TOKENS):
+        with attached.watched():
+            whole = logits(model, ids, logits_to_keep=1, use_cache=True)
+        assert attached.stats.unread_tokens == 0
+        assert torch.equal(logits(model, ids, logits_to_keep=1, use_cache=True), whole)
+        assert attached.stats.unread_tokens == SPARSE and attached.stats.reread_tokens == 2 * (SPARSE // 4 + TAIL)
+
+
+def test_embeddings_and_positions_of_ones_own():
+    model, ids = fp64(), token_ids(1, TOKENS)
+    places = torch.arange(7, 7 + TOKENS)[None]
+    with torch.no_grad():
+        dense = model.model(input_ids=ids, position_ids=places).last_hidden_state
+    with attach(model, tiny_artifact(model), AGAIN.with_(reread=1.0), kernel="torch") as attached, torch.no_grad():
+        with attached.prompt(TOKENS):
+            again = model.model(
+                inputs_embeds=model.model.embed_tokens(ids), position_ids=places, attention_mask=torch.ones_like(ids)
+            ).last_hidden_state
+        assert attached.stats.reread_tokens == SPARSE + TAIL
+    torch.testing.assert_close(again, dense, **EXACT)
+
+
+def test_eight_bits_are_those_of_the_sparse_prompt():
+    """Read again whole it is what eight bits give with all neurons."""
+    model, ids = tiny_model(), token_ids(1, TOKENS)
+    artifact = tiny_artifact(model)
+    settings = AGAIN.with_(weights="int8")
+    with attach(model, artifact, settings.with_(reread=0.0, sparsity=0.0), kernel="torch") as attached:
+        all_neurons = read(model, attached, ids).last_hidden_state
+    with attach(model, artifact, settings.with_(reread=1.0), kernel="torch") as attached:
+        again = read(model, attached, ids).last_hidden_state
+        assert attached.stats.reread_tokens == SPARSE + TAIL
+    # fp32 sums in another order, and inputs that are rounded to other eighths where they differ in the last bit
+    torch.testing.assert_close(again, all_neurons, rtol=0, atol=2e-2)
+    assert not torch.equal(again, tiny_model().model(input_ids=ids).last_hidden_state)
+
+
+CASES = {
+    "untold": attended.UNTOLD,
+    "several": attended.SEVERAL,
+    "pieces": attended.PIECES,
+    "gradients": attended.GRADIENT,
+    "other cache": attended.CACHE,
+    "no cache": reread.NO_CACHE,
+    "hidden states": reread.STATES,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_where_all_tokens_are_read_once(model, case):
+    artifact, ids = tiny_artifact(model), token_ids(1, TOKENS)
+    with attach(model, artifact, AGAIN.with_(reread=0.0)) as attached, torch.no_grad():
+        want = model.model(input_ids=ids).last_hidden_state
+    with attach(model, artifact, AGAIN) as attached, torch.set_grad_enabled(case == "gradients"):
+        if case == "untold":
+            out = model.model(input_ids=ids).last_hidden_state
+        elif case == "pieces":
+            cache = DynamicCache()
+            with attached.prompt(TOKENS):
+                model.model(input_ids=ids[:, :32], past_key_values=cache)
+                out = model.model(input_ids=ids[:, 32:], past_key_values=cache).last_hidden_state
+        else:
+            more = {
+                "several": {"input_ids": token_ids(2, TOKENS)},
+                "other cache": {"past_key_values": type("Other", (DynamicCache,), {})()},
+                "no cache": {"use_cache": False},
+                "hidden states": {"output_hidden_states": True},
+            }.get(case, {})
+            with attached.prompt(TOKENS):
+                out = model.model(**{"input_ids": ids, **more}).last_hidden_state
+        assert attached.stats.reread_tokens == 0 and set(attached.stats.once_because) == {CASES[case]}
+        if case not in ("pieces", "several"):
+            torch.testing.assert_close(out, want)
+
+
+def test_dense_and_short_calls_are_as_ever(model):
+    with attach(model, tiny_artifact(model), AGAIN) as attached:
+        with attached.dense():
+            read(model, attached, token_ids(1, TOKENS))
+        read(model, attached, token_ids(1, 2 * BLOCK))
+        assert attached.stats.reread_tokens == 0 and attached.stats.once_because == {}
+
+
+def test_what_cannot_be_read_again_is_refused():
+    for share in (-0.1, 1.5, True, "half", float("nan")):
+        with user_error("reread must lie in"):
+            PREFILL.with_(reread=share)
+    with user_error("give one of the two"):
+        PREFILL.with_(reread=0.1, upper_share=0.5)
+    model = tiny_model(attn_implementation="eager")
+    with user_error("reread reads the attention of sdpa, and this model runs 'eager'"):
+        attach(model, tiny_artifact(model), AGAIN)
+    model = tiny_model("mistral", sliding_window=24)
+    with user_error("reread needs full attention in every layer"):
+        attach(model, tiny_artifact(model), AGAIN)
+    assert "forward" not in vars(model.model)  # nothing was left
+    for family in set(RECURRENT) & set(FAMILIES):
+        model = tiny_model(family)
+        with user_error("reread needs attention in every layer"):
+            attach(model, tiny_artifact(model), AGAIN)
