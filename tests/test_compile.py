@@ -86,6 +86,7 @@ def test_what_generate_calls_serves_others_too():
 
 EIGHT_BITS = {"weights": "int8", "dense_weights": "int8"}
 UPPER = {"upper_share": 0.5}
+AGAIN = {"reread": 0.5}
 
 
 def test_decode_steps_in_eight_bits_run_as_they_do_uncompiled():
@@ -98,7 +99,7 @@ def test_decode_steps_in_eight_bits_run_as_they_do_uncompiled():
         assert attached.stats.sparse_tokens == 2 * once["sparse_tokens"] > 0
 
 
-@pytest.mark.parametrize("settings", [{}, EIGHT_BITS, UPPER])
+@pytest.mark.parametrize("settings", [{}, EIGHT_BITS, UPPER, AGAIN])
 def test_a_model_that_is_compiled_in_place_gives_the_same_answer(settings):
     answers, graphs, ids = [], Graphs(), token_ids(1, PROMPT)
     for compiled in (False, True):
@@ -107,7 +108,9 @@ def test_a_model_that_is_compiled_in_place_gives_the_same_answer(settings):
             if compiled:
                 model.compile(backend=graphs)
             answers.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False))
-            assert attached.stats.sparse_tokens == 24 and not attached.stats.whole_because
+            assert attached.stats.sparse_tokens == 24
+            assert not attached.stats.whole_because and not attached.stats.once_because
+            assert (attached.stats.reread_tokens > 0) == (settings == AGAIN)
     assert torch.equal(*answers) and graphs.sizes
 
 
@@ -128,7 +131,7 @@ def layers(model, graphs):
 
 @pytest.mark.parametrize(
     ("compiled", "settings"),
-    [(whole, {}), (whole, EIGHT_BITS), (base, UPPER), (layers, {}), (layers, EIGHT_BITS), (layers, UPPER)],
+    [(whole, {}), (whole, EIGHT_BITS), (base, UPPER), (layers, {}), (layers, EIGHT_BITS), (layers, UPPER), (layers, AGAIN)],
 )
 @torch.no_grad()
 def test_prompts_of_compiled_models_are_sparse(compiled, settings):
@@ -139,12 +142,12 @@ def test_prompts_of_compiled_models_are_sparse(compiled, settings):
         with attach(model, tiny_artifact(model), dense_tail=TAIL, **settings) as attached:
             run = compile_it(model, Graphs()) if compile_it else model
             with attached.prompt(end=PROMPT):
-                results.append([run(ids, logits_to_keep=1).logits, run(ids[:, :1]).logits])
+                results.append([run(ids, logits_to_keep=1, use_cache=True).logits, run(ids[:, :1]).logits])
             assert attached.stats.sparse_tokens == 24
-            counts.append(attached.stats.skipped_above)
+            counts.append((attached.stats.skipped_above, attached.stats.reread_tokens))
     for eager, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, eager, **SINGLE)
-    assert counts[0] == counts[1] and (counts[0] > 0) == (settings == UPPER)
+    assert counts[0] == counts[1] and [count > 0 for count in counts[0]] == [settings == UPPER, settings == AGAIN]
 
 
 def test_training_of_a_compiled_model_has_the_same_gradient():

@@ -154,6 +154,17 @@ def test_prompts_of_which_upper_layers_read_a_part_are_written_behind(exact_mode
             assert row["skipped_above"] and row["sparse"] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_prompts_that_are_read_again_are_written_together(exact_model, tokenizer):
+    made = [example(tokens=each) for each in (64, 80)]
+    with attach(exact_model, tiny_artifact(exact_model), reread=0.25) as attachment:
+        attached = TransformersEngine(attachment, "tiny")
+        together = runner.answers(attached, tokenizer, made, "answers")
+        assert together == [row for one in made for row in runner.answers(attached, tokenizer, [one], "answers")]
+        for one, row in zip(made, together, strict=True):
+            ids = engine.generate(exact_model, one.ids, one.max_new_tokens)
+            assert row["reread_tokens"] and row["sparse"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def test_logits_are_only_taken_where_they_are_needed(model, tokenizer):
     """Of a long prompt one row; of the answer at most CHUNK at a time."""
     rows = []

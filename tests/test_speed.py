@@ -303,6 +303,16 @@ def test_flops_by_hand():
         "compensator": 2 * 7 * (10 + 8),
         "head": 2 * 32 * 128,
     }
+    # three tokens are read again: all neurons of every layer, and as many pairs as if each were the last token
+    again = flops.prefill(tiny_config(), 10, 4, Cost(32, 96, (24, 96, 48), 100, 7), reread_tokens=3)
+    assert {part: again[part] - parts[part] for part in parts} == {
+        "projections": 3 * parts["projections"] // 10,
+        "attention": 3 * 2 * 2 * 32 * 3 * 10,
+        "ffn": 2 * 3 * 32 * 3 * 3 * 96,
+        "predictor": 0,
+        "compensator": 0,
+        "head": 0,
+    }
     # too short for a sparse block: nothing is predicted or corrected
     assert flops.prefill(tiny_config(), 10, 0, Cost(32, 96, (24, 96, 48), 100, 7)) == flops.prefill(tiny_config(), 10)
 
@@ -312,6 +322,8 @@ def test_the_ceiling_with_upper_layers_that_read_less():
     # a tenth of the tokens skips all, the other sparse ones their neurons
     assert speed.ceiling(0.7, 0.5, 0.9, 0.1) == pytest.approx(1 / (1 - 0.1 - 0.8 * 0.35))
     assert speed.ceiling(0.7, 0.5, 0.9) == pytest.approx(1 / (1 - 0.9 * 0.35))
+    # a tenth of them is read twice
+    assert speed.ceiling(0.7, 0.5, 0.9, again=0.1) == pytest.approx(1 / (1.1 - 0.9 * 0.35))
 
 
 def test_pairs_in_a_window():

@@ -85,6 +85,8 @@ def test_what_does_not_fit_is_refused_at_the_start(tmp_path):
     assert "attention backend FLASHINFER; start with --attention-backend FLASH_ATTN" in refusal(model, artifact, **flash)
     assert "kernel 'native' cannot run" in refusal(model, artifact, {"kernel": "native"}, dtype="half")
     assert "one_copy does nothing at sparsity 0" in refusal(model, artifact, {"one_copy": True, "sparsity": 0.0})
+    for own in ({"reread": 0.1}, {"upper_share": 0.5}, {"attention": "chunks"}):
+        assert next(iter(own)) in (found := refusal(model, artifact, own)) and "is for transformers" in found
     unit = {"block_size": 32, "prefix_match_unit": 16}
     assert "--prefix-match-unit 16 is no multiple of the sparse blocks of 32" in refusal(model, artifact, **unit)
     assert "LoRA" in refusal(model, artifact, enable_lora=True)
