@@ -1,6 +1,7 @@
 """Tokens that are read again: which ones, what they and the cache are then, and where none is."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,7 +88,32 @@ def test_the_tokens_are_those_that_the_last_one_attends_to(family):
     assert (again != once)[0].any(1).nonzero()[:, 0].tolist() == want + list(range(6 * BLOCK, TOKENS))
 
 
-@pytest.mark.parametrize("share, tokens", [(1e-9, 1), (0.1, 4), (0.5, 20)])
+@pytest.mark.parametrize("family, rope", [("llama", None), ("llama", "dynamic"), ("phi3", "longrope")])
+def test_without_a_tail_the_last_token_is_among_them(family, rope):
+    """Its logits are read, and rotations that depend on the longest position are those of the first reading."""
+    half = tiny_model().config.head_dim // 2
+    scaled = {
+        None: {},
+        "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        "longrope": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * half, "long_factor": [4.0] * half},
+    }[rope]
+    more = {"original_max_position_embeddings": 63} if rope == "longrope" else {}
+    changes = {"max_position_embeddings": 63, "rope_parameters": {**scaled, **more}, **more} if rope else {}
+    model, ids = fp64(family, **changes), token_ids(1, 64)
+    settings = PREFILL.with_(dense_tail=0)
+    artifact = tiny_artifact(model)
+    with attach(model, artifact, settings, kernel="torch") as attached:
+        once = read(model, attached, ids)
+    with attach(model, artifact, settings.with_(reread=0.1), kernel="torch") as attached:
+        again = read(model, attached, ids)
+        assert attached.stats.reread_tokens == 6
+    changed = (again.last_hidden_state != once.last_hidden_state)[0].any(1).nonzero()[:, 0].tolist()
+    assert len(changed) == 6 and changed[-1] == 63
+    # The first layer's keys depend on the token and its position alone.
+    torch.testing.assert_close(kv_cache.left(again).layers[0].keys, kv_cache.left(once).layers[0].keys, **EXACT)
+
+
+@pytest.mark.parametrize("share, tokens", [(1e-9, 1), (0.09, 4), (0.1, 4), (0.5, 20)])
 def test_a_share_is_of_tokens_and_at_least_one(model, share, tokens):
     with attach(model, tiny_artifact(model), AGAIN.with_(reread=share)) as attached:
         read(model, attached, token_ids(1, TOKENS))
@@ -148,8 +174,78 @@ def test_eight_bits_are_those_of_the_sparse_prompt():
     assert not torch.equal(again, tiny_model().model(input_ids=ids).last_hidden_state)
 
 
+def test_scores_that_overflow_in_fp16_do_not_decide():
+    """Nor does a layer without any that is a number."""
+    query, key = (torch.randn(1, heads, TOKENS, 8, generator=torch.Generator().manual_seed(0)) * 150 for heads in (4, 2))
+    exact = attended.shares(query.double(), key.double(), None, 1.0, 1)
+    half = attended.shares(query.half(), key.half(), None, 1.0, 1)
+    assert half.isfinite().all() and half.argmax() == exact.argmax()
+    watcher = reread.Reread(SimpleNamespace(tokens=TOKENS, spans=[SimpleNamespace(start=8, stop=48)]), 2, 3)
+    watcher.watch(0, query, torch.full_like(key, torch.nan), None, 1.0)
+    watcher.watch(1, query, key, None, 1.0)
+    assert watcher.choose()[:3].tolist() == (exact[8:48].topk(3).indices.sort().values + 8).tolist()
+
+
+@torch.no_grad()
+def test_autocast(model):
+    ids = token_ids(1, TOKENS)
+    with attach(model, tiny_artifact(model), AGAIN.with_(reread=1.0)) as attached, torch.autocast("cpu", torch.bfloat16):
+        again = read(model, attached, ids).last_hidden_state
+        assert attached.stats.reread_tokens == SPARSE + TAIL
+        with attached.dense():
+            dense = read(model, attached, ids).last_hidden_state
+    # bf16 has 8 bits, and the FFNs' sparse op computes in the weights' fp32 where autocast does not
+    torch.testing.assert_close(again.float(), dense.float(), rtol=0, atol=0.1)
+
+
+class Broken(Exception):
+    pass
+
+
+def test_a_call_that_is_interrupted_counts_nowhere(model):
+    ids, calls = token_ids(1, TOKENS), []
+
+    def hook(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Broken
+
+    with attach(model, tiny_artifact(model), AGAIN) as attached:
+        handle = model.model.layers[1].register_forward_pre_hook(hook)
+        with pytest.raises(Broken):
+            read(model, attached, ids)
+        handle.remove()
+        assert attached.stats == type(attached.stats)() and attended.watcher.get() is None
+        read(model, attached, ids)
+        assert attached.stats.reread_tokens == SPARSE // 4 + TAIL
+
+
+def test_a_call_from_inside_leaves_the_outer_one_its_watcher():
+    """A base model's call in a layer's hook, as a probe makes it."""
+    model, ids = fp64(), token_ids(1, TOKENS)
+    with attach(model, tiny_artifact(model), AGAIN, kernel="torch") as attached:
+        want = read(model, attached, ids).last_hidden_state
+        inside = []
+
+        def hook(*_):
+            if not inside:
+                inside.append(1)
+                inside.append(model.model(input_ids=ids[:, :20], use_cache=False))
+
+        handle = model.model.layers[1].register_forward_pre_hook(hook)
+        again = read(model, attached, ids).last_hidden_state
+        handle.remove()
+    assert inside and torch.equal(again, want)
+
+
 CASES = {
     "untold": attended.UNTOLD,
+    "draft behind": attended.PIECES,
+    "padded": attended.SEVERAL,
+    "tuple": reread.TUPLE,
+    "cut": reread.CUT,
+    "other attention": attended.UNSEEN,
+    "attentions": reread.STATES,
     "several": attended.SEVERAL,
     "pieces": attended.PIECES,
     "gradients": attended.GRADIENT,
@@ -172,17 +268,41 @@ def test_where_all_tokens_are_read_once(model, case):
             with attached.prompt(TOKENS):
                 model.model(input_ids=ids[:, :32], past_key_values=cache)
                 out = model.model(input_ids=ids[:, 32:], past_key_values=cache).last_hidden_state
+        elif case == "draft behind":
+            with attached.prompt(TOKENS - 2):
+                out = model.model(input_ids=ids).last_hidden_state
+        elif case == "padded":
+            mask = torch.ones(1, TOKENS, dtype=torch.long)
+            mask[0, -3:] = 0
+            with attached.prompt(TOKENS):
+                out = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        elif case == "tuple":
+            with attached.prompt(TOKENS):
+                (out, *_) = model.model(input_ids=ids, return_dict=False)
+        elif case == "cut":
+
+            def shorten(*_):
+                for layer in cache.layers[:1]:
+                    layer.keys, layer.values = layer.keys[:, :, :40], layer.values[:, :, :40]
+
+            cache, handle = DynamicCache(), model.model.layers[-1].register_forward_hook(shorten)
+            out = read(model, attached, ids, cache).last_hidden_state
+            handle.remove()
+        elif case == "other attention":
+            model.set_attn_implementation("eager")
+            out = read(model, attached, ids).last_hidden_state
         else:
             more = {
                 "several": {"input_ids": token_ids(2, TOKENS)},
                 "other cache": {"past_key_values": type("Other", (DynamicCache,), {})()},
                 "no cache": {"use_cache": False},
                 "hidden states": {"output_hidden_states": True},
+                "attentions": {"output_attentions": True},
             }.get(case, {})
             with attached.prompt(TOKENS):
                 out = model.model(**{"input_ids": ids, **more}).last_hidden_state
         assert attached.stats.reread_tokens == 0 and set(attached.stats.once_because) == {CASES[case]}
-        if case not in ("pieces", "several"):
+        if case not in ("pieces", "several", "draft behind", "padded"):
             torch.testing.assert_close(out, want)
 
 

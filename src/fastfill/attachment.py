@@ -256,7 +256,7 @@ class Attachment:
         with self._planned(None) as attached:
             if not attached:
                 return forward(*args, **kwargs)
-            output = None
+            done = False
             try:
                 self._calls.before(args, kwargs)
                 self._follow()
@@ -264,9 +264,10 @@ class Attachment:
                     self._carry_plans()
                 output = forward(*args, **kwargs)
                 self._calls.reread(forward, output)
+                done = True
                 return output
             finally:  # also after Ctrl-C, where torch runs no hooks
-                self._calls.after(output is not None)
+                self._calls.after(done)
 
     @contextmanager
     def _planned(self, plan: Plan | None) -> Iterator[bool]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastfill.blocks import Plan
-from fastfill.config import PrefillConfig
 
 # Why it is not used for a sparse call: the keys of `Stats.whole_because` and `Stats.once_because`.
 UNTOLD = "nobody said where the prompt ends"
+UNSEEN = "attention that was changed while attached"
 SEVERAL = "several sequences, or padding"
 PIECES = "a prompt that is not one call"
 CACHE = "another cache than a DynamicCache of full attention"
@@ -31,16 +31,16 @@ class Watcher(Protocol):
 watcher: ContextVar[Watcher | None] = ContextVar("fastfill_watcher", default=None)
 
 
-def refusal(plan: Plan, config: PrefillConfig, cache: Any, rows: Sequence[tuple[int, int, int]], told: bool) -> str | None:
+def refusal(plan: Plan, cache: Any, rows: Sequence[tuple[int, int, int]], end: int | None) -> str | None:
     """Why what the end of this prompt attends to is not used; None if it is.
 
-    rows: as for `make_plan`. told: somebody said where the prompt ends. cache: that of the call; None for a call without.
+    rows: as for `make_plan`. end: columns of the prompt, where somebody said so. cache: that of the call; None for one without.
     """
-    if not told:
+    if end is None:
         return UNTOLD
     if len(rows) != 1 or rows[0][0] or rows[0][1] != plan.tokens:
         return SEVERAL
-    if rows[0][2] or plan.spans[0].stop != config.sparse_end(plan.tokens):
+    if rows[0][2] or end != plan.tokens:
         return PIECES
     if torch.is_grad_enabled():
         return GRADIENT
@@ -49,11 +49,12 @@ def refusal(plan: Plan, config: PrefillConfig, cache: Any, rows: Sequence[tuple[
 
 @torch.no_grad()
 def shares(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, last: int) -> Tensor:
-    """The attention that goes to each token, (T,): mean over heads and the last queries. Arguments as for `Watcher.watch`."""
+    """The attention that goes to each token, (T,): mean over heads and the last queries. Arguments as for `Watcher.watch`.
+    In fp32: products of fp16 may be too large for it."""
     tokens = query.shape[2]
     asking = torch.arange(max(0, tokens - last), tokens, device=key.device)
-    asks, keys = query[0, :, -len(asking) :], key[0]
-    logits = (asks.reshape(len(keys), -1, asks.shape[-1]) @ keys.transpose(1, 2)).float() * scale
+    asks, keys = query[0, :, -len(asking) :].float(), key[0].float()
+    logits = asks.reshape(len(keys), -1, asks.shape[-1]) @ keys.transpose(1, 2) * scale
     logits = logits.view(len(asks), -1, tokens)  # (heads, last, T)
     if mask is None:
         logits = logits.masked_fill(torch.arange(tokens, device=key.device) > asking[:, None], -torch.inf)

@@ -217,7 +217,7 @@ class Calls:
             reason = NOT_RUN
         asked, again = running.asked, running.again
         skipped = asked.skipped if isinstance(asked, Upper) else 0
-        unused = asked if isinstance(asked, str) else again if isinstance(again, str) else None
+        unused = next((why for why in (asked, again, getattr(asked, "why", None)) if isinstance(why, str)), None)
         unread = sparse - skipped if plan and False in plan.runs else 0
         with self._lock:
             stats = self.stats
@@ -274,11 +274,9 @@ class Calls:
             again = self.thins and self.config.reread > 0
             if running.plan and (thin or again):
                 makes = named["cache"] is None and named.get("use_cache") is not False
-                cache, told = self.own if makes else named["cache"], prompt is not None
-                if thin:
-                    running.asked = upper.of_call(running.plan, self.config, self.layers, cache, rows, told)
-                else:
-                    running.asked = reread.of_call(running.plan, self.config, cache, rows, told)
+                cache, end = self.own if makes else named["cache"], prompt.end if prompt else None
+                use = upper.of_call if thin else reread.of_call
+                running.asked = use(running.plan, self.config, self.layers, cache, rows, end)
         elif (prompt.size if prompt and mine else width) >= least:
             running.reason = rows if isinstance(rows, str) else OTHER_TEXT
 

@@ -24,26 +24,33 @@ from fastfill.config import PrefillConfig
 from fastfill.sparse_ffn import current_plan
 
 # Why a sparse prompt is read once nevertheless, beside what `attended` has: the keys of `Stats.once_because`.
-NO_CACHE = "a call that gives no cache"
+NO_CACHE = "a call without a cache"
+TUPLE = "an output that is a tuple (return_dict=False)"
+CUT = "a cache that was cut during the call"
 STATES = "hidden states or attentions of all layers are asked for"
 
 
 @dataclass(eq=False)
 class Reread:
-    """One prompt that is read again. plan: of its sparse reading. count: of the sparse tokens that are read again."""
+    """One prompt that is read again. plan: of its sparse reading. layers: of the model. count: of the sparse tokens that are
+    read again."""
 
     plan: Plan
+    layers: int
     count: int
     seen: list[Tensor] = field(default_factory=list)
 
     def watch(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
-        self.seen.append(attended.shares(query, key, mask, scale, 1))
+        if query.shape[2] == self.plan.tokens:
+            self.seen.append(attended.shares(query, key, mask, scale, 1).nan_to_num())
 
     def choose(self) -> Tensor:
         """The columns that are read again, in their order."""
         (span,) = self.plan.spans
         got = torch.stack(self.seen).mean(0)[span.start : span.stop]
-        best = got.nan_to_num().topk(self.count).indices.sort().values + span.start
+        if span.stop == self.plan.tokens:
+            got[-1] = torch.inf  # without a dense tail the last token, whose logits are read, is a sparse one
+        best = got.topk(self.count).indices.sort().values + span.start
         return torch.cat([best, torch.arange(span.stop, self.plan.tokens, device=best.device)])
 
     @torch.no_grad()
@@ -53,11 +60,17 @@ class Reread:
 
         forward: the base model's. arguments: its call's, by name. output: what it gave. cache_name: the cache's among them.
         """
-        cache = getattr(output, kv_cache.NAME, None) or getattr(output, kv_cache.OLD_NAME, None)
+        if isinstance(output, tuple):
+            return TUPLE
+        cache = kv_cache.left(output)
         if cache is None:
             return NO_CACHE
         if not attended.is_plain(cache):
             return attended.CACHE
+        if any(layer.keys.shape[2] != self.plan.tokens for layer in cache.layers):
+            return CUT
+        if len(self.seen) != self.layers:
+            return attended.UNSEEN
         if any(getattr(output, name, None) is not None for name in ("hidden_states", "attentions")):
             return STATES
         columns, tokens = self.choose(), self.plan.tokens
@@ -69,14 +82,17 @@ class Reread:
         if part.get("position_ids") is None:
             part["position_ids"] = columns[None]
         current_plan.set(Plan(1, len(columns), len(columns), self.plan.block_size, ()))  # no sparse block
-        output.last_hidden_state[:, columns] = forward(**part).last_hidden_state
+        states = output.last_hidden_state
+        states[:, columns] = forward(**part).last_hidden_state.to(states.dtype)
         return len(columns)
 
 
-def of_call(plan: Plan, config: PrefillConfig, cache: Any, rows: Sequence[tuple[int, int, int]], told: bool) -> Reread | str:
+def of_call(
+    plan: Plan, config: PrefillConfig, layers: int, cache: Any, rows: Sequence[tuple[int, int, int]], end: int | None
+) -> Reread | str:
     """What is read again of a call with this plan, or why nothing is. Arguments as for `attended.refusal`."""
-    why = attended.refusal(plan, config, cache, rows, told)
-    return why or Reread(plan, max(1, round(config.reread * plan.sparse_tokens)))
+    why = attended.refusal(plan, cache, rows, end) or (NO_CACHE if cache is None else None)
+    return why or Reread(plan, layers, max(1, round(config.reread * plan.sparse_tokens)))
 
 
 def _in_place(cache: Any, columns: Tensor) -> Any:
@@ -98,8 +114,8 @@ def _writer() -> type:
             self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
             layer: Any = self.layers[layer_idx]
-            layer.keys[:, :, self.columns] = key_states
-            layer.values[:, :, self.columns] = value_states
+            layer.keys[:, :, self.columns] = key_states.to(layer.keys.dtype)  # autocast may have others
+            layer.values[:, :, self.columns] = value_states.to(layer.values.dtype)
             return layer.keys, layer.values
 
     return InPlace

@@ -48,6 +48,7 @@ class Upper:
     last: int
     seen: list[torch.Tensor] = field(default_factory=list)
     columns: torch.Tensor | None = None
+    why: str | None = None  # they read all nevertheless
 
     @property
     def skipped(self) -> int:
@@ -55,11 +56,14 @@ class Upper:
         return 0 if self.columns is None else self.plan.tokens - len(self.columns)
 
     def watch(self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
-        if self.first - WATCHED <= layer < self.first:
+        if self.first - WATCHED <= layer < self.first and query.shape[2] == self.plan.tokens:
             self.seen.append(attended.shares(query, key, mask, scale, QUESTION))
 
-    def choose(self) -> Plan | None:
+    def choose(self, device: torch.device) -> Plan | None:
         """Choose the tokens that go on. Gives their plan."""
+        if not self.seen:
+            self.why, self.columns = attended.UNSEEN, torch.arange(self.plan.tokens, device=device)
+            return self.plan
         (span,), size = self.plan.spans, self.plan.block_size
         blocks = (span.stop - span.start) // size
         shares = torch.stack(self.seen).mean(0)[span.start : span.stop].view(blocks, size).sum(1)
@@ -80,11 +84,10 @@ def first_upper(layers: int) -> int:
 
 
 def of_call(
-    plan: Plan, config: PrefillConfig, layers: int, cache: Any, rows: Sequence[tuple[int, int, int]], told: bool
+    plan: Plan, config: PrefillConfig, layers: int, cache: Any, rows: Sequence[tuple[int, int, int]], end: int | None
 ) -> Upper | str:
-    """What is left out of a call with this plan, or why nothing is. rows: as for `make_plan`. told: somebody said where its
-    prompt ends. cache: that of the call; None for a call without."""
-    why = attended.refusal(plan, config, cache, rows, told)
+    """What is left out of a call with this plan, or why nothing is. Arguments as for `attended.refusal`."""
+    why = attended.refusal(plan, cache, rows, end)
     return why or Upper(plan, config, first_upper(layers), layers - 1)
 
 
@@ -96,7 +99,7 @@ def run_layer(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kw
         return forward(*args, **(_behind(index, args[0].shape[1], cache, kept, kwargs) if kept else kwargs))
     hidden, *others = args
     if index == upper.first:
-        current_plan.set(upper.choose())
+        current_plan.set(upper.choose(hidden.device))
     columns, tokens = upper.columns, upper.plan.tokens
     assert columns is not None
     if index == upper.first:

@@ -6,6 +6,7 @@ document is prefilled sparsely, the tokens after it are read densely from the ca
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from fastfill.progress import stage
 
 CONTINUATION = 256  # last tokens of a document, unless something else is asked for
 CHUNK = 256  # positions whose (T, V) logits are in memory at a time
+COUNTS = ("sparse_tokens", "dense_tokens", "reread_tokens")  # of `Stats`; the last only where there are any
 BUCKET = 256  # positions that share a point of the curve
 
 
@@ -108,7 +110,8 @@ def evaluate(
     Strict counts the targets that follow a sparsely computed token; `curve` has its losses by position. `context_kept`: share
     of the context's worth, in nats per token, that the sparse prefill retains: (none - sparse) / (none - dense). ours.
     The intervals are 95 % bootstraps over documents. `sparse_tokens` and `dense_tokens` are those of the sparse runs: the
-    whole document once, then all but its continuation, and the continuation. store: takes each document's sums, and has
+    whole document once, then all but its continuation, and the continuation. With `reread` it is the prompt of the continuation
+    that is read again, and not what is scored strictly. store: takes each document's sums, and has
     those of an interrupted run.
 
     Raises UserError if a document is so short that nothing of it would be sparse.
@@ -120,17 +123,17 @@ def evaluate(
         for key, (source, row) in zip(keys, documents, strict=True):
             if key not in store:
                 reading = read_dense(attachment, source, row, continuation)
-                before = attachment.stats.sparse_tokens, attachment.stats.dense_tokens
+                before = dataclasses.replace(attachment.stats)
                 sums = read_sparse(attachment, reading)
-                sparse, dense = attachment.stats.sparse_tokens - before[0], attachment.stats.dense_tokens - before[1]
-                store.add(key, {**sums, "sparse_tokens": sparse, "dense_tokens": dense})
+                counts = {name: getattr(attachment.stats, name) - getattr(before, name) for name in COUNTS}
+                store.add(key, {**sums, **{name: count for name, count in counts.items() if count or name != COUNTS[-1]}})
                 bar.step()
     rows = [store.rows[key] for key in keys]
     return {
         **summarize(rows, seed),
         "documents": len(documents),
         "resumed": resumed,
-        **{key: sum(row[key] for row in rows) for key in ("sparse_tokens", "dense_tokens")},
+        **{name: sum(row.get(name, 0) for row in rows) for name in COUNTS if any(name in row for row in rows)},
     }
 
 
