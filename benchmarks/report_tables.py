@@ -2,7 +2,7 @@
 
     python benchmarks/report_tables.py [--check]
 
-NAME is claim, speed, quality-short, real, avx2, bench, split, quality, tasks, vllm or vllm-avx2. Read are
+NAME is claim, speed, quality-short, real, avx2, reread, bench, split, quality, tasks, vllm or vllm-avx2. Read are
 results/bench-*.json (each the JSON document of `fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per
 `fastfill evaluate --json`), the long tasks in results/ruler-1024.json and in results/eval (by eval.py), and
 results/vllm.jsonl and avx2/vllm.jsonl (one line per step of serving.py). The real models have a folder each in results, by
@@ -361,22 +361,83 @@ def upper_table(lines: list[Row], others: list[Row]) -> str:
             table.append(f"| {' | '.join(cells)} |")
     if len(loss) == 2:
         loss.sort(key=lambda line: line["upper_share"])
-        sets = [
-            [line, *(other for other in loss[1]["datasets"] if other["dataset"] == line["dataset"])]
-            for line in loss[0]["datasets"]
-        ]
+        table += ["", *_answers_beside(loss, "What it costs", "all blocks above")]
+    return "\n".join(table)
+
+
+def _answers_beside(both: list[Row], what: str, other: str) -> list[str]:
+    """The right answers' loss in two results on the same rows, set by set. other: what the second one is."""
+    sets = [
+        [line, *(other for other in both[1]["datasets"] if other["dataset"] == line["dataset"])] for line in both[0]["datasets"]
+    ]
+    table = [
+        f"{what}: the right answer to {both[0]['examples']} made rows of {len(sets)} sets, up to "
+        f"{both[0]['max_prompt_tokens']:,} tokens; nats per token over the dense prefill's, and KL. Sets weigh the same.",
+        "",
+        f"| | rows | loss | KL | loss, {other} | KL |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, *pair in [("**all sets**", *both), *((pair[0]["dataset"], *pair) for pair in sets)]:
+        found = [one["likelihood"] for one in pair]
+        cells = [cell for one in found for cell in (_loss(one), f"{one['kl']:.3f}")]
+        table.append(f"| {name} | {pair[0]['examples']} | {' | '.join(cells)} |")
+    return table
+
+
+def reread_tables(folder: Path) -> str:
+    """What `reread` costs in time and gains in quality, beside the same sparsity with every token read once."""
+    lines = {name: load_lines(folder / "avx2" / name / "reread.jsonl") for name in REAL}
+    speed = [(name, result) for name, found in lines.items() for result in found if "rows" in result]
+    if not speed:
+        return "{{reread: from benchmarks/results/avx2/qwen2.5-coder-*/reread.jsonl}}"
+    first = speed[0][1]
+    table = [
+        f"`--reread {first['reread']:g}`, {first['sparsity']:.0%} sparsity; {_where(first['machine'])}, {first['dtype']}; "
+        f"medians of {first['repeats']}. Sparse: every token read once, a run of its own (table above).",
+        "",
+        "| model | prompt tokens | read again | dense TTFT | sparse | with tokens read again | over dense | ceiling |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, result in speed:
+        alone = {
+            row["prompt_tokens"]: row["ttft_sparse_s"]
+            for other in load_bench(folder / "avx2" / name)
+            for row in other["rows"]
+            if not _eight(other) and not _packed(other)
+        }
+        for row in result["rows"]:
+            cells = (
+                _short(result["model"]),
+                f"{row['prompt_tokens']:,}",
+                f"{row['reread_tokens']:,}",
+                f"{row['ttft_dense_s']:.2f} s",
+                f"{alone[row['prompt_tokens']]:.2f} s" if row["prompt_tokens"] in alone else "",
+                f"{row['ttft_sparse_s']:.2f} s",
+                _gain(row),
+                _ceiling(row),
+            )
+            table.append(f"| {' | '.join(cells)} |")
+    follows = []
+    for name, found in lines.items():
+        for result in (one for one in found if "cont_kl" in one):
+            once = next(
+                row for row in load_quality(folder / name) if row["sources"] == result["sources"] and row["weights"] == "model"
+            )
+            cells = [f"{row['cont_ppl_ratio']:.3f}x | {row['cont_kl']:.3f}" for row in (result, once)]
+            follows.append(f"| {_short(result['model'])} | {' | '.join(cells)} |")
+    if follows:
         table += [
             "",
-            f"What it costs: the right answer to {loss[0]['examples']} made rows of {len(sets)} sets, up to "
-            f"{loss[0]['max_prompt_tokens']:,} tokens; nats per token over the dense prefill's, and KL. Sets weigh the same.",
+            "What follows a document, the documents of the tables above; read once: of those tables, in their type.",
             "",
-            "| | rows | loss | KL | loss, all blocks above | KL |",
-            "|---|--:|--:|--:|--:|--:|",
+            "| model | continuation ppl | KL | ppl, read once | KL |",
+            "|---|--:|--:|--:|--:|",
+            *follows,
         ]
-        for name, *both in [("**all sets**", *loss), *((pair[0]["dataset"], *pair) for pair in sets)]:
-            found = [one["likelihood"] for one in both]
-            cells = [cell for one in found for cell in (_loss(one), f"{one['kl']:.3f}")]
-            table.append(f"| {name} | {both[0]['examples']} | {' | '.join(cells)} |")
+    for found in lines.values():
+        both = sorted((one for one in found if "likelihood" in one), key=lambda one: -one["reread"])
+        if len(both) == 2:
+            table += ["", *_answers_beside(both, _short(both[0]["model"]), "read once")]
     return "\n".join(table)
 
 
@@ -784,6 +845,7 @@ def render(readme: str, folder: Path = RESULTS) -> str:
         "quality-short": quality_summary(folder),
         "real": real_tables(folder),
         "avx2": avx2_table(folder / "avx2"),
+        "reread": reread_tables(folder),
         "bench": bench_tables(bench),
         "split": split_tables(bench),
         "quality": "\n\n".join([quality_tables(quality), *([seeds(seeded)] if len(seeded) > 1 else [])]),

@@ -234,6 +234,8 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     (tmp_path / "vllm.jsonl").write_text(json.dumps(VLLM) + "\n")
     write_real(tmp_path / "qwen2.5-coder-0.5b")
     write_avx2(tmp_path / "avx2" / "qwen2.5-coder-1.5b")
+    again = {**BENCH, "reread": 0.1, "rows": [{**BENCH["rows"][2], "reread_tokens": 154}]}
+    (tmp_path / "avx2" / "qwen2.5-coder-1.5b" / "reread.jsonl").write_text(json.dumps(again) + "\n")
     (tmp_path / "avx2" / "vllm.jsonl").write_text(json.dumps({**VLLM, "dtype": "float32"}) + "\n")
     page = "\n".join(report.render(text.read_text(encoding="utf-8"), tmp_path) for text in report.PAGES)
     assert "{{" not in page
@@ -311,6 +313,29 @@ def test_upper_layers_beside_the_same_sparsity_alone() -> None:
     ]
     assert lines[-3] == "| **all sets** | 701 | 0.079 (-0.050 to 0.250) | 0.034 | 0.046 (-0.050 to 0.250) | 0.034 |"
     assert [line.split(" | ")[0] for line in lines[-2:]] == ["| lcc", "| vt@64"]
+
+
+def test_tokens_that_are_read_again_beside_those_that_are_read_once(tmp_path: Path) -> None:
+    report = script("report_tables")
+    write_avx2(tmp_path / "avx2" / "qwen2.5-coder-1.5b")
+    (tmp_path / "qwen2.5-coder-1.5b").mkdir()
+    model = {"model": "models/qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"}
+    once = [
+        {**QUALITY, **model, "weights": "int8", "cont_kl": 0.5},
+        {**QUALITY, **model, "weights": "model", "cont_kl": 0.0446},
+    ]
+    (tmp_path / "qwen2.5-coder-1.5b" / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in once))
+    row = {**BENCH["rows"][2], "ttft_dense_s": 2.0, "ttft_sparse_s": 1.25, "speedup": 1.6, "reread_tokens": 154}
+    tasks = [{**answered("suite", lost=False), **model, "reread": share} for share in (0, 0.1)]
+    tasks[1]["likelihood"] = {**tasks[1]["likelihood"], "loss": 0.0123}
+    lines = [{**BENCH, **model, "reread": 0.1, "rows": [row]}, {**QUALITY, **model, "reread": 0.1, "cont_kl": 0.0123}, *tasks]
+    (tmp_path / "avx2" / "qwen2.5-coder-1.5b" / "reread.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report.reread_tables(tmp_path)
+    assert page.startswith("`--reread 0.1`, 50% sparsity")
+    assert "-1.5B-Instruct | 1,024 | 154 | 2.00 s | 1.60 s | 1.25 s | 1.60x |" in page
+    kept = f"{QUALITY['cont_ppl_ratio']:.3f}x"
+    assert f"-1.5B-Instruct | {kept} | 0.012 | {kept} | 0.045 |" in page
+    assert "| **all sets** | 701 | 0.012 (-0.050 to 0.250) | 0.034 | 0.046 (-0.050 to 0.250) | 0.034 |" in page
 
 
 def answered(task: str, lost: bool) -> dict[str, Any]:
