@@ -53,9 +53,8 @@ class PrefillConfig:
     upper_share: share of a prompt's blocks that the upper third of the layers reads, those that its last tokens attend to; 1
         reads all (`fastfill.upper`). For prompts that end with their question, one at a time: what the cache holds then was
         chosen for that question. In transformers, with its sdpa attention.
-    reread: share of a prompt's sparse tokens that are read again with all neurons, those that its last token attends to, and
-        the tail with them; 0 reads none (`fastfill.reread`). For prompts one at a time. In transformers, with its sdpa
-        attention.
+    reread: share of a prompt's tokens behind the dense head that are read again with all neurons, those that its last token
+        attends to; 0 reads none (`fastfill.reread`). For prompts one at a time. In transformers, with its sdpa attention.
     """
 
     sparsity: float = _setting(0.5, f"share of FFN neurons skipped, 0 to {MAX_SPARSITY}")

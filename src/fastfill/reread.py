@@ -3,8 +3,8 @@ is known (CacheBlend: arXiv 2405.16444, for prompts joined of cached pieces); ou
 the sparse one.
 
     first    the prompt, sparsely; in each layer the last token's attention to every token is remembered
-    again    those of the sparse tokens that got most of it, and all behind the last sparse block, with all neurons; each
-             attends to all tokens before it, and its keys and values take the place of those that the cache holds
+    again    the last token and those behind the dense head that got most of it, with all neurons; each attends to all tokens
+             before it, and its keys and values take the place of those that the cache holds
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ STATES = "hidden states or attentions of all layers are asked for"
 
 @dataclass(eq=False)
 class Reread:
-    """One prompt that is read again. plan: of its sparse reading. layers: of the model. count: of the sparse tokens that are
-    read again."""
+    """One prompt that is read again. plan: of its sparse reading. layers: of the model. share: of the tokens behind the dense
+    head that are read again."""
 
     plan: Plan
     layers: int
-    count: int
+    share: float
     seen: list[Tensor] = field(default_factory=list)
 
     def watch(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
@@ -47,11 +47,9 @@ class Reread:
     def choose(self) -> Tensor:
         """The columns that are read again, in their order."""
         (span,) = self.plan.spans
-        got = torch.stack(self.seen).mean(0)[span.start : span.stop]
-        if span.stop == self.plan.tokens:
-            got[-1] = torch.inf  # without a dense tail the last token, whose logits are read, is a sparse one
-        best = got.topk(self.count).indices.sort().values + span.start
-        return torch.cat([best, torch.arange(span.stop, self.plan.tokens, device=best.device)])
+        got = torch.stack(self.seen).mean(0)[span.start :]
+        got[-1] = torch.inf  # its state is what the answer begins with
+        return got.topk(max(1, round(self.share * len(got)))).indices.sort().values + span.start
 
     @torch.no_grad()
     def run(self, forward: Callable[..., Any], arguments: dict[str, Any], output: Any, cache_name: str) -> int | str:
@@ -92,7 +90,7 @@ def of_call(
 ) -> Reread | str:
     """What is read again of a call with this plan, or why nothing is. Arguments as for `attended.refusal`."""
     why = attended.refusal(plan, cache, rows, end) or (NO_CACHE if cache is None else None)
-    return why or Reread(plan, layers, max(1, round(config.reread * plan.sparse_tokens)))
+    return why or Reread(plan, layers, config.reread)
 
 
 def _in_place(cache: Any, columns: Tensor) -> Any:
