@@ -111,8 +111,7 @@ def evaluate(
     of the context's worth, in nats per token, that the sparse prefill retains: (none - sparse) / (none - dense). ours.
     The intervals are 95 % bootstraps over documents. `sparse_tokens` and `dense_tokens` are those of the sparse runs: the
     whole document once, then all but its continuation, and the continuation. With `reread` it is the prompt of the continuation
-    that is read again, and not what is scored strictly. store: takes each document's sums, and has
-    those of an interrupted run.
+    that is read again, and not what is scored strictly. store: takes each document's sums, and has those of an interrupted run.
 
     Raises UserError if a document is so short that nothing of it would be sparse.
     """
