@@ -247,7 +247,6 @@ CASES = {
     "tuple": reread.TUPLE,
     "cut": reread.CUT,
     "other attention": attended.UNSEEN,
-    "attentions": reread.STATES,
     "several": attended.SEVERAL,
     "pieces": attended.PIECES,
     "gradients": attended.GRADIENT,
@@ -299,7 +298,6 @@ def test_where_all_tokens_are_read_once(model, case):
                 "other cache": {"past_key_values": type("Other", (DynamicCache,), {})()},
                 "no cache": {"use_cache": False},
                 "hidden states": {"output_hidden_states": True},
-                "attentions": {"output_attentions": True},
             }.get(case, {})
             with attached.prompt(TOKENS):
                 out = model.model(**{"input_ids": ids, **more}).last_hidden_state
