@@ -142,27 +142,17 @@ def test_rotations_that_depend_on_the_longest_of_a_call_are_written_one_by_one()
             assert likelihood._rotates_alike(SimpleNamespace(rope_parameters=found)) == alike
 
 
-def test_prompts_of_which_upper_layers_read_a_part_are_written_behind(exact_model, tokenizer):
-    """Their caches do not fit together, so one by one."""
+@pytest.mark.parametrize("setting, count", [({"upper_share": 0.5}, "skipped_above"), ({"reread": 0.25}, "reread_tokens")])
+def test_answers_are_those_that_are_written_one_by_one(exact_model, tokenizer, setting, count):
+    """Of which upper layers read a part: their caches do not fit together, so one by one. That are read again: together."""
     made = [example(tokens=each) for each in (64, 80)]
-    with attach(exact_model, tiny_artifact(exact_model), upper_share=0.5) as attachment:
+    with attach(exact_model, tiny_artifact(exact_model), **setting) as attachment:
         attached = TransformersEngine(attachment, "tiny")
         together = runner.answers(attached, tokenizer, made, "answers")
         assert together == [row for one in made for row in runner.answers(attached, tokenizer, [one], "answers")]
         for one, row in zip(made, together, strict=True):
             ids = engine.generate(exact_model, one.ids, one.max_new_tokens)
-            assert row["skipped_above"] and row["sparse"] == tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def test_prompts_that_are_read_again_are_written_together(exact_model, tokenizer):
-    made = [example(tokens=each) for each in (64, 80)]
-    with attach(exact_model, tiny_artifact(exact_model), reread=0.25) as attachment:
-        attached = TransformersEngine(attachment, "tiny")
-        together = runner.answers(attached, tokenizer, made, "answers")
-        assert together == [row for one in made for row in runner.answers(attached, tokenizer, [one], "answers")]
-        for one, row in zip(made, together, strict=True):
-            ids = engine.generate(exact_model, one.ids, one.max_new_tokens)
-            assert row["reread_tokens"] and row["sparse"] == tokenizer.decode(ids, skip_special_tokens=True)
+            assert row[count] and row["sparse"] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_logits_are_only_taken_where_they_are_needed(model, tokenizer):

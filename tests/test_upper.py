@@ -250,7 +250,9 @@ def test_a_cache_cut_inside_the_prompt_is_refused():
             model.model(input_ids=ids[:, :2], past_key_values=cache, use_cache=True)
 
 
-@pytest.mark.parametrize("case", ["untold", "several", "padded", "pieces", "gradients", "draft behind", "other cache"])
+@pytest.mark.parametrize(
+    "case", ["untold", "several", "padded", "pieces", "gradients", "draft behind", "other cache", "other attention"]
+)
 def test_where_all_tokens_go_on(model, case):
     artifact, ids = tiny_artifact(model), token_ids(1, TOKENS)
     with attach(model, artifact, HALF) as attached, torch.set_grad_enabled(case == "gradients"):
@@ -276,9 +278,12 @@ def test_where_all_tokens_go_on(model, case):
             with attached.prompt(TOKENS):
                 out = model.model(input_ids=ids, past_key_values=OtherCache()).last_hidden_state
         else:
+            if case == "other attention":
+                model.set_attn_implementation("eager")
             with attached.prompt(TOKENS):
                 out = model.model(input_ids=ids).last_hidden_state
         want = {
+            "other attention": attended.UNSEEN,
             "untold": attended.UNTOLD,
             "several": attended.SEVERAL,
             "padded": attended.SEVERAL,

@@ -115,7 +115,7 @@ class Prompt:
 class _Running:
     """A call between its two hooks. outer: the plan of a model that is running around it. tokens: those of the call that are
     not padding; None for a call that could not be read at all. asked: what is done with what its end attends to, or why
-    nothing. arguments: of the call, by name. again: how many of its tokens were read again, or why none."""
+    nothing. arguments: of the call, by name."""
 
     outer: Plan | None
     outer_watcher: attended.Watcher | None
@@ -124,7 +124,6 @@ class _Running:
     reason: str | None = None
     asked: Upper | Reread | str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
-    again: int | str = 0
 
 
 class _Said(threading.local):
@@ -189,7 +188,7 @@ class Calls:
         if isinstance(again, Reread) and again.plan.runs:
             attended.watcher.set(None)
             name = kv_cache.NAME if kv_cache.NAME in self.parameters else kv_cache.OLD_NAME
-            running.again = again.run(forward, running.arguments, output, name)
+            again.run(forward, running.arguments, output, name)
 
     def decoding(self, compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of `compiled`, the causal LM as `generate` has it for decode steps: they are counted here, because they pass
@@ -215,9 +214,9 @@ class Calls:
         sparse = plan.sparse_tokens if plan and plan.runs and self.thins else 0
         if plan and not plan.runs and self.thins:
             reason = NOT_RUN
-        asked, again = running.asked, running.again
+        asked = running.asked
         skipped = asked.skipped if isinstance(asked, Upper) else 0
-        unused = next((why for why in (asked, again, getattr(asked, "why", None)) if isinstance(why, str)), None)
+        unused = asked if isinstance(asked, str) else asked and asked.why
         unread = sparse - skipped if plan and False in plan.runs else 0
         with self._lock:
             stats = self.stats
@@ -233,7 +232,7 @@ class Calls:
                 counts = stats.once_because if self.config.reread else stats.whole_because
                 counts[unused] = counts.get(unused, 0) + 1
             stats.skipped_above += skipped
-            stats.reread_tokens += again if isinstance(again, int) else 0
+            stats.reread_tokens += asked.tokens if isinstance(asked, Reread) else 0
         if not known:
             warnings.warn(
                 f"fastfill: a call of {running.tokens} tokens stayed dense: {reason}. Further ones are counted in "

@@ -33,12 +33,14 @@ STATES = "hidden states or attentions of all layers are asked for"
 @dataclass(eq=False)
 class Reread:
     """One prompt that is read again. plan: of its sparse reading. layers: of the model. share: of the tokens behind the dense
-    head that are read again."""
+    head that are read again. tokens: how many were, once they are. why: none was."""
 
     plan: Plan
     layers: int
     share: float
     seen: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+    why: str | None = None
 
     def watch(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
         if query.shape[2] == self.plan.tokens:
@@ -51,13 +53,8 @@ class Reread:
         got[-1] = torch.inf  # its state is what the answer begins with
         return got.topk(max(1, round(self.share * len(got)))).indices.sort().values + span.start
 
-    @torch.no_grad()
-    def run(self, forward: Callable[..., Any], arguments: dict[str, Any], output: Any, cache_name: str) -> int | str:
-        """Read again. Afterwards `output` has the new states of these tokens, and its cache their keys and values. Gives how
-        many they were, or why it was not done.
-
-        forward: the base model's. arguments: its call's, by name. output: what it gave. cache_name: the cache's among them.
-        """
+    def refusal(self, output: Any) -> str | None:
+        """Why a call that gave this output is not read again; None if it is."""
         if isinstance(output, tuple):
             return TUPLE
         cache = kv_cache.left(output)
@@ -71,18 +68,29 @@ class Reread:
             return attended.UNSEEN
         if any(getattr(output, name, None) is not None for name in ("hidden_states", "attentions")):
             return STATES
+        return None
+
+    @torch.no_grad()
+    def run(self, forward: Callable[..., Any], arguments: dict[str, Any], output: Any, cache_name: str) -> None:
+        """Read again. Afterwards `output` has the new states of these tokens, and its cache their keys and values.
+
+        forward: the base model's. arguments: its call's, by name. output: what it gave. cache_name: the cache's among them.
+        """
+        self.why = self.refusal(output)
+        if self.why:
+            return
         columns, tokens = self.choose(), self.plan.tokens
         seen = torch.arange(tokens, device=columns.device) <= columns[:, None]
         part = {name: attended.of_tokens(value, columns, tokens) for name, value in arguments.items()}
         for name in (kv_cache.NAME, kv_cache.OLD_NAME):
             part.pop(name, None)
-        part |= {"attention_mask": seen[None, None], cache_name: _in_place(cache, columns), "use_cache": True}
+        part |= {"attention_mask": seen[None, None], cache_name: _in_place(kv_cache.left(output), columns), "use_cache": True}
         if part.get("position_ids") is None:
             part["position_ids"] = columns[None]
         current_plan.set(Plan(1, len(columns), len(columns), self.plan.block_size, ()))  # no sparse block
         states = output.last_hidden_state
         states[:, columns] = forward(**part).last_hidden_state.to(states.dtype)
-        return len(columns)
+        self.tokens = len(columns)
 
 
 def of_call(
