@@ -42,8 +42,10 @@ struct Job {
 struct Sizes {            // per scheme and shape, so that the driver can cut the work and allocate
   int32_t lanes;          // tokens per vector
   int32_t per_unit;       // elements of H (or neurons, in h) per 4-byte unit: 4 for int8 and 2 for bf16 dot products, else 1
+  int32_t step;           // elements of H, and neurons in h, are filled up to multiples of it: whole units, or tiles
   int32_t tile_columns;   // columns of one tile of the second half
   int32_t element;        // bytes of one element in the packed chunks
+  int32_t chunk;          // bytes of a chunk of neurons, gate and up, in the first half: its share of L2
   int32_t panel;          // bytes of a chunk of neurons in one tile of columns of the second half
   int32_t most_tiles;     // of columns in a task of the second half
   float narrow;           // what a task of one tile costs more than its share of a wide one
@@ -134,7 +136,7 @@ struct Isa {
 };
 
 // One per translation unit.
-extern const Scheme avx512_bf16_bf16, avx512_f32, avx512_bf16_via_f32, avx2_f32, avx2_bf16_via_f32, portable_f32,
+extern const Scheme amx_bf16, avx512_bf16_bf16, avx512_f32, avx512_bf16_via_f32, avx2_f32, avx2_bf16_via_f32, portable_f32,
     portable_bf16_via_f32;
 extern const Loops avx512_vnni_int8_f32, avx512_vnni_int8_bf16, avx_vnni_int8_f32, avx_vnni_int8_bf16, avx2_int8_f32,
     avx2_int8_bf16, portable_int8_f32, portable_int8_bf16;

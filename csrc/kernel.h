@@ -564,7 +564,7 @@ struct Ffn {
   }
 
   static constexpr Loops loops() {
-    constexpr Sizes sizes{L, P, kTile, S::kDownBytes, S::kPanel, S::kMostTiles, S::kNarrow};
+    constexpr Sizes sizes{L, P, P, kTile, S::kDownBytes, S::kChunk, S::kPanel, S::kMostTiles, S::kNarrow};
     if constexpr (kInt8)
       return Loops{sizes, gate_up_bytes, down_bytes, pack_x, gate_up, S::round_row, quantise_h, down};
     else

@@ -6,6 +6,8 @@
 // around, so that one vector holds the same unit of L rows. Weights are small and packed once per call; tokens are not
 // packed at all, and the inner activations leave the first product as the rows that the second one broadcasts.
 //
+// With AMX the tile is one of 32 tokens x 32 columns; the panels are the same.
+//
 // Tokens go in strips whose outputs stay in L2: a (T, F) array of logits is never written. The softmax of a strip is
 // done four rows at a time, which leaves L1 once: largest, exp and sum, then each row over its sum into the block's.
 // Every sum runs in an order that depends on the shape alone.
@@ -30,7 +32,7 @@ struct LowRank {
   // ---- sizes ----------------------------------------------------------------------------------------------------
 
   static int tiles(int n) { return (n + kTile - 1) / kTile; }
-  static size_t units(int n) { return (n + P - 1) / P; }
+  static size_t units(int n) { return round_up((n + P - 1) / P, S::kRowUnits); }
   static size_t panel(int n) { return units(n) * kTile * 4; }  // bytes of kTile rows of n elements
   // Floats of a row of n columns: whole panels, and a vector more so that rows do not share cache sets.
   static size_t row(int n) { return (size_t)tiles(n) * kTile + L; }
@@ -52,7 +54,8 @@ struct LowRank {
     Layout l{};
     l.inner = l.x + R * unit_row(j.hidden);
     l.units = l.inner + (P == 1 ? 0 : round_up(j.strip * row(j.rank) * 4, 64));
-    l.y = l.units + round_up(j.strip * (P == 1 ? row(j.rank) * 4 : unit_row(j.rank)), 64);
+    const size_t strip = j.strip + (S::kTiles ? R : 0);  // a tile is read whole
+    l.y = l.units + round_up(strip * (P == 1 ? row(j.rank) * 4 : unit_row(j.rank)), 64);
     l.sum = l.y + round_up(j.strip * row(j.columns) * 4, 64);
     l.bytes = l.sum + row(j.columns) * 4;
     return l;
@@ -81,7 +84,7 @@ struct LowRank {
     const char *from = in ? j.w_in + first * j.w_in_stride : j.w_out + first * j.w_out_stride;
     const int64_t stride = in ? j.w_in_stride : j.w_out_stride;
     uint32_t *to = (uint32_t *)(j.panels + (in ? 0 : out_panels_at(j)) + tile * panel(elements));
-    if (rows < kTile) memset(to, 0, panel(elements));
+    if (rows < kTile || elements % (P * S::kRowUnits)) memset(to, 0, panel(elements));
     for (int r = 0; r < rows; r++) S::pack_token(from + r * stride, elements, to + r, kTile);
     if (in) return;
     float *bias = (float *)(j.panels + bias_at(j)) + first;
@@ -128,10 +131,18 @@ struct LowRank {
     }
   }
 
+  // Zeros behind the n elements of a row of bf16.
+  static void fill(char *row, int n) {
+    if constexpr (P > 1) memset(row + (size_t)n * S::kInBytes, 0, units(n) * 4 - (size_t)n * S::kInBytes);
+  }
+
   template <int NR>
   static void multiply_rows(int nr, const char *const *rows, size_t nu, const char *panels, int n_tiles, const float *bias,
                             float *out, size_t stride) {
-    if constexpr (NR > 0) {
+    if constexpr (S::kTiles) {
+      const size_t apart = nr > 1 ? rows[1] - rows[0] : 0;
+      S::multiply(nr, rows[0], apart, nu, panels, n_tiles, bias, out, stride);
+    } else if constexpr (NR > 0) {
       if (nr == NR)
         multiply<NR>(rows, nu, panels, n_tiles, bias, out, stride);
       else
@@ -141,11 +152,12 @@ struct LowRank {
 
   // Rows of x are read where they lie if they are in the form that is multiplied and do not share cache sets.
   static bool in_place(const LowRankJob &j) {
-    return S::kInPlace && j.hidden % P == 0 && j.x_stride % 1024 != 0;
+    return S::kInPlace && !S::kTiles && j.hidden % P == 0 && j.x_stride % 1024 != 0;
   }
 
   // Outputs of tokens [t0, t0 + n) into b.y, through b.inner.
   static void strip(const LowRankJob &j, int64_t t0, int n, bool silu, const Buffers &b) {
+    [[maybe_unused]] const typename S::Use use{};
     const int parts = (n + R - 1) / R;  // equal parts of at most R tokens
     const size_t inner_row = row(j.rank), y_row = row(j.columns);
     const size_t units_row = P == 1 ? inner_row * 4 : unit_row(j.rank);
@@ -156,6 +168,7 @@ struct LowRank {
         const char *x = j.x + (t0 + t) * j.x_stride;
         if (!in_place(j)) {
           S::pack_row(x, j.hidden, b.x + (t - from) * unit_row(j.hidden));
+          fill(b.x + (t - from) * unit_row(j.hidden), j.hidden);
           x = b.x + (t - from) * unit_row(j.hidden);
         }
         rows[t - from] = x;
@@ -169,7 +182,7 @@ struct LowRank {
         for (int i = j.linear_rank; i < j.rank; i += L) S::store(inner + i, S::act(S::load(inner + i), FASTFILL_SILU));
       if (P == 1) continue;
       S::pack_out(inner, j.rank, b.units + t * units_row);
-      if (j.rank % P) memset(b.units + t * units_row + (size_t)j.rank * S::kInBytes, 0, S::kInBytes);
+      fill(b.units + t * units_row, j.rank);
     }
     const float *bias = (const float *)(j.panels + bias_at(j));
     for (int s = 0; s < parts; s++) {

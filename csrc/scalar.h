@@ -39,8 +39,12 @@ inline float act_scalar(float g, int act) {
 // How the second half is cut: for 48 KB of L1 and up, and vectors of 16 tokens.
 struct Cuts {
   static constexpr int kStrip = kMaxBlock;  // tokens of h that lie together
+  static constexpr int kChunk = 512 * 1024;  // bytes of a chunk of neurons in the first half: its share of L2
   static constexpr int kPanel = 32 * 1024;  // bytes of a chunk of neurons in one tile of columns
   static constexpr int kMostTiles = 8;  // of columns in a task: of its y, [tile][token][column], L2 should hold much
+  static constexpr bool kTiles = false;  // whether the small matrices are multiplied by AMX
+  struct Use {};
+  static constexpr int kRowUnits = 1;  // units of their rows are filled up to a multiple of it
   static constexpr float kNarrow = 0.08f;  // what a task of one tile costs more than its share of a wide one
 };
 

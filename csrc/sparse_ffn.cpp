@@ -9,7 +9,6 @@ namespace fastfill {
 namespace {
 
 constexpr int kMaxTokens = 2048;      // tokens per pass over the weights: bounds scratch memory
-constexpr int kL2Bytes = 512 * 1024;  // share of a core's L2 that a packed chunk may take
 
 template <class Id>
 int copy_ids(const Id *from, int64_t n, int64_t neurons, int32_t *to) {
@@ -28,7 +27,7 @@ int copy_ids(const Id *from, int64_t n, int64_t neurons, int32_t *to) {
 void plan(Job &j, const Sizes &s, int threads) {
   // First half: a chunk's gate and up rows fill their share of L2; the chunks go evenly into the threads.
   const int units = ceil_div(j.hidden, s.per_unit);
-  int chunk = kL2Bytes / (units * 8 + 64);
+  int chunk = s.chunk / (units * 8 + 64);
   if (chunk > ceil_div(j.neurons, 4 * threads)) chunk = ceil_div(j.neurons, 4 * threads);
   if (chunk < 24) chunk = 24;
   j.n_chunks = ceil_div(ceil_div(j.neurons, chunk), threads) * threads;
@@ -51,7 +50,7 @@ void set_groups(Job &j, int groups) {
   j.group_tokens = 0;
   for (int g = 0; g < j.n_groups; g++) {
     const Block &first = j.blocks[block_of_group(j, g)], &last = j.blocks[block_of_group(j, g + 1) - 1];
-    const int tokens = (int)(last.row0 + last.tokens - first.row0);
+    const int tokens = (int)(last.t_at + last.padded - first.t_at);
     if (tokens > j.group_tokens) j.group_tokens = tokens;
   }
 }
@@ -138,8 +137,8 @@ int32_t run(fastfill_call *call) {
     for (; end < blocks.size() && (end == begin || tokens + blocks[end].tokens <= kMaxTokens); end++) {
       Block &b = blocks[end];
       b.x_at = x_units, b.h_at = h_units, b.q_at = q_units, b.t_at = padded;
-      x_units += (size_t)ceil_div(j.hidden, s.per_unit) * b.padded;
-      h_units += (size_t)(int8 ? b.k : ceil_div(b.k, s.per_unit)) * b.padded;
+      x_units += (size_t)ceil_div(j.hidden, s.step) * (s.step / s.per_unit) * b.padded;
+      h_units += (size_t)(int8 ? b.k : ceil_div(b.k, s.step) * (s.step / s.per_unit)) * b.padded;
       q_units += int8 ? (size_t)(b.k / s.per_unit + j.n_f_chunks) * b.padded : 0;
       padded += b.padded;
       tokens += b.tokens;
