@@ -41,10 +41,10 @@ bool has_avx_vnni() {  // gcc 12 has no name for it: CPUID leaf 7.1, EAX bit 4
   return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 #if defined(__linux__)
-// CPUID leaf 7, EDX: bits 22 (BF16) and 24 (tiles), which gcc 10 has no names for. The system keeps tiles only for those who ask.
+// CPUID leaf 7, EDX: bits 22 (BF16), 24 (tiles) and 25 (INT8), which gcc 10 has no names for. The system keeps tiles only for those who ask.
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned wanted = 1u << 22 | 1u << 24;
+  constexpr unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;
   constexpr int kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of Linux 5.16
   static const bool has = has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & wanted) == wanted &&
                           syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
@@ -58,7 +58,7 @@ bool always() { return true; }
 
 const Isa kIsas[] = {  // best first
 #if defined(FASTFILL_X86)
-    {"amx", has_amx, &avx512_f32, &amx_bf16, &avx512_vnni_int8_f32, &avx512_vnni_int8_bf16,
+    {"amx", has_amx, &avx512_f32, &amx_bf16, &amx_int8_f32, &amx_int8_bf16,
      &avx512_vnni_product, avx512_top_k, avx512_packed},
     {"avx512_bf16", has_avx512_bf16, &avx512_f32, &avx512_bf16_bf16, &avx512_vnni_int8_f32, &avx512_vnni_int8_bf16,
      &avx512_vnni_product, avx512_top_k, avx512_packed},

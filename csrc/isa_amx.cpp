@@ -1,19 +1,14 @@
-// AMX: a tile product multiplies 16 rows by 16 columns of 32 bf16 each in 16 cycles, eight times what vdpbf16ps does. Its
-// operands are tiles of 16 rows of 64 bytes at equal distances, which selected neurons are not: so each is copied behind the
-// other, a few steps ahead of the product, where loads and stores have time while tiles are multiplied. Otherwise the passes are
-// those of kernel.h:
+// AMX in bf16 (tiles.h). The passes are those of kernel.h:
 //
 // 1. pack_x turns tokens around: a tile of x has 16 tokens side by side, and below each other 16 pairs of its columns.
 // 2. gate_up: 32 selected neurons x 32 tokens are four sums in tiles, gate first, then up. h = act(g) * u leaves as tiles of 16
 //    tokens with 32 neurons each.
 // 3. down: 32 tokens x 32 columns are four sums; two selected neurons' columns are interleaved while they are copied.
 //
-// Per core a tile product in L1 runs at 3.0 TFLOP/s, from L2 at 2.2; half of 1536 x 8960 in blocks of 32 at 0.65, because a copied
-// line is used for 32 tokens alone (Emerald Rapids, 2026-11-28): without the copies the first half takes half of its time.
+// Emerald Rapids, one core, 2026-11-28: tile products run at 3.0 TFLOP/s in L1 and at 2.2 from L2; half of 1536 x 8960 in blocks of
+// 32 tokens at 0.65, because a copied line is used for 32 tokens alone. Without the copies the first half takes half of its time.
 //
 // Rounding is to nearest, denormals count as zero.
-#include <initializer_list>
-
 #include "avx512_bf16.h"
 #include "kernel.h"
 #include "low_rank.h"
@@ -23,25 +18,22 @@ namespace fastfill {
 namespace {
 
 struct AmxBf16 {
-  static constexpr int L = Avx512::L, kStep = tiles::kStep, kRows = tiles::kRows;
+  static constexpr int L = Avx512::L, kRows = tiles::kRows, kStep = 32;  // kStep: bf16 in a row of a tile
   static constexpr int kColumns = 2 * L;      // of a tile of the second half
   static constexpr size_t kLine = 64;         // one neuron's part of it
-  // Copies lie in a ring of steps, of which kDepth are there before they are multiplied. With a ring of 16 the copies fall out
-  // of L1: 1.15 times the time.
-  static constexpr int kRing = 4, kDepth = 3;
-  static constexpr size_t kSlot = 2 * tiles::kBytes;  // two tiles of copied rows, a step's
-
   static int steps(const Job &j) { return (j.hidden + kStep - 1) / kStep; }
   static int groups(const Block &b) { return (b.k + kStep - 1) / kStep; }  // of neurons, a tile of h each
   static __mmask32 tail(int n) { return n >= kStep ? 0xffffffffu : (1u << n) - 1; }
 
-  // ---- x: [16 tokens][step][pair of columns][token], absent ones zero ---------------------------------------------
+  // ---- x: [strip of 32 tokens][pair of columns][token], absent ones zero -----------------------------------------
 
   static void pack_x(const Job &j, int n) {
     const Block &b = j.blocks[n];
-    char *to = (char *)(j.xp + b.x_at);
-    for (int t0 = 0; t0 < b.padded; t0 += L)
-      for (int s = 0; s < steps(j); s++, to += tiles::kBytes) {
+    uint32_t *to = j.xp + b.x_at;
+    for (int t0 = 0; t0 < b.padded; t0 += L) {
+      const int width = smaller(2 * L, b.padded - t0 / (2 * L) * (2 * L));
+      uint32_t *tile = to + (size_t)t0 / (2 * L) * (2 * L) * steps(j) * kRows + t0 % (2 * L);
+      for (int s = 0; s < steps(j); s++) {
         const __mmask32 mask = tail(j.hidden - s * kStep);
         __m512i v[L];
 #pragma GCC unroll 16
@@ -51,56 +43,12 @@ struct AmxBf16 {
                      : _mm512_setzero_si512();
         tiles::transpose(v);
 #pragma GCC unroll 16
-        for (int i = 0; i < L; i++) _mm512_store_si512(to + i * 64, v[i]);
+        for (int i = 0; i < L; i++, tile += width) _mm512_store_si512(tile, v[i]);
       }
+    }
   }
 
   // ---- first half -----------------------------------------------------------------------------------------------------
-
-  // Two tiles of rows, in the ring of copies.
-  struct Rows {
-    const char *const *row;  // 2 x kRows
-    char *ring;
-    int mask;                // slots of the ring less one
-    char *slot(int s) const { return ring + (s & mask) * kSlot; }
-  };
-
-  // Of all steps, where rows meet more than one strip of tokens.
-  static size_t ring_bytes(int n_steps) { return (size_t)tiles::power_of_two(n_steps < kRing ? kRing : n_steps) * kSlot; }
-
-  static void copy_step(const Rows &of, int s, int hidden) {
-    char *to = of.slot(s);
-    const size_t at = (size_t)s * kStep * 2;
-    if (hidden - s * kStep >= kStep) {
-#pragma GCC unroll 32
-      for (int r = 0; r < 2 * kRows; r++) _mm512_store_si512(to + r * 64, _mm512_loadu_si512(of.row[r] + at));
-    } else {
-      const __mmask32 mask = tail(hidden - s * kStep);
-      for (int r = 0; r < 2 * kRows; r++) _mm512_store_si512(to + r * 64, _mm512_maskz_loadu_epi16(mask, of.row[r] + at));
-    }
-  }
-
-  // sums: [tile of rows][tile of tokens][row][token]. Without kCopy the rows are in the ring already.
-  template <bool kCopy, int NT>
-  static void multiply(const Rows &of, int n_steps, int hidden, const char *x, size_t x_stride, Ahead &next, int lines,
-                       float *sums) {
-    tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
-    if (kCopy)
-      for (int s = 0; s < kDepth && s < n_steps; s++) copy_step(of, s, hidden);
-    for (int s = 0; s < n_steps; s++, x += tiles::kBytes) {
-      const char *a = of.slot(s);
-      next.advance(lines);
-      tiles::load<4>(a), tiles::load<6>(x);
-      tiles::dot<0, 4, 6>();
-      if (NT == 2) tiles::load<7>(x + x_stride), tiles::dot<1, 4, 7>();
-      tiles::load<5>(a + tiles::kBytes);
-      tiles::dot<2, 5, 6>();
-      if (NT == 2) tiles::dot<3, 5, 7>();
-      if (kCopy && s + kDepth < n_steps) copy_step(of, s + kDepth, hidden);
-    }
-    tiles::store<0>(sums), tiles::store<2>(sums + 2 * 256);
-    if (NT == 2) tiles::store<1>(sums + 256), tiles::store<3>(sums + 3 * 256);
-  }
 
   struct Neurons {
     float g[2 * kRows] = {}, u[2 * kRows] = {};  // biases
@@ -131,14 +79,14 @@ struct AmxBf16 {
   }
 
   // h of 16 tokens: a tile of tokens with 32 neurons each.
-  template <int kKind>
-  static void activate(const float *g, const float *u, const Neurons &of, char *h) {
+  template <int kKind, int NV>
+  static void activate(const float *g, const float *u, int v, const Neurons &of, char *h) {
     __m512i pairs[L];
 #pragma GCC unroll 2
     for (int i = 0; i < L; i++) {
       __m512 two[2];
       for (int p = 0; p < 2; p++) {
-        const int r = 2 * i + p, at = r / kRows * 512 + r % kRows * L;
+        const int r = 2 * i + p, at = tiles::sums_at<NV>(r, v);
         two[p] = _mm512_mul_ps(act<kKind>(_mm512_add_ps(_mm512_load_ps(g + at), _mm512_set1_ps(of.g[r]))),
                                _mm512_add_ps(_mm512_load_ps(u + at), _mm512_set1_ps(of.u[r])));
         if (r >= of.valid) two[p] = _mm512_setzero_ps();
@@ -155,14 +103,15 @@ struct AmxBf16 {
     return _mm512_load_si512(to);
   }
 
-  static void activate(int kind, const float *g, const float *u, const Neurons &of, char *h) {
-    if (kind == FASTFILL_SILU) return activate<FASTFILL_SILU>(g, u, of, h);
-    if (kind == FASTFILL_GELU_TANH) return activate<FASTFILL_GELU_TANH>(g, u, of, h);
-    if (kind == FASTFILL_RELU) return activate<FASTFILL_RELU>(g, u, of, h);
-    activate<FASTFILL_GELU>(g, u, of, h);
+  template <int NV>
+  static void activate(int kind, const float *g, const float *u, int v, const Neurons &of, char *h) {
+    if (kind == FASTFILL_SILU) return activate<FASTFILL_SILU, NV>(g, u, v, of, h);
+    if (kind == FASTFILL_GELU_TANH) return activate<FASTFILL_GELU_TANH, NV>(g, u, v, of, h);
+    if (kind == FASTFILL_RELU) return activate<FASTFILL_RELU, NV>(g, u, v, of, h);
+    activate<FASTFILL_GELU, NV>(g, u, v, of, h);
   }
 
-  static size_t gate_up_bytes(const Job &j) { return 2 * ring_bytes(steps(j)) + 2 * 4 * tiles::kBytes; }
+  static size_t gate_up_bytes(const Job &j) { return 2 * tiles::ring_bytes(steps(j)) + 2 * 4 * tiles::kBytes; }
 
   static void gate_up(const Job &j, int task, char *scratch) {
     const tiles::Use use;
@@ -170,8 +119,9 @@ struct AmxBf16 {
     const int32_t f0 = chunk * j.chunk, f1 = smaller(f0 + j.chunk, j.neurons);
     const int n0 = (int64_t)j.n_blocks * group / j.n_groups, n1 = (int64_t)j.n_blocks * (group + 1) / j.n_groups;
     const int n_steps = steps(j);
-    const size_t x_stride = n_steps * tiles::kBytes;  // from one tile of tokens to the next
-    float *g = (float *)(scratch + 2 * ring_bytes(steps(j))), *u = g + 4 * 256;
+    const int64_t row_bytes = (int64_t)j.hidden * 2;
+    const size_t ring_bytes = tiles::ring_bytes(n_steps);
+    float *g = (float *)(scratch + 2 * ring_bytes), *u = g + 4 * 256;
 
     for (int n = n0; n < n1; n++) {
       const Block &b = j.blocks[n];
@@ -179,7 +129,7 @@ struct AmxBf16 {
       const int from = lower_bound(b.ids, b.k, f0) / kStep * kStep;
       int to = lower_bound(b.ids, b.k, f1);
       if (to < b.k) to = to / kStep * kStep;
-      const int mask = b.padded > 2 * L ? tiles::power_of_two(n_steps) - 1 : kRing - 1;
+      const int mask = b.padded > 2 * L ? tiles::power_of_two(n_steps) - 1 : tiles::kRing - 1;
       // The next block's x comes from L3 meanwhile. Asking for the next chunk of weights, too, costs more than it gains.
       const Block &after = j.blocks[n + 1 < n1 ? n + 1 : n0];
       const int64_t x_bytes = (int64_t)after.padded * n_steps * 64;
@@ -196,21 +146,17 @@ struct AmxBf16 {
           if (j.gate_bias) Bf16ViaF32::unpack(j.gate_bias + (size_t)f * 2, 1, of.g + r);
           if (j.up_bias) Bf16ViaF32::unpack(j.up_bias + (size_t)f * 2, 1, of.u + r);
         }
-        const Rows gate{gates, scratch, mask}, up{ups, scratch + ring_bytes(steps(j)), mask};
-        const char *x = (const char *)(j.xp + b.x_at);
-        for (int t0 = 0; t0 < b.padded; t0 += 2 * L, x += 2 * x_stride) {
-          const bool two = b.padded - t0 > L;
-          for (const Rows *rows : {&gate, &up}) {
-            float *sums = rows == &gate ? g : u;
-            if (t0 == 0)
-              two ? multiply<true, 2>(*rows, n_steps, j.hidden, x, x_stride, next, lines, sums)
-                  : multiply<true, 1>(*rows, n_steps, j.hidden, x, x_stride, next, lines, sums);
-            else
-              two ? multiply<false, 2>(*rows, n_steps, j.hidden, x, x_stride, next, lines, sums)
-                  : multiply<false, 1>(*rows, n_steps, j.hidden, x, x_stride, next, lines, sums);
+        const uint32_t *x = j.xp + b.x_at;
+        for (int t0 = 0; t0 < b.padded; t0 += 2 * L, x += (size_t)2 * L * n_steps * kRows) {
+          const bool two = b.padded - t0 > L, copy = t0 == 0;
+          const auto multiply = two ? copy ? tiles::rows_by_tokens<tiles::Bf16, 2, true> : tiles::rows_by_tokens<tiles::Bf16, 2, false>
+                                    : copy ? tiles::rows_by_tokens<tiles::Bf16, 1, true> : tiles::rows_by_tokens<tiles::Bf16, 1, false>;
+          multiply(gates, 0, row_bytes, {scratch, mask}, x, next, lines, g);
+          multiply(ups, 0, row_bytes, {scratch + ring_bytes, mask}, x, next, lines, u);
+          for (int v = 0; v <= two; v++) {
+            char *h = h_tile(j, b, t0 / L + v, i / kStep);
+            two ? activate<2>(j.activation, g, u, v, of, h) : activate<1>(j.activation, g, u, v, of, h);
           }
-          for (int v = 0; v <= two; v++)
-            activate(j.activation, g + v * 256, u + v * 256, of, h_tile(j, b, t0 / L + v, i / kStep));
         }
       }
     }
@@ -227,7 +173,7 @@ struct AmxBf16 {
   static size_t down_bytes(const Job &j) {
     const size_t y = (size_t)j.group_tokens * j.c_tiles * kColumns * 4;
     return tile_bytes(j) * j.c_tiles + y + round_up((j.f_chunk + 2 * kStep) * sizeof(uint32_t), 64) + round_up(j.f_chunk, 64) +
-           ring_bytes(j.f_chunk / kStep + 2);
+           tiles::ring_bytes(j.f_chunk / kStep + 2);
   }
 
   static void interleave_step(const char *panel, const uint32_t *at, char *to) {
@@ -245,18 +191,18 @@ struct AmxBf16 {
                        float *y) {
     constexpr int kRow = kColumns * 4;
     if (kCopy)
-      for (int s = 0; s < kDepth && s < n_steps; s++) interleave_step(panel, at + s * kStep, ring + (s & mask) * kSlot);
+      for (int s = 0; s < tiles::kDepth && s < n_steps; s++) interleave_step(panel, at + s * kStep, ring + (s & mask) * tiles::kSlot);
     tiles::load<0>(y, kRow), tiles::load<1>(y + L, kRow);
     if (NT == 2) tiles::load<2>(y + L * kColumns, kRow), tiles::load<3>(y + L * kColumns + L, kRow);
     for (int s = 0; s < n_steps; s++, h += tiles::kBytes) {
-      const char *b = ring + (s & mask) * kSlot;
+      const char *b = ring + (s & mask) * tiles::kSlot;
       tiles::load<4>(h), tiles::load<6>(b);
-      tiles::dot<0, 4, 6>();
+      tiles::Bf16::dot<0, 4, 6>();
       tiles::load<7>(b + tiles::kBytes);
-      tiles::dot<1, 4, 7>();
-      if (NT == 2) tiles::load<5>(h + h_stride), tiles::dot<2, 5, 6>(), tiles::dot<3, 5, 7>();
-      if (kCopy && s + kDepth < n_steps)
-        interleave_step(panel, at + (s + kDepth) * kStep, ring + ((s + kDepth) & mask) * kSlot);
+      tiles::Bf16::dot<1, 4, 7>();
+      if (NT == 2) tiles::load<5>(h + h_stride), tiles::Bf16::dot<2, 5, 6>(), tiles::Bf16::dot<3, 5, 7>();
+      if (kCopy && s + tiles::kDepth < n_steps)
+        interleave_step(panel, at + (s + tiles::kDepth) * kStep, ring + ((s + tiles::kDepth) & mask) * tiles::kSlot);
     }
     tiles::store<0>(y, kRow), tiles::store<1>(y + L, kRow);
     if (NT == 2) tiles::store<2>(y + L * kColumns, kRow), tiles::store<3>(y + L * kColumns + L, kRow);
@@ -281,7 +227,7 @@ struct AmxBf16 {
     char *panel = scratch;
     float *y = (float *)(panel + tile_bytes(j) * j.c_tiles);  // [tile][token][column]
     char *ring = (char *)(y + (size_t)j.group_tokens * j.c_tiles * kColumns);
-    uint32_t *at = (uint32_t *)(ring + ring_bytes(j.f_chunk / kStep + 2));
+    uint32_t *at = (uint32_t *)(ring + tiles::ring_bytes(j.f_chunk / kStep + 2));
     char *packed = (char *)at + round_up((j.f_chunk + 2 * kStep) * sizeof(uint32_t), 64);
     const auto y_row = [&](int tile, const Block &b, int t) { return y + (tile * tokens + b.t_at - first + t) * kColumns; };
 
@@ -322,7 +268,7 @@ struct AmxBf16 {
         }
         for (; i < to; i++) at[m++] = (b.ids[i] - f0) * kLine;
         while (m % kStep) at[m++] = zero_slot * kLine;  // the partners of the last neuron
-        const int n_steps = m / kStep, mask = b.padded > 2 * L ? tiles::power_of_two(n_steps) - 1 : kRing - 1;
+        const int n_steps = m / kStep, mask = b.padded > 2 * L ? tiles::power_of_two(n_steps) - 1 : tiles::kRing - 1;
         const size_t h_stride = groups(b) * tiles::kBytes;
         for (int c = 0; c < n_tiles; c++) {
           const char *lines_of = panel + c * tile_bytes(j);
@@ -371,9 +317,9 @@ struct AmxLowRank : Avx512Bf16 {
       tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
       for (size_t i = 0; i < nu; i += tiles::kRows, panels += tiles::kRows * kPanel) {
         tiles::load<4>(rows + i * 4, apart), tiles::load<6>(panels, kPanel);
-        tiles::dot<0, 4, 6>();
-        tiles::load<7>(panels + 64, kPanel), tiles::dot<1, 4, 7>();
-        if (two) tiles::load<5>(rows + tiles::kRows * apart + i * 4, apart), tiles::dot<2, 5, 6>(), tiles::dot<3, 5, 7>();
+        tiles::Bf16::dot<0, 4, 6>();
+        tiles::load<7>(panels + 64, kPanel), tiles::Bf16::dot<1, 4, 7>();
+        if (two) tiles::load<5>(rows + tiles::kRows * apart + i * 4, apart), tiles::Bf16::dot<2, 5, 6>(), tiles::Bf16::dot<3, 5, 7>();
       }
       alignas(64) float sums[4][256];
       tiles::store<0>(sums[0]), tiles::store<1>(sums[1]);

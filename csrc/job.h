@@ -138,7 +138,7 @@ struct Isa {
 // One per translation unit.
 extern const Scheme amx_bf16, avx512_bf16_bf16, avx512_f32, avx512_bf16_via_f32, avx2_f32, avx2_bf16_via_f32, portable_f32,
     portable_bf16_via_f32;
-extern const Loops avx512_vnni_int8_f32, avx512_vnni_int8_bf16, avx_vnni_int8_f32, avx_vnni_int8_bf16, avx2_int8_f32,
+extern const Loops amx_int8_f32, amx_int8_bf16, avx512_vnni_int8_f32, avx512_vnni_int8_bf16, avx_vnni_int8_f32, avx_vnni_int8_bf16, avx2_int8_f32,
     avx2_int8_bf16, portable_int8_f32, portable_int8_bf16;
 extern const ProductLoops avx512_vnni_product, avx_vnni_product, avx2_product, portable_product;
 extern TopK avx512_top_k, avx2_top_k, portable_top_k;

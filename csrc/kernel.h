@@ -114,7 +114,7 @@ struct Ffn {
 
   // ---- first half: h = act(x @ gate.T + gate_bias) * (x @ up.T + up_bias) -------------------------------------------------------------
 
-  static size_t units(const Job &j) { return (j.hidden + P - 1) / P; }
+  static size_t units(const Job &j) { return round_up((j.hidden + P - 1) / P, S::kRowUnits); }
   // One packed neuron: its gate row, then its up row; 64 bytes more so that rows do not share cache sets.
   static size_t neuron_bytes(const Job &j) { return round_up(units(j) * 8, 64) + 64; }
   // Rows are read where they lie if they are in the form that is multiplied: no widening, no half unit at the end.
@@ -165,8 +165,28 @@ struct Ffn {
 
   // NT neurons by NV vectors of tokens; `up` is the way from a neuron's gate row to its up row.
   template <int NT, int NV>
-  static void gate_up_tile(const char *const *rows, uintptr_t up, const Neurons &of, size_t nu, const uint32_t *xp,
+  static void gate_up_tile(const char *const *rows, uintptr_t up, const Neurons &of, int hidden, size_t nu, const uint32_t *xp,
                            const float *x_scale, int valid, int act, uint32_t *h, size_t h_stride) {
+    if constexpr (S::kTiles) {  // sums leave the tiles through memory
+      alignas(64) int32_t g[NT * NV * L], u[NT * NV * L];
+      S::template rows_by_tokens<NV>(rows, 0, hidden, xp, g);
+      S::template rows_by_tokens<NV>(rows, up, hidden, xp, u);
+      for (int r = 0; r < valid; r++)
+        for (int v = 0; v < NV; v++) {
+          const int at = S::template sums_at<NV>(r, v);
+          const Vec xs = S::load(x_scale + v * L);
+          const Vec gate = S::add(S::mul(S::floats(S::load_sums(g + at)), S::mul(S::all(of.g_scale[r]), xs)), S::all(of.g[r]));
+          const Vec value = S::add(S::mul(S::floats(S::load_sums(u + at)), S::mul(S::all(of.u_scale[r]), xs)), S::all(of.u[r]));
+          S::store((float *)(h + r * h_stride + v * L), S::mul(S::act(gate, act), value));
+        }
+    } else {
+      gate_up_registers<NT, NV>(rows, up, of, nu, xp, x_scale, valid, act, h, h_stride);
+    }
+  }
+
+  template <int NT, int NV>
+  static void gate_up_registers(const char *const *rows, uintptr_t up, const Neurons &of, size_t nu, const uint32_t *xp,
+                                const float *x_scale, int valid, int act, uint32_t *h, size_t h_stride) {
     Acc g[NT][NV], u[NT][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < NT; r++)
@@ -226,6 +246,7 @@ struct Ffn {
   }
 
   static void gate_up(const Job &j, int task, char *scratch) {
+    [[maybe_unused]] const typename S::Use use{};
     const int chunk = task / j.n_groups, group = task % j.n_groups;
     const int32_t f0 = chunk * j.chunk, f1 = smaller(f0 + j.chunk, j.neurons);
     const int n0 = (int64_t)j.n_blocks * group / j.n_groups, n1 = (int64_t)j.n_blocks * (group + 1) / j.n_groups;
@@ -294,11 +315,11 @@ struct Ffn {
           uint32_t *h = strip_of(j, b, strip) + (size_t)(i / HP) * h_row + (t0 - strip);
           const float *xs = kInt8 ? j.x_scale + b.t_at + t0 : nullptr;
           if (b.padded == L)
-            gate_up_tile<N1, 1>(rows, up, of, nu, xp, xs, valid, j.activation, h, h_row);
+            gate_up_tile<N1, 1>(rows, up, of, j.hidden, nu, xp, xs, valid, j.activation, h, h_row);
           else if (width == V * L)
-            gate_up_tile<NN, V>(rows, up, of, nu, xp, xs, valid, j.activation, h, h_row);
+            gate_up_tile<NN, V>(rows, up, of, j.hidden, nu, xp, xs, valid, j.activation, h, h_row);
           else
-            gate_up_narrow<V - 1>(width / L, rows, up, of, nu, xp, xs, valid, j.activation, h, h_row);
+            gate_up_narrow<V - 1>(width / L, rows, up, of, j.hidden, nu, xp, xs, valid, j.activation, h, h_row);
         }
         xp += nu * width;
       }
@@ -306,21 +327,21 @@ struct Ffn {
   }
 
   template <int NV>
-  static void gate_up_narrow(int nv, const char *const *rows, uintptr_t up, const Neurons &of, size_t nu, const uint32_t *xp,
-                             const float *x_scale, int valid, int act, uint32_t *h, size_t h_stride) {
+  static void gate_up_narrow(int nv, const char *const *rows, uintptr_t up, const Neurons &of, int hidden, size_t nu,
+                             const uint32_t *xp, const float *x_scale, int valid, int act, uint32_t *h, size_t h_stride) {
     if constexpr (NV > 0) {
       if (nv == NV)
-        gate_up_tile<NN, NV>(rows, up, of, nu, xp, x_scale, valid, act, h, h_stride);
+        gate_up_tile<NN, NV>(rows, up, of, hidden, nu, xp, x_scale, valid, act, h, h_stride);
       else
-        gate_up_narrow<NV - 1>(nv, rows, up, of, nu, xp, x_scale, valid, act, h, h_stride);
+        gate_up_narrow<NV - 1>(nv, rows, up, of, hidden, nu, xp, x_scale, valid, act, h, h_stride);
     }
   }
 
   // ---- int8, between the halves: h in eight bits ------------------------------------------------------------------
 
-  // The units of a block's neurons in chunk `fc` that begin at ids[from]; chunks are rounded up to whole units.
+  // The units of a block's neurons in chunk `fc` that begin at ids[from]; chunks are rounded up to whole units, or tiles.
   static uint32_t *eight_bits(const Job &j, const Block &b, int from, int fc) {
-    return j.hq + b.q_at + (size_t)(from / P + fc) * b.padded;
+    return j.hq + b.q_at + (size_t)(from / (P * S::kRowUnits) + fc) * S::kRowUnits * b.padded;
   }
   static size_t chunk_token(const Job &j, const Block &b, int fc) { return b.t_at * j.n_f_chunks + (size_t)fc * b.padded; }
 
@@ -349,7 +370,10 @@ struct Ffn {
         Vec part[P];
         for (int p = 0; p < P; p++)
           part[p] = i + p < to - from ? S::mul(S::load(h + (size_t)(i + p) * b.padded + t0), inv) : S::zero();
-        S::store_unit(q + (size_t)(i / P) * b.padded + t0, part, sum);
+        if constexpr (S::kTiles)
+          S::store_tile_unit(i / P, i + P >= to - from, q + (size_t)t0 * round_up((to - from + P - 1) / P, L), part, sum);
+        else
+          S::store_unit(q + (size_t)(i / P) * b.padded + t0, part, sum);
       }
       S::store_sums(j.h_start + at + t0, sum);
       for (int t = 0; t < L; t++) {  // without sign, because a sum with NaN is anything
@@ -366,8 +390,8 @@ struct Ffn {
   static constexpr size_t kUnits = C * L * 4;  // bytes of one unit of int8 neurons by one column tile
   static size_t down_bytes(const Job &j) {
     const size_t y = (size_t)j.group_tokens * j.c_tiles * kTile * 4;
-    return panel_bytes(j) + round_up(y, 64) + round_up((j.f_chunk + 4) * sizeof(uint32_t), 64) + round_up(j.f_chunk, 64) +
-           (kInt8 ? (j.f_chunk / P + 1) * kUnits : 0);
+    return panel_bytes(j) + round_up(y, 64) + round_up((j.f_chunk + P * S::kRowUnits) * sizeof(uint32_t), 64) + round_up(j.f_chunk, 64) +
+           (kInt8 ? (j.f_chunk / P + S::kRowUnits) * kUnits : 0);
   }
 
   // y[r][0..kTile) += sum over units of h[unit][r] * panel rows at[unit]. The sums start from zero in registers and meet
@@ -462,6 +486,7 @@ struct Ffn {
   }
 
   static void down(const Job &j, int task, char *scratch) {
+    [[maybe_unused]] const typename S::Use use{};
     const int cc = task / j.n_groups, group = task % j.n_groups;
     const int n0 = (int64_t)j.n_blocks * group / j.n_groups, n1 = (int64_t)j.n_blocks * (group + 1) / j.n_groups;
     if (n0 == n1) return;
@@ -472,7 +497,7 @@ struct Ffn {
     char *panel = scratch;
     float *y = (float *)(scratch + panel_bytes(j));
     uint32_t *at = (uint32_t *)((char *)y + round_up((size_t)j.group_tokens * j.c_tiles * kTile * 4, 64));
-    char *packed = (char *)at + round_up((j.f_chunk + 4) * sizeof(uint32_t), 64);
+    char *packed = (char *)at + round_up((j.f_chunk + P * S::kRowUnits) * sizeof(uint32_t), 64);
     [[maybe_unused]] char *units = packed + round_up(j.f_chunk, 64);  // int8: a block's neurons in one tile of columns
     const int64_t first = j.blocks[n0].row0;
     const int group_tokens = (int)(j.blocks[n1 - 1].row0 + j.blocks[n1 - 1].tokens - first);
@@ -521,7 +546,7 @@ struct Ffn {
           pack_down(j, b.ids[k], c0, columns, panel, slot);
         }
         for (; i < to; i++) at[m++] = (b.ids[i] - f0) * kLine;
-        while (m % P) at[m++] = zero_slot * kLine;  // the partners of the last neuron
+        while (m % (P * S::kRowUnits)) at[m++] = zero_slot * kLine;  // the partners of the last neuron
         for (int c = 0; c < tiles; c++) {
           const char *lines_of = panel + c * tile_bytes;
           if constexpr (kInt8)  // once per block: in each tile of tokens it would be a third of the instructions
@@ -530,6 +555,12 @@ struct Ffn {
               for (int p = 0; p < P; p++) rows[p] = lines_of + at[u * P + p];
               S::interleave(rows, units + u * kUnits);
             }
+          if constexpr (S::kTiles) {
+            float *to = y + ((size_t)c * group_tokens + (b.row0 - first)) * kTile;
+            S::add_down(units, m / P, eight_bits(j, b, from, fc), b.tokens, j.h_scale + chunk_token(j, b, fc), to);
+            next.advance(lines * (b.tokens / R + 1));
+            continue;
+          }
           for (int strip = 0; strip < b.tokens; strip += kStrip) {
             const int row = strip_row(b, strip), tokens = smaller(kStrip, b.tokens - strip), parts = (tokens + R - 1) / R;
             const uint32_t *h = kInt8 ? eight_bits(j, b, from, fc) : strip_of(j, b, strip) + (size_t)(from / HP) * row;
@@ -564,7 +595,7 @@ struct Ffn {
   }
 
   static constexpr Loops loops() {
-    constexpr Sizes sizes{L, P, P, kTile, S::kDownBytes, S::kChunk, S::kPanel, S::kMostTiles, S::kNarrow};
+    constexpr Sizes sizes{L, P, P * S::kRowUnits, kTile, S::kDownBytes, S::kChunk, S::kPanel, S::kMostTiles, S::kNarrow};
     if constexpr (kInt8)
       return Loops{sizes, gate_up_bytes, down_bytes, pack_x, gate_up, S::round_row, quantise_h, down};
     else

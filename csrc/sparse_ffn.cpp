@@ -139,7 +139,7 @@ int32_t run(fastfill_call *call) {
       b.x_at = x_units, b.h_at = h_units, b.q_at = q_units, b.t_at = padded;
       x_units += (size_t)ceil_div(j.hidden, s.step) * (s.step / s.per_unit) * b.padded;
       h_units += (size_t)(int8 ? b.k : ceil_div(b.k, s.step) * (s.step / s.per_unit)) * b.padded;
-      q_units += int8 ? (size_t)(b.k / s.per_unit + j.n_f_chunks) * b.padded : 0;
+      q_units += int8 ? (size_t)(b.k / s.step + j.n_f_chunks) * (s.step / s.per_unit) * b.padded : 0;
       padded += b.padded;
       tokens += b.tokens;
     }

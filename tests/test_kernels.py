@@ -574,6 +574,7 @@ def test_sanitizers(tmp_path):
         flags.append("-DFASTFILL_X86")
         avx2 = ["-mavx2", "-mfma"]
         sources |= {"isa_avx2": avx2, "isa_avx512": avx512, "isa_avx512_bf16": [*avx512, "-mavx512bf16"]}
+        sources |= {"isa_amx": [*avx512, "-mavx512bf16"]}
         sources |= {"int8_avx2": [*avx2, *exact], "int8_avx_vnni": [*avx2, "-mavxvnni", *exact]}
         sources |= {"int8_avx512_vnni": [*avx512, "-mavx512vnni", *exact]}
         sources |= {"packed_avx2": [*avx2, *exact], "packed_avx512": [*avx512, *exact]}

@@ -1,9 +1,8 @@
 """Which kernel runs, and from which prompt length on: measured where an artifact is attached, and remembered in the cache.
 
-Sparse is not always the faster one: without a compiler the torch kernel copies the selected rows, and torch's dense path has
-units (AMX) that the native kernel has not. So one layer's FFN is timed, dense and sparse, predictor and compensator
-included, on whole prompts (dense head and tail as in use). Attention is `fastfill.attention`'s;
-norms and the head take the same time either way.
+Sparse is not always the faster one: without a compiler the torch kernel copies the selected rows, and small layers and short
+prompts gain little. So one layer's FFN is timed, dense and sparse, predictor and compensator included, on whole prompts (dense
+head and tail as in use). Attention is `fastfill.attention`'s; norms and the head take the same time either way.
 """
 
 from __future__ import annotations
