@@ -2,12 +2,13 @@
 
     python benchmarks/report_tables.py [--check]
 
-NAME is claim, speed, quality-short, real, avx2, reread, bench, split, quality, tasks, vllm or vllm-avx2. Read are
-results/bench-*.json (each the JSON document of `fastfill bench --json`), results/quality.jsonl and seeds.jsonl (one line per
-`fastfill evaluate --json`), the long tasks in results/ruler-1024.json and in results/eval (by eval.py), and
-results/vllm.jsonl and avx2/vllm.jsonl (one line per step of serving.py). The real models have a folder each in results, by
-recipes/qwen2.5-coder.sh, and in results/avx2, by recipes/avx2.sh; claim is of the first that was measured. Where a result is
-missing a {{placeholder}} stays. --check changes nothing and exits 1 if a page is not what the results say.
+NAME is claim, speed, quality-short, real, avx2, amx, reread, reread-amx, bench, split, quality, tasks, vllm, vllm-avx2 or
+vllm-amx. Read are results/bench-*.json (each the JSON document of `fastfill bench --json`), results/quality.jsonl and
+seeds.jsonl (one line per `fastfill evaluate --json`), the long tasks in results/ruler-1024.json and in results/eval (by
+eval.py), and results/vllm.jsonl, avx2/vllm.jsonl and amx/vllm.jsonl (one line per step of serving.py). The real models have a
+folder each in results, by recipes/qwen2.5-coder.sh, and in results/avx2 and results/amx, by recipes/machine.sh; claim is of
+the first that was measured. Where a result is missing a {{placeholder}} stays. --check changes nothing and exits 1 if a page
+is not what the results say.
 """
 
 import argparse
@@ -29,6 +30,10 @@ SHOWN_TOKENS = (1024,)  # prompt lengths of README's table, beside those on whic
 CLAIM_TOKENS = 1024  # the prompt length of the first screen, if it was measured
 PREDICTORS = ("learned", "oracle", "low-rank", "static", "first-block", "random")
 KERNELS = ("native", "torch")
+ELSEWHERE = (  # folder of results, as README says it, heading of docs/results.md
+    ("amx", "With AMX", "qwen25-coder-with-amx"),
+    ("avx2", "Without AVX-512", "qwen25-coder-without-avx-512"),
+)
 REAL = ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b")  # folders in results, the one of the first screen first
 NAMES = {f"qwen2.5-coder-{size.lower()}-instruct-q4_k_m.gguf": f"Qwen2.5-Coder-{size}-Instruct" for size in ("0.5B", "1.5B")}
 ANSWERED = {  # what the rows of a task are, of how many sets
@@ -183,16 +188,17 @@ def speed_summary(folder: Path) -> str:
         for row in result["rows"]:
             if row["prompt_tokens"] in SHOWN_TOKENS or (row["sparse_tokens"] and row["speedup"] < 1):
                 lines.append(f"| {' | '.join(_speed_cells(result, row))} |")
-    narrow = [
-        _gain(row) + " in int8" * _eight(result)
-        for result in load_bench(folder / "avx2" / REAL[0])
-        if not _packed(result)
-        for row in result["rows"]
-        if row["prompt_tokens"] == CLAIM_TOKENS
-    ]
-    if narrow:
-        where = "docs/results.md#qwen25-coder-without-avx-512"
-        lines += ["", f"Without AVX-512 the first gains {', '.join(narrow)} over dense in fp32 ([more]({where}))."]
+    for machine, where, anchor in ELSEWHERE:
+        found = [result for result in load_bench(folder / machine / REAL[0]) if not _packed(result)]
+        gains = [
+            _gain(row) + " in int8" * _eight(result)
+            for result in found
+            for row in result["rows"]
+            if row["prompt_tokens"] == CLAIM_TOKENS
+        ]
+        if gains:
+            dense = {"float32": "fp32", "bfloat16": "bf16"}[found[0]["dtype"]]
+            lines += ["", f"{where} the first gains {', '.join(gains)} over dense in {dense} ([more](docs/results.md#{anchor}))."]
     return "\n".join(lines)
 
 
@@ -208,12 +214,12 @@ def _speed_cells(result: Row, row: Row) -> tuple[str, ...]:
     )
 
 
-def avx2_table(folder: Path) -> str:
-    """The real models on a processor without AVX-512, beside the best of llama.cpp's formats there."""
+def machine_table(folder: Path) -> str:
+    """The real models on another processor, beside the best of llama.cpp's formats there."""
     measured = {name: (load_bench(folder / name), load_lines(folder / name / "llama-bench.jsonl")) for name in REAL}
     results = [result for bench, _ in measured.values() for result in bench]
     if not results:
-        return "{{avx2: from benchmarks/results/avx2}}"
+        return f"{{{{{folder.name}: from benchmarks/results/{folder.name}}}}}"
     first = results[0]
     ours = "| model | prompt tokens | dense TTFT | all neurons | sparse TTFT | speed-up | of it skipping |"
     lines = [
@@ -384,12 +390,13 @@ def _answers_beside(both: list[Row], what: str, other: str) -> list[str]:
     return table
 
 
-def reread_tables(folder: Path) -> str:
-    """What `reread` costs in time and gains in quality, beside the same sparsity with every token read once."""
-    lines = {name: load_lines(folder / "avx2" / name / "reread.jsonl") for name in REAL}
+def reread_tables(folder: Path, machine: str) -> str:
+    """What `reread` costs in time and gains in quality, beside the same sparsity with every token read once. machine: the
+    folder in results."""
+    lines = {name: load_lines(folder / machine / name / "reread.jsonl") for name in REAL}
     speed = [(name, result) for name, found in lines.items() for result in found if "rows" in result]
     if not speed:
-        return "{{reread: from benchmarks/results/avx2/qwen2.5-coder-*/reread.jsonl}}"
+        return f"{{{{reread: from benchmarks/results/{machine}/qwen2.5-coder-*/reread.jsonl}}}}"
     first = speed[0][1]
     table = [
         f"`--reread {first['reread']:g}`, {first['sparsity']:.0%} sparsity; {_where(first['machine'])}, {first['dtype']}; "
@@ -401,7 +408,7 @@ def reread_tables(folder: Path) -> str:
     for name, result in speed:
         alone = {
             row["prompt_tokens"]: row["ttft_sparse_s"]
-            for other in load_bench(folder / "avx2" / name)
+            for other in load_bench(folder / machine / name)
             for row in other["rows"]
             if not _eight(other) and not _packed(other)
         }
@@ -844,14 +851,17 @@ def render(readme: str, folder: Path = RESULTS) -> str:
         "speed": speed_summary(folder),
         "quality-short": quality_summary(folder),
         "real": real_tables(folder),
-        "avx2": avx2_table(folder / "avx2"),
-        "reread": reread_tables(folder),
+        "avx2": machine_table(folder / "avx2"),
+        "amx": machine_table(folder / "amx"),
+        "reread": reread_tables(folder, "avx2"),
+        "reread-amx": reread_tables(folder, "amx"),
         "bench": bench_tables(bench),
         "split": split_tables(bench),
         "quality": "\n\n".join([quality_tables(quality), *([seeds(seeded)] if len(seeded) > 1 else [])]),
         "tasks": tasks_tables(folder),
         "vllm": vllm_tables(load_lines(folder / "vllm.jsonl")),
         "vllm-avx2": vllm_tables(load_lines(folder / "avx2" / "vllm.jsonl"), "avx2/vllm.jsonl"),
+        "vllm-amx": vllm_tables(load_lines(folder / "amx" / "vllm.jsonl"), "amx/vllm.jsonl"),
     }
 
     def replace(match: re.Match[str]) -> str:

@@ -204,18 +204,21 @@ def write_real(folder: Path) -> None:
     (folder / "longbench.json").write_text(json.dumps(result))
 
 
-def write_avx2(folder: Path) -> None:
-    """Speed of a real model on a processor without AVX-512, in its own type and in eight bits, and llama.cpp's there."""
+def write_machine(results: Path, isa: str, dtype: str) -> Path:
+    """Speed of a real model on another processor, in its own type and in eight bits, and llama.cpp's there. Gives its folder."""
+    folder = results / isa / "qwen2.5-coder-1.5b"
     folder.mkdir(parents=True)
-    machine = {**MACHINE, "isa": "avx2"}
+    machine = {**MACHINE, "isa": isa}
     for name, seconds, more in (("native", 1.6, {}), ("int8", 1.0, {"weights": "int8"})):
         row = {**BENCH["rows"][2], "ttft_all_neurons_s": 1.8, "ttft_sparse_s": seconds, "speedup": 2.0 / seconds}
-        result = {**BENCH, **more, "model": "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf", "machine": machine, "rows": [row]}
+        model = {"model": "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf", "dtype": dtype}
+        result = {**BENCH, **more, **model, "machine": machine, "rows": [row]}
         (folder / f"bench-{name}.json").write_text(json.dumps(result))
     lines = [
         {"n_prompt": 1024, "avg_ns": ns, "model_type": f"qwen2 1.5B {form}"} for ns, form in ((3e9, "Q8_0"), (2.4e9, "Q4_0"))
     ]
     (folder / "llama-bench.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
 
 def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
@@ -233,10 +236,11 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "vllm.jsonl").write_text(json.dumps(VLLM) + "\n")
     write_real(tmp_path / "qwen2.5-coder-0.5b")
-    write_avx2(tmp_path / "avx2" / "qwen2.5-coder-1.5b")
     again = {**BENCH, "reread": 0.1, "rows": [{**BENCH["rows"][2], "reread_tokens": 154}]}
-    (tmp_path / "avx2" / "qwen2.5-coder-1.5b" / "reread.jsonl").write_text(json.dumps(again) + "\n")
-    (tmp_path / "avx2" / "vllm.jsonl").write_text(json.dumps({**VLLM, "dtype": "float32"}) + "\n")
+    for isa, dtype in (("avx2", "float32"), ("amx", "bfloat16")):
+        folder = write_machine(tmp_path, isa, dtype)
+        (folder / "reread.jsonl").write_text(json.dumps(again) + "\n")
+        (tmp_path / isa / "vllm.jsonl").write_text(json.dumps({**VLLM, "dtype": dtype}) + "\n")
     page = "\n".join(report.render(text.read_text(encoding="utf-8"), tmp_path) for text in report.PAGES)
     assert "{{" not in page
     assert "\nQwen2.5-Coder-0.5B-Instruct, a prompt of" in page
@@ -251,11 +255,13 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     assert "sparse in int8, FFNs packed, its attention" in report.bench_tables([packed])
     assert "In eight bits" in report.claim([ours, {**packed, "packed": False}], [], [])
     assert "In eight bits" not in report.claim([ours, packed], [], [])
-    assert "Some CPU (avx2), 2 threads" in page and "the first gains 1.25x, 2.00x in int8 over dense in fp32" in page
+    assert "Some CPU (avx2), 2 threads" in page and "Some CPU (amx), 2 threads" in page
+    assert "Without AVX-512 the first gains 1.25x, 2.00x in int8 over dense in fp32" in page
+    assert "With AMX the first gains 1.25x, 2.00x in int8 over dense in bf16" in page
     assert "-1.5B-Instruct | 1,024 | 2.00 s | 1.80 s | 1.60 s | 1.25x | 1.12x | 2.40 s, Q4_0 | 1.50x |" in page
     assert "-1.5B-Instruct, int8 | 1,024 | 2.00 s | 1.80 s | 1.00 s | 2.00x | 1.80x | 2.40 s, Q4_0 | 2.40x |" in page
     assert "0.97x (slower)" in page
-    assert page.count("vLLM 0.32.0, bfloat16") == page.count("vLLM 0.32.0, float32") == 1
+    assert page.count("vLLM 0.32.0, bfloat16") == 2 and page.count("vLLM 0.32.0, float32") == 1
     assert "; 9 held-out documents, 17,847 tokens" in page and "; 9 held-out Python modules, 17,847 tokens" in page
     assert "| **learned** | yes | 19.50 | 1.50x |" in page and "| **learned** | yes | 19.50 | 1.70x |" in page
     assert "| **learned** | yes | 19.50 | 1.80x (1.60 to 2.00) |" in page and "different seeds" not in page
@@ -317,7 +323,7 @@ def test_upper_layers_beside_the_same_sparsity_alone() -> None:
 
 def test_tokens_that_are_read_again_beside_those_that_are_read_once(tmp_path: Path) -> None:
     report = script("report_tables")
-    write_avx2(tmp_path / "avx2" / "qwen2.5-coder-1.5b")
+    folder = write_machine(tmp_path, "avx2", "float32")
     (tmp_path / "qwen2.5-coder-1.5b").mkdir()
     model = {"model": "models/qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"}
     once = [
@@ -329,8 +335,8 @@ def test_tokens_that_are_read_again_beside_those_that_are_read_once(tmp_path: Pa
     tasks = [{**answered("suite", lost=False), **model, "reread": share} for share in (0, 0.1)]
     tasks[1]["likelihood"] = {**tasks[1]["likelihood"], "loss": 0.0123}
     lines = [{**BENCH, **model, "reread": 0.1, "rows": [row]}, {**QUALITY, **model, "reread": 0.1, "cont_kl": 0.0123}, *tasks]
-    (tmp_path / "avx2" / "qwen2.5-coder-1.5b" / "reread.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = report.reread_tables(tmp_path)
+    (folder / "reread.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report.reread_tables(tmp_path, "avx2")
     assert page.startswith("`--reread 0.1`, 50% sparsity")
     assert "-1.5B-Instruct | 1,024 | 154 | 2.00 s | 1.60 s | 1.25 s | 1.60x |" in page
     kept = f"{QUALITY['cont_ppl_ratio']:.3f}x"

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# The speed of Qwen2.5-Coder-Instruct on a processor without AVX-512: `benchmarks/recipes/avx2.sh 1.5b` (or 0.5b). Beside it
-# llama.cpp, where its programs are on PATH, and what tokens that are read again cost and gain: DATA as for qwen2.5-coder.sh.
+# The speed of Qwen2.5-Coder-Instruct on another processor than the first tables': `benchmarks/recipes/machine.sh avx2 1.5b` (or
+# amx, 0.5b). Beside it llama.cpp, where its programs are on PATH, and what tokens that are read again cost and gain: DATA as for
+# qwen2.5-coder.sh.
 set -euo pipefail
 : "${DATA:?set DATA to the folder with the text files}"
-SIZE=${1:?give the size, 0.5b or 1.5b}
+MACHINE=${1:?name the folder of the results, avx2 or amx}
+SIZE=${2:?give the size, 0.5b or 1.5b}
 NAME=qwen2.5-coder-$SIZE
 MODEL=$(python benchmarks/models.py "$NAME")
-RESULTS=benchmarks/results/avx2/$NAME
+RESULTS=benchmarks/results/$MACHINE/$NAME
 mkdir -p "$RESULTS"
 bench() { fastfill bench "$MODEL" --artifact "$NAME" --repeats 2 --json "$@" | tail -n 1; }
 
