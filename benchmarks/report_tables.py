@@ -31,8 +31,8 @@ CLAIM_TOKENS = 1024  # the prompt length of the first screen, if it was measured
 PREDICTORS = ("learned", "oracle", "low-rank", "static", "first-block", "random")
 KERNELS = ("native", "torch")
 ELSEWHERE = (  # folder of results, as README says it, heading of docs/results.md
-    ("amx", "With AMX", "qwen25-coder-with-amx"),
-    ("avx2", "Without AVX-512", "qwen25-coder-without-avx-512"),
+    ("amx", "with AMX", "qwen25-coder-with-amx"),
+    ("avx2", "without AVX-512", "qwen25-coder-without-avx-512"),
 )
 REAL = ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b")  # folders in results, the one of the first screen first
 NAMES = {f"qwen2.5-coder-{size.lower()}-instruct-q4_k_m.gguf": f"Qwen2.5-Coder-{size}-Instruct" for size in ("0.5B", "1.5B")}
@@ -188,6 +188,7 @@ def speed_summary(folder: Path) -> str:
         for row in result["rows"]:
             if row["prompt_tokens"] in SHOWN_TOKENS or (row["sparse_tokens"] and row["speedup"] < 1):
                 lines.append(f"| {' | '.join(_speed_cells(result, row))} |")
+    elsewhere = []
     for machine, where, anchor in ELSEWHERE:
         found = [result for result in load_bench(folder / machine / REAL[0]) if not _packed(result)]
         gains = [
@@ -198,7 +199,9 @@ def speed_summary(folder: Path) -> str:
         ]
         if gains:
             dense = {"float32": "fp32", "bfloat16": "bf16"}[found[0]["dtype"]]
-            lines += ["", f"{where} the first gains {', '.join(gains)} over dense in {dense} ([more](docs/results.md#{anchor}))."]
+            elsewhere.append(f"{where} {', '.join(gains)} over dense in {dense} ([more](docs/results.md#{anchor}))")
+    if elsewhere:
+        lines += ["", f"The first gains {'; '.join(elsewhere)}."]
     return "\n".join(lines)
 
 

@@ -32,6 +32,8 @@
 //   it: 2 tiles have 0.7 and 32 tiles 1.1 of the speed of 8.
 // - Scratch memory in huge pages: 7 to 16 % at 4096 x 14336, nothing on small layers.
 //
+// With AMX a scheme's tiles (kTiles) multiply; in bf16 isa_amx.cpp has loops of its own.
+//
 // With int8 weights (kInt8) the same loops sum integers. x is rounded while it is packed; h leaves the first half in fp32 and is
 // rounded by a pass of its own, because its scale is known only once a chunk of its neurons is; a block's rows of down are
 // interleaved once for all of its tokens.

@@ -205,7 +205,7 @@ def write_real(folder: Path) -> None:
 
 
 def write_machine(results: Path, isa: str, dtype: str) -> Path:
-    """Speed of a real model on another processor, in its own type and in eight bits, and llama.cpp's there. Gives its folder."""
+    """Speed of a real model on another processor, in its own type and in eight bits, and llama.cpp's there; its folder."""
     folder = results / isa / "qwen2.5-coder-1.5b"
     folder.mkdir(parents=True)
     machine = {**MACHINE, "isa": isa}
@@ -256,8 +256,8 @@ def test_report_writes_results_between_the_markers(tmp_path: Path) -> None:
     assert "In eight bits" in report.claim([ours, {**packed, "packed": False}], [], [])
     assert "In eight bits" not in report.claim([ours, packed], [], [])
     assert "Some CPU (avx2), 2 threads" in page and "Some CPU (amx), 2 threads" in page
-    assert "Without AVX-512 the first gains 1.25x, 2.00x in int8 over dense in fp32" in page
-    assert "With AMX the first gains 1.25x, 2.00x in int8 over dense in bf16" in page
+    assert "\nThe first gains with AMX 1.25x, 2.00x in int8 over dense in bf16" in page
+    assert "; without AVX-512 1.25x, 2.00x in int8 over dense in fp32" in page
     assert "-1.5B-Instruct | 1,024 | 2.00 s | 1.80 s | 1.60 s | 1.25x | 1.12x | 2.40 s, Q4_0 | 1.50x |" in page
     assert "-1.5B-Instruct, int8 | 1,024 | 2.00 s | 1.80 s | 1.00 s | 2.00x | 1.80x | 2.40 s, Q4_0 | 2.40x |" in page
     assert "0.97x (slower)" in page
