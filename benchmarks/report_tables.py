@@ -198,7 +198,7 @@ def speed_summary(folder: Path) -> str:
             if row["prompt_tokens"] == CLAIM_TOKENS
         ]
         if gains:
-            dense = {"float32": "fp32", "bfloat16": "bf16"}[found[0]["dtype"]]
+            dense = {"float32": "fp32", "bfloat16": "bf16"}.get(found[0]["dtype"], found[0]["dtype"])
             elsewhere.append(f"{where} {', '.join(gains)} over dense in {dense} ([more](docs/results.md#{anchor}))")
     if elsewhere:
         lines += ["", f"The first gains {'; '.join(elsewhere)}."]

@@ -42,13 +42,13 @@ struct Matrix {
 };
 
 bool check(const char *isa, bool bf16, int h, int f, std::vector<int> tokens, std::vector<int> kept, int threads,
-           bool biases = false) {
+           bool biases = false, bool first = false) {
   std::vector<int64_t> rows{0}, offsets{0};
   std::vector<int64_t> ids;
   for (size_t n = 0; n < tokens.size(); n++) {
     rows.push_back(rows.back() + tokens[n]);
     offsets.push_back(offsets.back() + kept[n]);
-    for (int i = 0; i < kept[n]; i++) ids.push_back((int64_t)i * f / kept[n]);
+    for (int i = 0; i < kept[n]; i++) ids.push_back(first ? i : (int64_t)i * f / kept[n]);
   }
   const size_t t = rows.back();
   Matrix x(t * h, bf16, 1), gate(f * h, bf16, 0.25f), up(f * h, bf16, 0.25f), down(f * h, bf16, 0.25f), init(t * h, bf16, 1);
@@ -403,6 +403,7 @@ int main() {
       good &= check(isa, bf16, 1, 1, {1}, {1}, 1, true);
       good &= check(isa, bf16, 70, 1100, {8, 8, 8, 8, 8, 600}, {500, 501, 502, 503, 504, 9}, 2);
       good &= check(isa, bf16, 128, 40, {20, 20, 20, 20, 20}, {20, 21, 22, 23, 24}, 2);  // rows of 512 bytes: packed
+      good &= check(isa, bf16, 64, 5000, {20, 3, 16}, {1, 33, 2499}, 2, false, true);  // none in the last chunks
       good &= check(isa, bf16, 512, 60, {20, 20, 20, 20, 20}, {20, 21, 22, 23, 24}, 2);
       good &= check_int8(isa, bf16, 33, 77, {1, 0, 16, 37}, {77, 5, 0, 13}, 2, true);
       good &= check_int8(isa, bf16, 64, 130, {16, 16, 32, 3, 40}, {65, 65, 1, 130, 64}, 3, false);

@@ -41,7 +41,8 @@ bool has_avx_vnni() {  // gcc 12 has no name for it: CPUID leaf 7.1, EAX bit 4
   return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 #if defined(__linux__)
-// CPUID leaf 7, EDX: bits 22 (BF16), 24 (tiles) and 25 (INT8), which gcc 10 has no names for. The system keeps tiles only for those who ask.
+// CPUID leaf 7, EDX: bits 22 (BF16), 24 (tiles) and 25 (INT8), which gcc 10 has no names for. The system keeps tiles only for
+// those who ask, as torch's oneDNN does too: no for a process that has threads with small signal stacks.
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;

@@ -31,8 +31,7 @@ struct AmxInt8 : Avx512Int8<Store> {
   }
 
   // h leaves as tiles: [step of 16 units][token][unit].
-  static void store_tile_unit(int unit, bool last, uint32_t *to, const Vec *part, Acc &sum) {
-    static thread_local __m512i tile[tiles::kRows];
+  static void store_tile_unit(Acc *tile, int unit, bool last, uint32_t *to, const Vec *part, Acc &sum) {
     uint32_t four[L];
     Base::store_unit(four, part, sum);
     tile[unit % tiles::kRows] = _mm512_loadu_si512(four);

@@ -125,17 +125,15 @@ struct AmxBf16 {
 
     for (int n = n0; n < n1; n++) {
       const Block &b = j.blocks[n];
-      // Whole groups of neurons only (but at the end): what is left over is done with the next chunk.
-      const int from = lower_bound(b.ids, b.k, f0) / kStep * kStep;
-      int to = lower_bound(b.ids, b.k, f1);
-      if (to < b.k) to = to / kStep * kStep;
+      const auto [from, to] = span(b.ids, b.k, f0, f1, kStep);
       const int mask = b.padded > 2 * L ? tiles::power_of_two(n_steps) - 1 : tiles::kRing - 1;
       // The next block's x comes from L3 meanwhile. Asking for the next chunk of weights, too, costs more than it gains.
       const Block &after = j.blocks[n + 1 < n1 ? n + 1 : n0];
       const int64_t x_bytes = (int64_t)after.padded * n_steps * 64;
       Ahead next{(const char *)(j.xp + after.x_at), 0, 1, x_bytes};
-      const int64_t loops = (int64_t)(to - from + kStep - 1) / kStep * 2 * ((b.padded + 2 * L - 1) / (2 * L)) * n_steps;
-      const int lines = (int)(x_bytes / 64 / (loops + 1)) + 1;
+      const int64_t steps_to_come =
+          (int64_t)(to - from + kStep - 1) / kStep * 2 * ((b.padded + 2 * L - 1) / (2 * L)) * n_steps;
+      const int lines = (int)(x_bytes / 64 / (steps_to_come + 1)) + 1;
       for (int i = from; i < to; i += kStep) {
         const char *gates[kStep], *ups[kStep];
         Neurons of;
@@ -149,8 +147,9 @@ struct AmxBf16 {
         const uint32_t *x = j.xp + b.x_at;
         for (int t0 = 0; t0 < b.padded; t0 += 2 * L, x += (size_t)2 * L * n_steps * kRows) {
           const bool two = b.padded - t0 > L, copy = t0 == 0;
-          const auto multiply = two ? copy ? tiles::rows_by_tokens<tiles::Bf16, 2, true> : tiles::rows_by_tokens<tiles::Bf16, 2, false>
-                                    : copy ? tiles::rows_by_tokens<tiles::Bf16, 1, true> : tiles::rows_by_tokens<tiles::Bf16, 1, false>;
+          using tiles::Bf16, tiles::rows_by_tokens;
+          const auto multiply = two ? copy ? rows_by_tokens<Bf16, 2, true> : rows_by_tokens<Bf16, 2, false>
+                                    : copy ? rows_by_tokens<Bf16, 1, true> : rows_by_tokens<Bf16, 1, false>;
           multiply(gates, 0, row_bytes, {scratch, mask}, x, next, lines, g);
           multiply(ups, 0, row_bytes, {scratch + ring_bytes, mask}, x, next, lines, u);
           for (int v = 0; v <= two; v++) {
@@ -170,8 +169,17 @@ struct AmxBf16 {
   // ---- second half: y = init + h @ down_t -----------------------------------------------------------------------
 
   static size_t tile_bytes(const Job &j) { return (size_t)(j.f_chunk + kStep) * kLine; }
+  static int most_tokens(const Job &j) {  // of a group, with those that fill its blocks
+    int most = 0;
+    for (int64_t g = 0; g < j.n_groups; g++) {
+      const Block &a = j.blocks[j.n_blocks * g / j.n_groups], &z = j.blocks[j.n_blocks * (g + 1) / j.n_groups - 1];
+      const int tokens = (int)(z.t_at + z.padded - a.t_at);
+      most = tokens > most ? tokens : most;
+    }
+    return most;
+  }
   static size_t down_bytes(const Job &j) {
-    const size_t y = (size_t)j.group_tokens * j.c_tiles * kColumns * 4;
+    const size_t y = (size_t)most_tokens(j) * j.c_tiles * kColumns * 4;
     return tile_bytes(j) * j.c_tiles + y + round_up((j.f_chunk + 2 * kStep) * sizeof(uint32_t), 64) + round_up(j.f_chunk, 64) +
            tiles::ring_bytes(j.f_chunk / kStep + 2);
   }
@@ -191,7 +199,8 @@ struct AmxBf16 {
                        float *y) {
     constexpr int kRow = kColumns * 4;
     if (kCopy)
-      for (int s = 0; s < tiles::kDepth && s < n_steps; s++) interleave_step(panel, at + s * kStep, ring + (s & mask) * tiles::kSlot);
+      for (int s = 0; s < tiles::kDepth && s < n_steps; s++)
+        interleave_step(panel, at + s * kStep, ring + (s & mask) * tiles::kSlot);
     tiles::load<0>(y, kRow), tiles::load<1>(y + L, kRow);
     if (NT == 2) tiles::load<2>(y + L * kColumns, kRow), tiles::load<3>(y + L * kColumns + L, kRow);
     for (int s = 0; s < n_steps; s++, h += tiles::kBytes) {
@@ -226,7 +235,7 @@ struct AmxBf16 {
     const size_t first = j.blocks[n0].t_at, tokens = j.blocks[n1 - 1].t_at + j.blocks[n1 - 1].padded - first;
     char *panel = scratch;
     float *y = (float *)(panel + tile_bytes(j) * j.c_tiles);  // [tile][token][column]
-    char *ring = (char *)(y + (size_t)j.group_tokens * j.c_tiles * kColumns);
+    char *ring = (char *)(y + tokens * j.c_tiles * kColumns);
     uint32_t *at = (uint32_t *)(ring + tiles::ring_bytes(j.f_chunk / kStep + 2));
     char *packed = (char *)at + round_up((j.f_chunk + 2 * kStep) * sizeof(uint32_t), 64);
     const auto y_row = [&](int tile, const Block &b, int t) { return y + (tile * tokens + b.t_at - first + t) * kColumns; };
@@ -250,9 +259,7 @@ struct AmxBf16 {
       memset(packed, 0, j.f_chunk);
       for (int n = n0; n < n1; n++) {
         const Block &b = j.blocks[n];
-        const int from = lower_bound(b.ids, b.k, f0) / kStep * kStep;
-        int to = lower_bound(b.ids, b.k, f1);
-        if (to < b.k) to = to / kStep * kStep;
+        const auto [from, to] = span(b.ids, b.k, f0, f1, kStep);
         if (from == to) continue;
         int m = 0, i = from;
         for (; i < to && b.ids[i] < f0; i++, m++) {  // at most kStep - 1

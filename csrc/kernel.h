@@ -68,6 +68,19 @@ inline int lower_bound(const int32_t *ids, int k, int32_t f) {
   return lo;
 }
 
+// Where the neurons of a chunk [f0, f1) lie in ids[0..k). Whole units only, but at the end: what is left over is done with the
+// next chunk.
+struct Span {
+  int from, to;
+};
+inline Span span(const int32_t *ids, int k, int32_t f0, int32_t f1, int unit) {
+  const auto at = [&](int32_t f) {
+    const int i = lower_bound(ids, k, f);
+    return i < k ? i / unit * unit : k;  // k: the last unit, whole or not, is done
+  };
+  return {at(f0), at(f1)};
+}
+
 inline void prefetch(const char *p) {
 #if defined(__GNUC__)
   __builtin_prefetch(p, 0, 2);
@@ -278,11 +291,8 @@ struct Ffn {
 
     for (int n = n0; n < n1; n++) {
       const Block &b = j.blocks[n];
-      // Whole tiles of neurons only (but at the end): what is left over is done with the next chunk.
       const int nt = b.padded == L ? N1 : NN;
-      const int from = lower_bound(b.ids, b.k, f0) / nt * nt;
-      int to = lower_bound(b.ids, b.k, f1);
-      if (to < b.k) to = to / nt * nt;
+      const auto [from, to] = span(b.ids, b.k, f0, f1, nt);
       const uint32_t *xp = j.xp + b.x_at;
       const auto row_of = [&](int i) -> const char * {
         const int32_t f = b.ids[i];
@@ -368,12 +378,13 @@ struct Ffn {
       }
       const Vec inv = S::load(inverse);
       Acc sum = S::all_of(0);
+      [[maybe_unused]] Acc tile[S::kRowUnits];
       for (int i = 0; i < to - from; i += P) {
         Vec part[P];
         for (int p = 0; p < P; p++)
           part[p] = i + p < to - from ? S::mul(S::load(h + (size_t)(i + p) * b.padded + t0), inv) : S::zero();
         if constexpr (S::kTiles)
-          S::store_tile_unit(i / P, i + P >= to - from, q + (size_t)t0 * round_up((to - from + P - 1) / P, L), part, sum);
+          S::store_tile_unit(tile, i / P, i + P >= to - from, q + t0 * round_up((to - from + P - 1) / P, S::kRowUnits), part, sum);
         else
           S::store_unit(q + (size_t)(i / P) * b.padded + t0, part, sum);
       }
@@ -531,9 +542,7 @@ struct Ffn {
 
       for (int n = n0; n < n1; n++) {
         const Block &b = j.blocks[n];
-        const int from = lower_bound(b.ids, b.k, f0) / HP * HP;
-        int to = lower_bound(b.ids, b.k, f1);
-        if (to < b.k) to = to / HP * HP;
+        const auto [from, to] = span(b.ids, b.k, f0, f1, HP);
         if (from == to) continue;
         int m = 0, i = from;
         for (; i < to && b.ids[i] < f0; i++) {  // at most P - 1

@@ -42,7 +42,7 @@ struct Cuts {
   static constexpr int kChunk = 512 * 1024;  // bytes of a chunk of neurons in the first half: its share of L2
   static constexpr int kPanel = 32 * 1024;  // bytes of a chunk of neurons in one tile of columns
   static constexpr int kMostTiles = 8;  // of columns in a task: of its y, [tile][token][column], L2 should hold much
-  static constexpr bool kTiles = false;  // whether AMX multiplies, between two uses of
+  static constexpr bool kTiles = false;  // whether AMX multiplies; then Use configures its tiles for a scope
   struct Use {};
   static constexpr int kRowUnits = 1;  // units of packed rows are filled up to a multiple of it
   static constexpr float kNarrow = 0.08f;  // what a task of one tile costs more than its share of a wide one

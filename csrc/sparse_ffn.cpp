@@ -50,7 +50,7 @@ void set_groups(Job &j, int groups) {
   j.group_tokens = 0;
   for (int g = 0; g < j.n_groups; g++) {
     const Block &first = j.blocks[block_of_group(j, g)], &last = j.blocks[block_of_group(j, g + 1) - 1];
-    const int tokens = (int)(last.t_at + last.padded - first.t_at);
+    const int tokens = (int)(last.row0 + last.tokens - first.row0);
     if (tokens > j.group_tokens) j.group_tokens = tokens;
   }
 }

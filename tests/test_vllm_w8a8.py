@@ -223,13 +223,13 @@ def test_two_ranks_share_rows_and_scales(tmp_path):
     ranks = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 2**26}
     dtype = "bfloat16" if AMX else "float32"  # the ranks are processes, which the fixture does not reach
     with engine(str(folder), artifact, family="phi3", dtype=dtype, **ranks) as llm:
-        found, off = answer(llm, LONG), answer(llm, LONG, sparse=False)
+        found, off = answer(llm, LONG), answer(llm, LONG, sparse=False) if AMX else []
         counts = llm.collective_rpc("fastfill_stats")
     assert [count["sparse_tokens"] for count in counts] == [448 + 64 + 256] * 2
-    rounding = statistics.mean(differences(reference(folder, "phi3", 2), off, LONG))
     with attached((folder, artifact), "phi3", ranks=2) as (model, attachment):
         halves(attachment)
         if AMX:
+            rounding = statistics.mean(differences(reference(folder, "phi3", 2), off, LONG))
             assert statistics.mean(differences(model, found, LONG, attachment)) < 2 * rounding
         else:
             check(model, found, LONG, attachment)

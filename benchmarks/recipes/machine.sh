@@ -5,6 +5,7 @@
 set -euo pipefail
 : "${DATA:?set DATA to the folder with the text files}"
 MACHINE=${1:?name the folder of the results, avx2 or amx}
+case $MACHINE in avx2 | amx) ;; *) echo "no results are kept in $MACHINE: avx2 or amx" >&2; exit 2 ;; esac
 SIZE=${2:?give the size, 0.5b or 1.5b}
 NAME=qwen2.5-coder-$SIZE
 MODEL=$(python benchmarks/models.py "$NAME")
