@@ -231,7 +231,7 @@ struct AmxBf16 {
     if (n0 == n1) return;
     const int c0 = cc * j.c_tiles * kColumns, columns = smaller(j.c_tiles * kColumns, j.hidden - c0);
     const int n_tiles = (columns + kColumns - 1) / kColumns;
-    const int32_t zero_slot = j.f_chunk, side_slot = j.f_chunk + 1;
+    const int32_t zero_slot = j.f_chunk;
     const size_t first = j.blocks[n0].t_at, tokens = j.blocks[n1 - 1].t_at + j.blocks[n1 - 1].padded - first;
     char *panel = scratch;
     float *y = (float *)(panel + tile_bytes(j) * j.c_tiles);  // [tile][token][column]
@@ -259,28 +259,16 @@ struct AmxBf16 {
       memset(packed, 0, j.f_chunk);
       for (int n = n0; n < n1; n++) {
         const Block &b = j.blocks[n];
-        const auto [from, to] = span(b.ids, b.k, f0, f1, kStep);
-        if (from == to) continue;
-        int m = 0, i = from;
-        for (; i < to && b.ids[i] < f0; i++, m++) {  // at most kStep - 1
-          pack_down(j, b.ids[i], c0, columns, panel, side_slot + m);
-          at[m] = (side_slot + m) * kLine;
-        }
-        for (int k = i; k < to && missing; k++) {
-          const int32_t slot = b.ids[k] - f0;
-          if (packed[slot]) continue;
-          packed[slot] = 1;
-          missing--;
-          pack_down(j, b.ids[k], c0, columns, panel, slot);
-        }
-        for (; i < to; i++) at[m++] = (b.ids[i] - f0) * kLine;
-        while (m % kStep) at[m++] = zero_slot * kLine;  // the partners of the last neuron
+        const Span in = span(b.ids, b.k, f0, f1, kStep);
+        if (in.from == in.to) continue;
+        const int m = panel_lines(b.ids, in, f0, j.f_chunk, kStep, kLine, at, packed, missing,
+                                  [&](int32_t f, int32_t slot) { pack_down(j, f, c0, columns, panel, slot); });
         const int n_steps = m / kStep, mask = b.padded > 2 * L ? tiles::power_of_two(n_steps) - 1 : tiles::kRing - 1;
         const size_t h_stride = groups(b) * tiles::kBytes;
         for (int c = 0; c < n_tiles; c++) {
           const char *lines_of = panel + c * tile_bytes(j);
           for (int t0 = 0; t0 < b.padded; t0 += 2 * L) {
-            const char *h = h_tile(j, b, t0 / L, from / kStep);
+            const char *h = h_tile(j, b, t0 / L, in.from / kStep);
             float *to_y = y_row(c, b, t0);
             const bool two = b.padded - t0 > L;
             if (t0 == 0)

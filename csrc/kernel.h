@@ -81,6 +81,29 @@ inline Span span(const int32_t *ids, int k, int32_t f0, int32_t f1, int unit) {
   return {at(f0), at(f1)};
 }
 
+// Where a block's neurons ids[in.from..in.to) lie in a panel of the chunk that begins at f0, in bytes: at[0..m), whole units. What
+// the panel lacks goes there first: a chunk's neurons to their own lines, those before it behind the line of zeros. Gives m.
+template <class Pack>
+inline int panel_lines(const int32_t *ids, Span in, int32_t f0, int32_t f_chunk, int unit, uint32_t line, uint32_t *at, char *packed,
+                       int &missing, Pack pack) {
+  const int32_t zero_slot = f_chunk, side_slot = f_chunk + 1;
+  int m = 0, i = in.from;
+  for (; i < in.to && ids[i] < f0; i++, m++) {  // less than a unit
+    pack(ids[i], side_slot + m);
+    at[m] = (side_slot + m) * line;
+  }
+  for (int k = i; k < in.to && missing; k++) {
+    const int32_t slot = ids[k] - f0;
+    if (packed[slot]) continue;
+    packed[slot] = 1;
+    missing--;
+    pack(ids[k], slot);
+  }
+  for (; i < in.to; i++) at[m++] = (ids[i] - f0) * line;
+  while (m % unit) at[m++] = zero_slot * line;  // the partners of the last neuron
+  return m;
+}
+
 inline void prefetch(const char *p) {
 #if defined(__GNUC__)
   __builtin_prefetch(p, 0, 2);
@@ -506,7 +529,7 @@ struct Ffn {
     const int c0 = cc * j.c_tiles * kTile, columns = smaller(j.c_tiles * kTile, j.hidden - c0);
     const int tiles = (columns + kTile - 1) / kTile;
     const size_t tile_bytes = (j.f_chunk + 2) * kLine;
-    const int32_t zero_slot = j.f_chunk, side_slot = j.f_chunk + 1;
+    const int32_t zero_slot = j.f_chunk;
     char *panel = scratch;
     float *y = (float *)(scratch + panel_bytes(j));
     uint32_t *at = (uint32_t *)((char *)y + round_up((size_t)j.group_tokens * j.c_tiles * kTile * 4, 64));
@@ -542,22 +565,11 @@ struct Ffn {
 
       for (int n = n0; n < n1; n++) {
         const Block &b = j.blocks[n];
-        const auto [from, to] = span(b.ids, b.k, f0, f1, HP);
-        if (from == to) continue;
-        int m = 0, i = from;
-        for (; i < to && b.ids[i] < f0; i++) {  // at most P - 1
-          pack_down(j, b.ids[i], c0, columns, panel, side_slot);
-          at[m++] = side_slot * kLine;
-        }
-        for (int k = i; k < to && missing; k++) {
-          const int32_t slot = b.ids[k] - f0;
-          if (packed[slot]) continue;
-          packed[slot] = 1;
-          missing--;
-          pack_down(j, b.ids[k], c0, columns, panel, slot);
-        }
-        for (; i < to; i++) at[m++] = (b.ids[i] - f0) * kLine;
-        while (m % (P * S::kRowUnits)) at[m++] = zero_slot * kLine;  // the partners of the last neuron
+        const Span in = span(b.ids, b.k, f0, f1, HP);
+        const int from = in.from;
+        if (from == in.to) continue;
+        const int m = panel_lines(b.ids, in, f0, j.f_chunk, P * S::kRowUnits, kLine, at, packed, missing,
+                                  [&](int32_t f, int32_t slot) { pack_down(j, f, c0, columns, panel, slot); });
         for (int c = 0; c < tiles; c++) {
           const char *lines_of = panel + c * tile_bytes;
           if constexpr (kInt8)  // once per block: in each tile of tokens it would be a third of the instructions
